@@ -1,0 +1,137 @@
+"""Configuration of the actors, importable without torch.  May import: pydantic, trainers.settings."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from trainers.settings import Settings
+
+Positive = Annotated[int, Field(ge=1)]
+Dtype = Literal["auto", "float32", "bfloat16"]
+
+
+class ModelSettings(Settings):
+    """The policy to train: a Hugging Face folder, or ``builtin:NAME`` (see ``actors/model_folders.py``)."""
+
+    path: str = Field(description="folder with config.json, safetensors and a tokenizer, or builtin:NAME")
+    dtype: Dtype = Field(
+        "auto",
+        description="compute dtype of generator and learner; auto: bfloat16 where the processor multiplies "
+        "it natively (CUDA, AVX512-BF16, AMX), else float32. Master weights are float32 always",
+    )
+    max_length: Positive | None = Field(None, description="prompt + completion; default: the model's own")
+
+
+class SamplingSettings(Settings):
+    """The distribution that is sampled.  The learner scores under the same one."""
+
+    temperature: float = Field(1.0, gt=0, description="the learner divides its logits by it as well")
+    max_tokens: Positive = Field(256, description="longest completion")
+    stop: tuple[str, ...] = Field((), description="strings that end a completion, besides EOS")
+    top_p: float = Field(1.0, description="only 1.0: see the error")
+    top_k: int = Field(0, description="only 0 (off): see the error")
+
+    @model_validator(mode="after")
+    def _no_truncated_support(self) -> Self:
+        if self.top_p != 1.0 or self.top_k not in (0, -1):
+            raise ValueError(
+                f"top_p={self.top_p}, top_k={self.top_k}: the learner cannot score a truncated distribution "
+                "without the sampler's own support set; use top_p=1.0 and top_k=0"
+            )
+        return self
+
+
+class GeneratorSettings(Settings):
+    """vLLM generators."""
+
+    num_workers: Positive = Field(1, description="generators (each one vLLM engine)")
+    tensor_parallel_size: Positive = Field(1, description="GPUs of one generator")
+    gpus_per_worker: float | None = Field(None, ge=0, description="default: tensor_parallel_size on GPU, 0 on CPU")
+    engine: Literal["auto", "in_process", "beside"] = Field(
+        "auto", description="vLLM's engine in the actor's process (best on CPU) or in its own (best on GPU)"
+    )
+    sampling: SamplingSettings = SamplingSettings()
+    max_num_seqs: Positive = Field(256, description="samples decoded at once in one generator")
+    kv_cache_gib: float = Field(1.0, gt=0, description="KV cache on CPU, in GiB")
+    gpu_memory_utilization: float = Field(0.85, gt=0, le=1, description="share of the GPU for weights and KV cache")
+    compile: bool | None = Field(None, description="torch.compile / CUDA graphs; default: on GPU only")
+    engine_args: dict[str, Any] = Field(default_factory=dict, description="passed through to vLLM's EngineArgs")
+    start_deadline_s: float = Field(900.0, gt=0, description="for the engine to be ready")
+    group_deadline_s: float = Field(1800.0, gt=0, description="for one group of samples")
+
+
+class OptimizerSettings(Settings):
+    """AdamW and its schedule."""
+
+    lr: float = Field(1e-6, gt=0, description="peak learning rate")
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    warmup_steps: int = Field(0, ge=0, description="linear warm-up, in loop steps")
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    max_grad_norm: float = Field(1.0, ge=0, description="0: no clipping")
+
+
+class LearnerSettings(Settings):
+    """DeepSpeed learner ranks."""
+
+    num_workers: Positive = Field(1, description="data-parallel ranks")
+    gpus_per_worker: float | None = Field(None, ge=0, description="default: 1 on GPU, 0 on CPU")
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    offload_optimizer: Literal["none", "cpu", "nvme"] = "none"
+    offload_param: Literal["none", "cpu", "nvme"] = "none"
+    nvme_path: str | None = Field(None, description="folder for nvme offload")
+    gradient_checkpointing: bool = False
+    token_budget: Positive = Field(4096, description="tokens of one packed micro-batch")
+    logprob_chunk: Positive = Field(1024, description="response positions scored at once; bounds [chunk, vocabulary]")
+    share_prompts: bool | None = Field(
+        None, description="compute a group's prompt once a pack (default: where attention allows: SDPA)"
+    )
+    optimizer: OptimizerSettings = OptimizerSettings()
+    deepspeed: dict[str, Any] = Field(default_factory=dict, description="merged over the DeepSpeed configuration")
+    update_deadline_s: float = Field(1800.0, gt=0)
+    start_deadline_s: float = Field(900.0, gt=0)
+
+    @model_validator(mode="after")
+    def _offload_needs_its_stage(self) -> Self:
+        if self.offload_param != "none" and self.zero_stage != 3:
+            raise ValueError(f"offload_param={self.offload_param} needs zero_stage=3, not {self.zero_stage}")
+        if self.offload_optimizer != "none" and self.zero_stage == 0:
+            raise ValueError(f"offload_optimizer={self.offload_optimizer} needs zero_stage of 1 to 3, not 0")
+        if "nvme" in (self.offload_optimizer, self.offload_param) and not self.nvme_path:
+            raise ValueError("nvme offload needs nvme_path, a folder on a local disk")
+        return self
+
+
+class ReferenceSettings(Settings):
+    """The frozen reference; started only when a KL term asks for it."""
+
+    num_workers: Positive = 1
+    gpus_per_worker: float | None = Field(None, ge=0, description="default: 1 on GPU, 0 on CPU")
+    path: str | None = Field(None, description="default: model.path")
+    token_budget: Positive = 8192
+    deadline_s: float = Field(900.0, gt=0)
+
+
+class RewardWorkerSettings(Settings):
+    """The processes that run reward functions, outside the loop's own."""
+
+    num_workers: Positive = 1
+    timeout_s: float = Field(60.0, gt=0, description="for one call of one function")
+    num_retries: int = Field(1, ge=0, description="further tries after an exception or a timeout")
+
+
+class PushSettings(Settings):
+    """How new weights reach the generators."""
+
+    backend: Literal["auto", "file", "nccl", "ipc"] = Field(
+        "auto", description="auto: ipc where roles share a GPU, nccl between GPUs, file on CPU"
+    )
+    directory: str | None = Field(None, description="for file; default: shared memory of one host")
+    bucket_bytes: Positive = Field(256 * 2**20, description="bytes packed into one transfer")
+    deadline_s: float = Field(300.0, gt=0, description="for each step of a push")
+    probe_tolerance: float = Field(
+        0.15, gt=0, description="largest mean |log-prob difference| of generator and learner at start, in nats"
+    )

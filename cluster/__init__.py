@@ -1,0 +1,1 @@
+"""Where things run and how bytes move; knows no word of reinforcement learning."""

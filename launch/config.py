@@ -1,0 +1,165 @@
+"""RunConfig: every section composed, and the checks that need more than one section.
+
+The sections are defined beside their consumers; a default lives in exactly one place.
+May import: pydantic and the settings of the other rooms (never torch, ray, vllm or deepspeed).
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from actors.settings import (
+    GeneratorSettings,
+    LearnerSettings,
+    ModelSettings,
+    PushSettings,
+    ReferenceSettings,
+    RewardWorkerSettings,
+)
+from cluster.settings import ClusterSettings
+from trainers.algorithms import AlgorithmSettings
+from trainers.rewards import RewardSettings
+from trainers.settings import Settings
+
+Positive = Annotated[int, Field(ge=1)]
+
+
+class DatasetSettings(Settings):
+    """One stream of prompts: a file, a folder, or a procedural generator."""
+
+    path: str | None = Field(None, description="Parquet, JSONL or Arrow file, or a Hugging Face dataset folder")
+    split: str | None = Field(None, description="of a dataset folder")
+    procedural: str | None = Field(None, description="a reasoning-gym dataset, for instance chain_sum")
+    args: dict[str, Any] = Field(default_factory=dict, description="arguments of the procedural dataset")
+    size: Positive | None = Field(None, description="distinct prompts to use; needed for procedural ones")
+    prompt_column: str = "prompt"
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.path is None) == (self.procedural is None):
+            raise ValueError("give exactly one of path and procedural")
+        if self.procedural is not None and self.size is None:
+            raise ValueError("size is needed with procedural: how many distinct prompts to use")
+        return self
+
+
+class PromptSettings(Settings):
+    """Where prompts come from and how they are shown to the model."""
+
+    train: DatasetSettings
+    eval: DatasetSettings | None = Field(None, description="held out: questions of train are removed from it")
+    system: str | None = Field(None, description="system message put before each prompt")
+    template: str = Field("{prompt}", description="wraps a plain-text prompt; {prompt} is replaced")
+    chat: bool = Field(True, description="apply the tokenizer's chat template to plain-text prompts")
+    shuffle: bool = True
+
+
+class EvaluationSettings(Settings):
+    """Held-out evaluation."""
+
+    every: int = Field(10, ge=0, description="steps between evaluations; 0: never")
+    num_samples: Positive = Field(1, description="k of pass@k; 1 decodes greedily")
+    temperature: float = Field(1.0, gt=0, description="with num_samples > 1")
+    reward: str | None = Field(None, description="which reward is accuracy; default: the first")
+
+
+class CheckpointSettings(Settings):
+    """Saving and keeping."""
+
+    every: int = Field(50, ge=0, description="steps between checkpoints; 0: only the last one")
+    keep: Positive = Field(2, description="newest checkpoints that stay")
+    export: bool = Field(True, description="write a Hugging Face folder at the end")
+
+
+class TelemetrySettings(Settings):
+    """What is recorded, and where it is shown."""
+
+    wandb: Literal["auto", "online", "offline", "disabled"] = Field(
+        "auto", description="auto: online when a key is there, else offline"
+    )
+    project: str = "burnish"
+    tags: tuple[str, ...] = ()
+    num_sample_rows: int = Field(8, ge=0, description="samples shown in each W&B table")
+    progress: bool | None = Field(None, description="live progress; default: when the output is a terminal")
+
+
+class RunSettings(Settings):
+    """Name, place, length and seed of the run."""
+
+    name: str
+    directory: str = "runs"
+    seed: int = Field(0, ge=0, lt=2**31)
+    num_steps: Positive
+    groups_per_step: Positive = Field(description="prompts trained on in one step")
+    samples_per_prompt: Positive = Field(8, description="completions of one prompt: the group")
+    max_staleness: int = Field(0, ge=0, description="versions a trained sample may lag; 0: on-policy")
+
+    @model_validator(mode="after")
+    def _plain_name(self) -> Self:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", self.name):
+            raise ValueError("name is a folder name: letters, digits, '.', '_' and '-', at most 64 of them")
+        return self
+
+
+class RunConfig(Settings):
+    """A complete run."""
+
+    run: RunSettings
+    model: ModelSettings
+    prompts: PromptSettings
+    rewards: tuple[RewardSettings, ...] = Field(min_length=1)
+    algorithm: AlgorithmSettings = AlgorithmSettings()
+    generator: GeneratorSettings = GeneratorSettings()
+    learner: LearnerSettings = LearnerSettings()
+    reference: ReferenceSettings = ReferenceSettings()
+    reward_workers: RewardWorkerSettings = RewardWorkerSettings()
+    push: PushSettings = PushSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
+    checkpoint: CheckpointSettings = CheckpointSettings()
+    telemetry: TelemetrySettings = TelemetrySettings()
+    cluster: ClusterSettings = ClusterSettings()
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> Self:
+        run, alg = self.run, self.algorithm
+        if run.max_staleness > 0:
+            raise ValueError(
+                f"run.max_staleness={run.max_staleness}: only synchronous runs are built so far; use 0"
+            )
+        if run.samples_per_prompt < 2:
+            raise ValueError(
+                f"run.samples_per_prompt={run.samples_per_prompt}: a group-relative advantage needs at least 2 samples"
+            )
+        if run.groups_per_step % alg.num_minibatches:
+            raise ValueError(
+                f"run.groups_per_step={run.groups_per_step} is not divisible by "
+                f"algorithm.num_minibatches={alg.num_minibatches}"
+            )
+        per_update = run.groups_per_step // alg.num_minibatches * run.samples_per_prompt
+        if per_update < self.learner.num_workers:
+            raise ValueError(
+                f"learner.num_workers={self.learner.num_workers} ranks but only {per_update} samples an update; "
+                "raise run.groups_per_step or lower learner.num_workers"
+            )
+        longest = self.model.max_length
+        if longest is not None and self.generator.sampling.max_tokens >= longest:
+            raise ValueError(
+                f"generator.sampling.max_tokens={self.generator.sampling.max_tokens} leaves no room for a prompt in "
+                f"model.max_length={longest}"
+            )
+        if longest is not None and self.learner.token_budget < longest:
+            raise ValueError(
+                f"learner.token_budget={self.learner.token_budget} is below model.max_length={longest}: "
+                "the longest sample would fit no micro-batch"
+            )
+        names = [r.name for r in self.rewards]
+        if len(set(names)) != len(names):
+            raise ValueError(f"rewards: names must differ, got {names}; give each a name")
+        if self.evaluation.reward is not None and self.evaluation.reward not in names:
+            raise ValueError(f"evaluation.reward={self.evaluation.reward!r} is none of the rewards {names}")
+        if self.evaluation.every and self.prompts.eval is None:
+            raise ValueError("evaluation.every is set but prompts.eval is missing; add it or set evaluation.every=0")
+        return self

@@ -1,0 +1,1 @@
+"""What learning means: records, rewards, advantages, losses, batching and the loop."""
