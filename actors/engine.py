@@ -1,0 +1,157 @@
+"""DeepSpeed, in one place: set-up, accumulation, gathering, saving.
+
+Parameters are float32 and are themselves the master weights; bfloat16 is the *compute* dtype, by
+autocast.  That costs the memory of bf16 weights + fp32 masters, accumulates gradients in float32
+without further ado, and makes small learning rates count.
+The only file that imports deepspeed.  May import: torch, deepspeed, actors.settings, cluster.rendezvous.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from actors.settings import LearnerSettings
+
+NEVER = 10**9  # steps between DeepSpeed's own prints
+
+
+def deepspeed_config(settings: LearnerSettings, dtype: torch.dtype) -> dict[str, Any]:
+    """DeepSpeed's configuration; ``settings.deepspeed`` is merged over it, section by section."""
+    zero: dict[str, Any] = {"stage": settings.zero_stage}
+    for section, where in (
+        ("offload_optimizer", settings.offload_optimizer),
+        ("offload_param", settings.offload_param),
+    ):
+        if where != "none":
+            zero[section] = {"device": where, "pin_memory": torch.cuda.is_available()}
+            if where == "nvme":
+                zero[section]["nvme_path"] = settings.nvme_path
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,  # packs vary in size: weights carry the denominator
+        "gradient_accumulation_steps": 1,  # the boundary is set by hand, see forward_backward
+        "gradient_clipping": settings.optimizer.max_grad_norm,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": NEVER,
+        "wall_clock_breakdown": False,
+    }
+    if dtype == torch.bfloat16:
+        config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
+    return _merge(config, settings.deepspeed)
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        known = merged.get(key)
+        merged[key] = _merge(known, value) if isinstance(known, dict) and isinstance(value, dict) else value
+    return merged
+
+
+class TrainingEngine:
+    """One rank's DeepSpeed engine.  The process group exists already (cluster/rendezvous.py)."""
+
+    def __init__(self, model: nn.Module, settings: LearnerSettings, dtype: torch.dtype, device: torch.device) -> None:
+        os.environ.setdefault("DS_ACCELERATOR", device.type)
+        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        import deepspeed
+
+        self._deepspeed = deepspeed
+        self.device, self.zero_stage = device, settings.zero_stage
+        optimizer = settings.optimizer
+        adam = torch.optim.AdamW(
+            [p for p in model.parameters() if p.requires_grad],
+            lr=optimizer.lr,
+            betas=optimizer.betas,
+            eps=optimizer.eps,
+            weight_decay=optimizer.weight_decay,
+            fused=True,  # one pass over the states: several times faster, on CPU too
+        )
+        self.engine, *_ = deepspeed.initialize(
+            model=model, optimizer=adam, config=deepspeed_config(settings, dtype), dist_init_required=False
+        )
+        self.world_size = torch.distributed.get_world_size()
+        self.rank = torch.distributed.get_rank()
+
+    # --- one update -------------------------------------------------------------------------
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.engine(*args, **kwargs)
+
+    def set_boundary(self, is_last: bool) -> None:
+        """Say before each forward pass whether its backward pass ends the accumulation."""
+        self.engine.set_gradient_accumulation_boundary(is_last)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Accumulate the gradient of this rank's share of the *global* loss.
+
+        DeepSpeed averages over ranks; our token weights already sum to one over all of them, so the
+        average is undone here.
+        """
+        self.engine.backward(loss * self.world_size, scale_wrt_gas=False)
+
+    def step(self, lr: float) -> float:
+        """Clip and apply; returns the global gradient norm before clipping."""
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = lr
+        self.engine.step()
+        norm = self.engine.get_global_grad_norm()
+        return float("nan") if norm is None else float(norm)
+
+    # --- whole parameters -------------------------------------------------------------------
+
+    def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """Parameters by the name they have in a Hugging Face checkpoint, each once, in a fixed order."""
+        module = cast(nn.Module, self.engine.module)
+        prefix = "causal_lm."
+        return [(n.removeprefix(prefix), p) for n, p in module.named_parameters() if n.startswith(prefix)]
+
+    def shape_of(self, parameter: nn.Parameter) -> tuple[int, ...]:
+        """The whole shape, also where ZeRO 3 holds only a part."""
+        return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+    def whole(self, parameters: list[nn.Parameter]) -> AbstractContextManager[Any]:
+        """Inside this context the parameters are whole on every rank.  A collective under ZeRO 3."""
+        if self.zero_stage < 3:
+            return nullcontext()
+        return cast(AbstractContextManager[Any], self._deepspeed.zero.GatheredParameters(parameters))
+
+    def gradients(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """(name, whole gradient, float32), between backward at the boundary and step.  A collective."""
+        from deepspeed.utils import safe_get_full_grad
+
+        for name, parameter in self.named_parameters():
+            gradient = parameter.grad if self.zero_stage == 0 else safe_get_full_grad(parameter)
+            yield name, torch.zeros(self.shape_of(parameter)) if gradient is None else gradient.detach().float().cpu()
+
+    def discard_gradients(self) -> None:
+        """Forget what was accumulated, without a step.  For checks only."""
+        self.engine.optimizer.zero_grad()
+        for _, parameter in self.named_parameters():
+            parameter.grad = None
+
+    # --- state ------------------------------------------------------------------------------
+
+    def save(self, directory: str, client_state: dict[str, Any]) -> None:
+        """Every rank writes its shard; a collective."""
+        self.engine.save_checkpoint(directory, tag="engine", client_state=client_state)
+
+    def load(self, directory: str) -> dict[str, Any]:
+        """Inverse of :meth:`save`; the caller has verified the files' digests."""
+        path, client_state = self.engine.load_checkpoint(directory, tag="engine")
+        if path is None:
+            raise FileNotFoundError(f"{directory}: no DeepSpeed state with tag 'engine' in this checkpoint")
+        return dict(client_state or {})
+
+    def close(self) -> None:
+        self.engine.destroy()
+        gc.collect()

@@ -1,0 +1,113 @@
+"""Loading policies and scoring packs with them.  May import: torch, transformers, actors.*, trainers.errors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from torch import nn
+
+from actors import attention
+from actors.logprobs import chunked_logprobs
+from actors.packing import Pack
+from trainers.errors import InputError
+
+
+def compute_dtype(setting: Literal["auto", "float32", "bfloat16"], native_bfloat16: bool) -> torch.dtype:
+    """``auto`` is bfloat16 where the processor multiplies it natively.
+
+    Emulated bfloat16 is many times slower than float32 on a CPU without AVX512-BF16 or AMX.
+    """
+    if setting == "auto":
+        return torch.bfloat16 if native_bfloat16 else torch.float32
+    return cast(torch.dtype, getattr(torch, setting))
+
+
+class ScoringHead(nn.Module):
+    """Holds the output embedding and scores targets in chunks.
+
+    It is a module of its own so that ZeRO 3, which gathers parameters around module calls, gathers
+    the embedding around this one.
+    """
+
+    def __init__(self, weight: nn.Parameter) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def forward(
+        self, hidden: torch.Tensor, targets: torch.Tensor, temperature: float, chunk: int, with_entropy: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return chunked_logprobs(hidden, self.weight, targets, temperature, chunk, with_entropy)
+
+
+class PackedPolicy(nn.Module):
+    """A causal language model that maps a pack to the log-probs and entropies of its completion tokens."""
+
+    def __init__(self, causal_lm: nn.Module, chunk: int) -> None:
+        super().__init__()
+        self.causal_lm = causal_lm
+        output = cast(nn.Linear, cast(Any, causal_lm).get_output_embeddings())
+        if output.bias is not None:
+            raise NotImplementedError("an output embedding with a bias is not supported")
+        self.scoring_head = ScoringHead(cast(nn.Parameter, output.weight))
+        self.chunk = chunk
+
+    def forward(
+        self, pack: Pack, temperature: float, with_entropy: bool = True
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(log-probs, entropies), float32 [N], of ``pack.targets`` under the model at ``temperature``."""
+        backbone = cast(Any, self.causal_lm).base_model
+        hidden = backbone(
+            input_ids=pack.input_ids,
+            position_ids=pack.position_ids,
+            attention_mask=None,
+            use_cache=False,
+            pack_layout=pack.layout,
+        ).last_hidden_state
+        rows = hidden[0].index_select(0, pack.predict_index)
+        return cast(
+            "tuple[torch.Tensor, torch.Tensor]",
+            self.scoring_head(rows, pack.targets, temperature, self.chunk, with_entropy),
+        )
+
+
+def load_policy(path: str, chunk: int, dtype: torch.dtype = torch.float32, checkpointing: bool = False) -> PackedPolicy:
+    """The model of a Hugging Face folder, with packed attention.
+
+    Args:
+        path: folder with ``config.json`` and safetensors.
+        chunk: see :func:`actors.logprobs.chunked_logprobs`.
+        dtype: of the parameters (float32 for a learner: they are the master weights).
+
+    Raises:
+        InputError: the architecture cannot take another attention implementation.
+    """
+    from transformers import AutoModelForCausalLM
+
+    attention.register()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, attn_implementation=attention.NAME, local_files_only=True, use_safetensors=True
+        )
+    except ValueError as error:
+        raise InputError(
+            "model.path", path, f"transformers cannot load it with packed attention ({error})",
+            "use a decoder model whose attention is pluggable (Llama, Qwen, Mistral, Gemma, ...)",
+        ) from error  # fmt: skip
+    model.config.use_cache = False
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return PackedPolicy(model, chunk)
+
+
+def load_tokenizer(path: str) -> Any:
+    """The tokenizer of a model folder, with a pad token (EOS when the model has none of its own)."""
+    from transformers import AutoTokenizer
+
+    if not any((Path(path) / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        raise InputError("model.path", path, "no tokenizer in this folder", "add tokenizer.json next to config.json")
+    tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer

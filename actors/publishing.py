@@ -1,0 +1,140 @@
+"""The learner's side of a weight push: from (possibly partitioned) parameters to bytes on their way.
+
+``file``: rank 0 writes one sealed file.  ``nccl`` (and its test double over gloo): each serving rank
+copies the weights into a staging buffer *inside* the gather and sends them *after* it, because a
+receiver that stalls inside the gather would stall every rank.  ``ipc``: the staging buffers are
+shared with a process on the same GPU.
+May import: torch, actors.engine, cluster.{weight_channel, transfer_group}.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from actors.engine import TrainingEngine
+from cluster.transfer_group import SENDER, TransferGroup
+from cluster.weight_channel import (
+    TensorMeta,
+    WeightFileWriter,
+    WeightManifest,
+    bit_sum,
+    plan_buckets,
+)
+
+GATHER_BYTES = 512 * 2**20  # parameters gathered at once under ZeRO 3
+
+
+class WeightSource:
+    """One rank's view of the whole model's weights."""
+
+    def __init__(self, engine: TrainingEngine) -> None:
+        self.engine = engine
+        self._staged: list[torch.Tensor] = []  # uint8 buckets of the staged version
+        self._manifest: WeightManifest | None = None
+        self._groups: dict[str, TransferGroup] = {}
+
+    def describe(self, dtype: str) -> tuple[TensorMeta, ...]:
+        """Names, wire dtypes and shapes, in the order of iteration."""
+        return tuple(
+            TensorMeta(name, dtype, self.engine.shape_of(parameter))
+            for name, parameter in self.engine.named_parameters()
+        )
+
+    def _gathered(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every parameter whole, a bucket at a time.  A collective under ZeRO 3: iterate it to the end."""
+        bucket: list[tuple[str, torch.nn.Parameter]] = []
+        size = 0
+        named = self.engine.named_parameters()
+        for i, (name, parameter) in enumerate(named):
+            bucket.append((name, parameter))
+            size += 4 * int(torch.Size(self.engine.shape_of(parameter)).numel())
+            if size >= GATHER_BYTES or i == len(named) - 1:
+                with self.engine.whole([p for _, p in bucket]):
+                    for bucket_name, bucket_parameter in bucket:
+                        yield bucket_name, bucket_parameter.detach()
+                bucket, size = [], 0
+
+    def whole_state(self, dtype: torch.dtype) -> dict[str, torch.Tensor] | None:
+        """The whole model on the host at rank 0, None elsewhere; a collective."""
+        keep = self.engine.rank == 0
+        state: dict[str, torch.Tensor] = {}
+        for name, tensor in self._gathered():
+            if keep:
+                state[name] = tensor.to(device="cpu", dtype=dtype, copy=True)
+        return state if keep else None
+
+    # --- file -------------------------------------------------------------------------------
+
+    def publish_file(self, path: str, version: str, dtype: str) -> dict[str, Any] | None:
+        """Write version ``version`` to ``path``; rank 0 returns the manifest."""
+        writer = WeightFileWriter(Path(path), version, self.describe(dtype)) if self.engine.rank == 0 else None
+        try:
+            for name, tensor in self._gathered():
+                if writer is not None:
+                    writer.write(name, tensor)
+            return None if writer is None else writer.commit().to_dict()
+        except BaseException:
+            if writer is not None:
+                writer.abandon()
+            raise
+
+    # --- collective and ipc -----------------------------------------------------------------
+
+    def stage(self, version: str, dtype: str, bucket_bytes: int, serves: bool) -> dict[str, Any] | None:
+        """Copy the present weights into immutable buckets (serving ranks); rank 0 returns the manifest."""
+        metas = self.describe(dtype)
+        buckets = plan_buckets(metas, bucket_bytes)
+        place: dict[str, tuple[int, int, TensorMeta]] = {}
+        for b, bucket in enumerate(buckets):
+            offset = 0
+            for meta in bucket:
+                place[meta.name] = (b, offset, meta)
+                offset += meta.num_bytes
+        keep = serves or self.engine.rank == 0
+        if keep and not self._staged:
+            self._staged = [
+                torch.empty(sum(m.num_bytes for m in bucket), dtype=torch.uint8, device=self.engine.device)
+                for bucket in buckets
+            ]
+        fingerprints: dict[str, int] = {}
+        for name, tensor in self._gathered():
+            if keep:
+                b, offset, meta = place[name]
+                target = self._staged[b][offset : offset + meta.num_bytes].view(getattr(torch, dtype))
+                target.view(meta.shape).copy_(tensor)
+                fingerprints[name] = bit_sum(target)
+        if not keep:
+            return None
+        self._manifest = WeightManifest(version, metas, fingerprints)
+        return self._manifest.to_dict() if self.engine.rank == 0 else None
+
+    def open_group(self, name: str, address: str, port: int, size: int, deadline_s: float) -> None:
+        """Meet the engine that this rank serves."""
+        self._groups[name] = TransferGroup(name, address, port, SENDER, size, self.engine.device, deadline_s)
+
+    def send(self, group: str) -> int:
+        """Send the staged buckets; returns the bytes sent.  Not a collective of the learner's ranks."""
+        if self._manifest is None:
+            raise RuntimeError("send before stage: no version is staged")
+        for i, bucket in enumerate(self._staged):
+            self._groups[group].broadcast(bucket, f"bucket {i + 1} of {len(self._staged)}, version {self._manifest.version}")
+        return sum(b.numel() for b in self._staged)
+
+    def close_group(self, name: str) -> None:
+        group = self._groups.pop(name, None)
+        if group is not None:
+            group.abort()
+
+    def share(self) -> list[tuple[Any, ...]]:
+        """CUDA IPC handles of the staged buckets, for a process on the same GPU."""
+        from torch.multiprocessing.reductions import reduce_tensor
+
+        return [reduce_tensor(bucket)[1] for bucket in self._staged]
+
+    def close(self) -> None:
+        for name in list(self._groups):
+            self.close_group(name)

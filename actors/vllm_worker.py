@@ -1,0 +1,149 @@
+"""The weight receiver inside vLLM's workers: the only code that touches vLLM's internals.
+
+One engine is registered in vLLM's weight-transfer registry under the name ``burnish``.  It takes an
+update in any of three ways, chosen per call: from a file, bucket by bucket over a process group
+(NCCL, or gloo for its test double), or from CUDA IPC handles.  vLLM's own ``nccl`` and ``ipc``
+backends changed their trainer side between 0.26 and 0.33 and have no deadline and no twin that runs
+without a GPU; the receiving contract used here is the same in all of these versions.
+
+vLLM imports this module in each of its workers because ``WORKER_EXTENSION`` names a class in it.
+May import: torch, vllm, cluster.{weight_channel, transfer_group}.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from vllm.distributed.weight_transfer.base import (
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+)
+from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+
+from cluster.errors import DamagedError
+from cluster.transfer_group import TransferGroup
+from cluster.weight_channel import TensorMeta, bit_sum, plan_buckets, read_weight_file, unpack_bucket
+
+BACKEND = "burnish"
+WORKER_EXTENSION = f"{__name__}.BurnishWorkerExtension"
+
+
+@dataclass
+class BurnishInitInfo(WeightTransferInitInfo):
+    """Nothing for files and IPC; for a process group, where its members meet."""
+
+    group: str = ""
+    address: str = ""
+    port: int = 0
+    rank_offset: int = 1
+    size: int = 0
+    deadline_s: float = 300.0
+
+
+@dataclass
+class BurnishUpdateInfo(WeightTransferUpdateInfo):
+    """One update: all of a file, all buckets of a group, or all shared buckets."""
+
+    transport: Literal["file", "group", "ipc"] = "file"
+    version: str = ""
+    path: str = ""
+    tensors: list[dict[str, Any]] = field(default_factory=list)
+    fingerprints: dict[str, int] = field(default_factory=dict)
+    bucket_bytes: int = 0
+    handles: list[Any] = field(default_factory=list)
+
+
+class BurnishWeightTransferEngine(WeightTransferEngine[BurnishInitInfo, BurnishUpdateInfo]):
+    """Receives checkpoint-format tensors and loads them through vLLM's layer-wise reload."""
+
+    init_info_cls = BurnishInitInfo
+    update_info_cls = BurnishUpdateInfo
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._groups: dict[str, TransferGroup] = {}
+        self._current = ""
+
+    def init_transfer_engine(self, init_info: BurnishInitInfo) -> None:
+        if init_info.size == 0:
+            return
+        parallel = self.parallel_config
+        rank = init_info.rank_offset + int(getattr(parallel, "rank", 0))
+        self._groups[init_info.group] = TransferGroup(
+            init_info.group, init_info.address, init_info.port, rank, init_info.size, self.device, init_info.deadline_s
+        )
+        self._current = init_info.group
+
+    def start_weight_update(self) -> None:
+        from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
+
+        initialize_layerwise_reload(self.model)
+
+    def finish_weight_update(self) -> None:
+        from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
+
+        finalize_layerwise_reload(self.model, self.model_config)
+
+    def receive_weights(self, update_info: BurnishUpdateInfo) -> None:
+        self.model.load_weights(self._tensors(update_info))
+
+    def _tensors(self, info: BurnishUpdateInfo) -> Iterator[tuple[str, torch.Tensor]]:
+        if info.transport == "file":
+            version, tensors = read_weight_file(Path(info.path))
+            if version != info.version:
+                raise RuntimeError(f"{info.path} holds version {version}, announced was {info.version}")
+            for name, tensor in tensors:
+                yield name, tensor if self.device.type == "cpu" else tensor.to(self.device)
+            return
+        metas = [TensorMeta(t["name"], t["dtype"], tuple(t["shape"])) for t in info.tensors]
+        for i, bucket in enumerate(plan_buckets(metas, info.bucket_bytes)):
+            if info.transport == "group":
+                buffer = torch.empty(sum(m.num_bytes for m in bucket), dtype=torch.uint8, device=self.device)
+                self._groups[self._current].broadcast(buffer, f"bucket {i + 1}, version {info.version}")
+            else:
+                from torch.multiprocessing.reductions import rebuild_cuda_tensor
+
+                arguments = list(info.handles[i])
+                arguments[6] = self.device.index  # the device's number here, which may differ from the sender's
+                buffer = rebuild_cuda_tensor(*arguments)
+            for name, tensor in unpack_bucket(buffer, bucket):
+                if bit_sum(tensor) != info.fingerprints[name]:
+                    raise DamagedError(f"{name} of version {info.version} was damaged on its way ({info.transport})")
+                yield name, tensor
+
+    def shutdown(self) -> None:
+        for group in self._groups.values():
+            group.abort()
+        self._groups.clear()
+
+
+class BurnishWorkerExtension:
+    """Methods that vLLM adds to each of its workers; called by name through ``collective_rpc``."""
+
+    model_runner: Any
+
+    def burnish_fingerprints(self) -> dict[str, tuple[int, int]]:
+        """name -> (bit sum, elements) of this worker's parameters, as they lie in memory now."""
+        model = self.model_runner.get_model()
+        return {name: (bit_sum(p.data), p.numel()) for name, p in model.named_parameters()}
+
+    def burnish_fused_names(self) -> dict[str, list[str]]:
+        """fused module name -> the checkpoint's module names that vLLM loads into it."""
+        model = self.model_runner.get_model()
+        return {k: list(v) for k, v in (getattr(model, "packed_modules_mapping", None) or {}).items()}
+
+
+def register() -> None:
+    """Put the receiver into vLLM's registry.  Safe to call twice."""
+    try:
+        WeightTransferEngineFactory.register_engine(BACKEND, BurnishWeightTransferEngine)
+    except ValueError:  # registered already: by this very module in this process
+        return
+
+
+register()

@@ -1,0 +1,161 @@
+"""Layout -> one Ray placement group, and the Ray it lives in.
+
+May import: ray and the modules of this room.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sysconfig
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from cluster.errors import DeadlineError, ShortfallError
+from cluster.host import num_cpus, worker_environment
+from cluster.layout import Layout, NodeSupply, WorkerSlot
+from cluster.settings import ClusterSettings
+
+logger = logging.getLogger("burnish.cluster")
+
+# Ray's own: without it an actor that asks for no GPU is started with CUDA_VISIBLE_DEVICES="".
+_ACCELERATOR = "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"
+
+
+@dataclass(frozen=True)
+class RayHandle:
+    """The Ray this process is connected to."""
+
+    address: str
+    started_here: bool
+
+    def stop(self) -> None:
+        """End a Ray that was started here; one that was joined goes on."""
+        if self.started_here and ray.is_initialized():
+            ray.shutdown()
+
+
+def start_or_join(settings: ClusterSettings, num_slots: int) -> RayHandle:
+    """Connect to ``settings.address``, to RAY_ADDRESS, or to a Ray started here.
+
+    A Ray started here has the cores and GPUs of this machine and no dashboard; ``num_slots`` is only reported.
+    """
+    os.environ[_ACCELERATOR] = "0"
+    if ray.is_initialized():
+        return RayHandle(ray.get_runtime_context().gcs_address, started_here=False)
+    address = settings.address if settings.address != "auto" else os.environ.get("RAY_ADDRESS")
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
+    if address and address != "local":
+        try:
+            ray.init(address=address, **quiet)
+        except (ConnectionError, ValueError) as error:
+            raise ShortfallError(
+                "cluster.address", address, f"no Ray answers there ({' '.join(str(error).split())[:200]})",
+                "start one with `ray start --head`, or leave cluster.address and RAY_ADDRESS unset",
+            ) from error
+        return RayHandle(address, started_here=False)
+    ray.init(
+        address="local",
+        num_cpus=max(1, num_cpus()),
+        object_store_memory=settings.object_store_bytes,
+        include_dashboard=False,
+        **quiet,
+    )
+    handle = RayHandle(ray.get_runtime_context().gcs_address, started_here=True)
+    logger.info("started Ray at %s for %d workers", handle.address, num_slots)
+    return handle
+
+
+def nodes_of_cluster() -> list[NodeSupply]:
+    """The live nodes, the one of this process first (rank 0 beside the controller), then by id."""
+    here = ray.get_runtime_context().get_node_id()
+    alive = sorted((node for node in ray.nodes() if node["Alive"]), key=lambda n: (n["NodeID"] != here, n["NodeID"]))
+    return [
+        NodeSupply(node["NodeID"], int(node["Resources"].get("CPU", 0)), int(node["Resources"].get("GPU", 0)))
+        for node in alive
+    ]
+
+
+class Placement:
+    """One granted placement group that holds every slot of a layout."""
+
+    def __init__(self, group: PlacementGroup, layout: Layout) -> None:
+        self._group = group
+        self._bundle_of = {
+            (slot.role, slot.index): number
+            for number, slots in enumerate(_bundle_keys(layout).values())
+            for slot in slots
+        }
+
+    @classmethod
+    def create(cls, layout: Layout, deadline_s: float) -> Placement:
+        """Reserve every slot or none; DeadlineError says what was asked for and what is free."""
+        sharing = list(_bundle_keys(layout).values())
+        bundles = [_bundle(slots) for slots in sharing]
+        nodes = [layout.nodes[slots[0].node].node_id for slots in sharing]
+        # The layout has chosen the nodes; Ray only grants the bundles there, all or none.
+        group = placement_group(
+            bundles, strategy="PACK", bundle_label_selector=[{"ray.io/node-id": node} for node in nodes]
+        )
+        try:
+            ray.get(group.ready(), timeout=deadline_s)
+        except GetTimeoutError:
+            free = ray.available_resources()
+            remove_placement_group(group)
+            asked = {kind: round(sum(b.get(kind, 0) for b in bundles), 2) for kind in ("CPU", "GPU")}
+            missing = ", ".join(
+                f"{asked[kind]:g} {kind}s ({free.get(kind, 0):g} free)" for kind in asked if asked[kind]
+            )
+            raise DeadlineError(f"{len(layout.slots)} worker slots: {missing}", "the Ray cluster", deadline_s) from None
+        return cls(group, layout)
+
+    def options(self, slot: WorkerSlot) -> dict[str, Any]:
+        """Options of the actor that fills ``slot``."""
+        threads_on = slot.cpu_ids or None
+        return {
+            "num_cpus": slot.cpus,
+            "num_gpus": slot.gpus,
+            "scheduling_strategy": PlacementGroupSchedulingStrategy(
+                placement_group=self._group,
+                placement_group_bundle_index=self._bundle_of[slot.role, slot.index],
+                placement_group_capture_child_tasks=True,
+            ),
+            "runtime_env": {"env_vars": worker_environment(slot.threads, threads_on) | _import_path(os.environ)},
+        }
+
+    def remove(self) -> None:
+        """Give every slot back; the actors in them are killed by Ray."""
+        if ray.is_initialized():
+            remove_placement_group(self._group)
+
+
+def _bundle_keys(layout: Layout) -> dict[tuple[object, ...], list[WorkerSlot]]:
+    """Slots by bundle: one each, except that workers which share a GPU share the bundle that holds it."""
+    bundles: dict[tuple[object, ...], list[WorkerSlot]] = {}
+    for slot in layout.slots:
+        key = (slot.role, slot.index) if slot.shared_gpu is None else (slot.node, slot.shared_gpu)
+        bundles.setdefault(key, []).append(slot)
+    return bundles
+
+
+def _bundle(slots: list[WorkerSlot]) -> dict[str, float]:
+    bundle = {"CPU": round(sum(slot.cpus for slot in slots), 2)}
+    gpus = 1.0 if slots[0].shared_gpu is not None else slots[0].gpus
+    return bundle | ({"GPU": gpus} if gpus else {})
+
+
+def _import_path(environment: Mapping[str, str]) -> dict[str, str]:
+    """PYTHONPATH for workers: with this checkout's folder in front when Burnish is not installed."""
+    folder = Path(__file__).resolve().parent.parent
+    parts = [part for part in environment.get("PYTHONPATH", "").split(os.pathsep) if part]
+    installed = folder in (Path(sysconfig.get_path("purelib")), Path(sysconfig.get_path("platlib")))
+    if not installed and str(folder) not in parts:
+        parts.insert(0, str(folder))
+    return {"PYTHONPATH": os.pathsep.join(parts)} if parts else {}

@@ -1,0 +1,169 @@
+"""Memory of a role before anything is allocated: closed formulas, in bytes, of one worker.
+
+Symbols: P parameters, R learner ranks, N tokens of a micro-batch, h hidden size, i intermediate size,
+L layers, V vocabulary, q and k query and key/value heads, d size of a head, c compute bytes (2 or 4).
+The estimates leave out allocator slack, CUDA contexts and kernels' workspaces: a few GiB on a GPU.
+Pure: may import nothing but the standard library.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+MASTER_BYTES = 4  # float32 parameters and gradients
+ADAM_BYTES = 8  # two float32 moments
+LOGIT_COPIES = 2  # float32 [chunk, V] alive at once in actors/logprobs.py
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes of one worker by part.  ``offloaded`` is host memory or disk, ``parts`` is the device."""
+
+    parts: Mapping[str, int]
+    offloaded: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def total(self) -> int:
+        return sum(self.parts.values())
+
+    @property
+    def offloaded_total(self) -> int:
+        return sum(self.offloaded.values())
+
+
+def _share(num_bytes: int, ranks: int) -> int:
+    return -(-num_bytes // ranks)
+
+
+def activation_bytes(
+    num_tokens: int, hidden: int, layers: int, intermediate: int, checkpointing: bool, compute_bytes: int = 2
+) -> int:
+    """Activations kept for the backward pass of one micro-batch.
+
+    The residual stream is float32 (float32 embeddings, autocast of matrix products).  A layer keeps
+    two normalisations with their casts, 2(4 + 4 + c)h; query, key, value, attention output, about
+    4ch; gate, up, activation and product, 4ci; a token each.
+
+        layer = N (2(8 + c) h + 4 c h + 4 c i)
+        plain: L layer        checkpointing: L N 4 h + layer
+    """
+    layer = num_tokens * (2 * (8 + compute_bytes) * hidden + 4 * compute_bytes * (hidden + intermediate))
+    return layers * num_tokens * 4 * hidden + layer if checkpointing else layers * layer
+
+
+def estimate_learner(
+    num_params: int,
+    zero_stage: int,
+    num_ranks: int,
+    *,
+    token_budget: int,
+    hidden: int,
+    layers: int,
+    intermediate: int,
+    vocab: int,
+    logprob_chunk: int,
+    checkpointing: bool = False,
+    dtype_bytes: int = MASTER_BYTES,
+    compute_bytes: int = 2,
+    offload_optimizer: bool = False,
+    offload_param: bool = False,
+) -> MemoryEstimate:
+    """One learner rank.
+
+    weights      P dtype_bytes, over R from stage 3 on, which adds one gathered layer (P / L)
+    casts        P c, autocast's copies for one pass, when c < dtype_bytes; one layer's with ZeRO 3
+    gradients    4 P, over R from stage 2 on
+    partition    4 P / R, DeepSpeed's flat copy that the optimizer updates, stages 1 and 2
+    optimizer    8 P, over R from stage 1 on
+    activations  see activation_bytes
+    logits       2 * 4 * chunk * V, and V h (4 + c) for the head's gradient and cast
+    """
+    ranks = max(1, num_ranks)
+    layer_params = -(-num_params // max(1, layers))
+    weights = num_params * dtype_bytes
+    casts = num_params * compute_bytes if compute_bytes < dtype_bytes else 0
+    gradients = num_params * MASTER_BYTES
+    parts: dict[str, int] = {}
+    offloaded: dict[str, int] = {}
+    if zero_stage >= 3:
+        (offloaded if offload_param else parts)["weights"] = _share(weights, ranks)
+        parts["gathered layer"] = layer_params * dtype_bytes
+        parts["casts"] = layer_params * compute_bytes if casts else 0
+    else:
+        parts["weights"], parts["casts"] = weights, casts
+    parts["gradients"] = _share(gradients, ranks) if zero_stage >= 2 else gradients
+    where = offloaded if offload_optimizer else parts
+    if zero_stage in (1, 2) or (zero_stage == 3 and offload_optimizer):
+        where["partition"] = _share(num_params * MASTER_BYTES, ranks)
+    where["optimizer"] = _share(num_params * ADAM_BYTES, ranks if zero_stage >= 1 else 1)
+    parts["activations"] = activation_bytes(token_budget, hidden, layers, intermediate, checkpointing, compute_bytes)
+    parts["logits"] = LOGIT_COPIES * 4 * logprob_chunk * vocab + vocab * hidden * (4 + compute_bytes)
+    return MemoryEstimate(parts, offloaded)
+
+
+def kv_bytes_per_token(layers: int, kv_heads: int, head_dim: int, compute_bytes: int = 2) -> int:
+    """Keys and values of one token in all layers: 2 L k d c."""
+    return 2 * layers * kv_heads * head_dim * compute_bytes
+
+
+def estimate_generator(
+    num_params: int,
+    *,
+    tensor_parallel_size: int,
+    layers: int,
+    kv_heads: int,
+    head_dim: int,
+    max_num_seqs: int,
+    max_length: int,
+    compute_bytes: int = 2,
+    kv_cache_bytes: int | None = None,
+) -> MemoryEstimate:
+    """One GPU (or one CPU process) of a generator.
+
+    weights   P c / TP
+    kv cache  ``kv_cache_bytes`` where it is fixed (CPU), else what ``max_num_seqs`` samples of full
+              length would fill: max_num_seqs * max_length * 2 L k d c / TP.  vLLM runs with less and
+              samples fewer at once; one sample of full length must fit.  Key/value heads are copied,
+              not split, beyond one a GPU.
+    """
+    split = min(tensor_parallel_size, kv_heads)
+    cache = kv_cache_bytes
+    if cache is None:
+        cache = _share(max_num_seqs * max_length * kv_bytes_per_token(layers, kv_heads, head_dim, compute_bytes), split)
+    return MemoryEstimate({"weights": _share(num_params * compute_bytes, tensor_parallel_size), "kv cache": cache})
+
+
+def estimate_reference(
+    num_params: int,
+    *,
+    token_budget: int,
+    hidden: int,
+    intermediate: int,
+    vocab: int,
+    logprob_chunk: int,
+    compute_bytes: int = 2,
+) -> MemoryEstimate:
+    """One reference worker: weights P c, activations of one layer N(2h + 2i)c (nothing is kept), logits as above."""
+    return MemoryEstimate(
+        {
+            "weights": num_params * compute_bytes,
+            "activations": 2 * token_budget * (hidden + intermediate) * compute_bytes,
+            "logits": LOGIT_COPIES * 4 * logprob_chunk * vocab,
+        }
+    )
+
+
+def checkpoint_bytes(num_params: int) -> int:
+    """Disk of one checkpoint: float32 weights and Adam's two moments, 12 P."""
+    return num_params * (MASTER_BYTES + ADAM_BYTES)
+
+
+def show_bytes(num_bytes: int) -> str:
+    """``1.5 GiB``: the largest binary unit that keeps the number at least 1."""
+    value, unit = float(num_bytes), "B"
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if abs(value) < 1024 or unit == "TiB":
+            break
+        value /= 1024
+    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"

@@ -1,0 +1,199 @@
+"""From a recipe and ``dotted.key=value`` overrides to a checked RunConfig that knows where each value came from.
+
+    recipe file -> raw mapping -> overrides applied -> RunConfig
+                                                   \\-> origins: default | recipe FILE | command line
+
+Whatever is wrong leaves as one InputError that names the key, the value, the reason and the remedy.
+May import: pydantic, yaml, rich, trainers.errors, launch.config and the other configuration files of this room.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from rich.console import Console
+from rich.text import Text
+
+from launch.config import RunConfig
+from launch.config_keys import Key, dotted, expected, explain, slot_at, takes_only_text, unknown_key
+from launch.recipe_files import locate_recipe, parse_yaml
+from trainers.errors import InputError
+
+DEFAULT, COMMAND_LINE = "default", "command line"
+COMMENT_COLUMN = 56  # where the origin starts in a listing, unless the value is longer
+
+
+@dataclass(frozen=True)
+class ResolvedConfig:
+    """A checked configuration, the origin of each of its leaves, and the recipe's text as it was read."""
+
+    config: RunConfig
+    origins: Mapping[str, str] = field(default_factory=dict)  # dotted key of a leaf -> where it came from
+    source_text: str = ""
+
+
+def load_config(recipe: str, overrides: Sequence[str] = ()) -> ResolvedConfig:
+    """Read ``recipe`` (a path or a shipped name), apply ``overrides`` in order and check the result.
+
+    Raises InputError for the first thing that is wrong and says how many more there are.
+    """
+    label, text = locate_recipe(recipe)
+    try:
+        raw = parse_yaml(text)
+    except yaml.YAMLError as error:
+        raise InputError("recipe", label, f"is not valid YAML: {error}", "mend the line that is named") from error
+    if not isinstance(raw, dict):
+        raise InputError("recipe", label, "is not a mapping of sections", "start from one of `burnish recipes ls`")
+    touched: list[Key] = []
+    for override in overrides:
+        touched.append(_apply(raw, override))
+    try:
+        config = RunConfig.model_validate(raw)
+    except ValidationError as error:
+        raise explain(RunConfig, error, label, raw) from error
+    origins = {dotted(key): _origin(raw, key, touched, label) for key, _ in leaves(config)}
+    return ResolvedConfig(config, origins, text)
+
+
+def _apply(raw: dict[Any, Any], override: str) -> Key:
+    """Set one ``dotted.key=value`` in ``raw``; returns the key."""
+    name, equals, text = override.partition("=")
+    if not equals or not name.strip():
+        raise InputError("override", override, "is not of the form dotted.key=value", "write for instance run.seed=1")
+    parts = name.strip().split(".")
+    key: Key = tuple(int(part) if part.isdigit() else part for part in parts)
+    slot = slot_at(RunConfig, key)
+    if slot is None or "" in parts:
+        raise unknown_key(RunConfig, key, text)
+    try:
+        value = parse_yaml(text)
+    except yaml.YAMLError as error:
+        if not takes_only_text(slot):
+            raise InputError(dotted(key), text, "is not valid YAML", f"give {expected(slot)}") from error
+        value = text
+    if takes_only_text(slot) and value is not None and not isinstance(value, str):
+        value = text  # run.name=007 and prompts.template="Q: {prompt}" are meant as written
+    _put(raw, key, value)
+    return key
+
+
+def _put(raw: dict[Any, Any], key: Key, value: Any) -> None:
+    """Set ``raw[key] = value``; a section or list that the recipe leaves out starts from the default."""
+    below: Any = raw
+    for depth, part in enumerate(key):
+        here = dotted(key[:depth])
+        if isinstance(below, list):
+            if not isinstance(part, int) or part > len(below):
+                reason = f"{here} has {len(below)} items, counted from 0"
+                raise InputError(dotted(key), value, reason, f"give an index from 0 to {len(below)} (the last one adds)")
+            if part == len(below):
+                below.append(None)
+        elif isinstance(below, dict):
+            # A key below a free mapping may look like a number; only lists are indexed by one.
+            part = str(part) if isinstance(part, int) and part not in below else part
+            below.setdefault(part, None)
+        else:
+            raise InputError(dotted(key), value, f"{here} is {below!r}, which has no keys", f"set {here} as a whole")
+        if depth == len(key) - 1:
+            below[part] = value
+        elif below[part] is None:
+            slot = slot_at(RunConfig, key[: depth + 1])
+            default = slot.default if slot is not None else None
+            below[part] = list(default) if isinstance(default, (tuple, list)) else {}
+        below = below[part]
+
+
+def leaves(model: BaseModel) -> Iterator[tuple[Key, Any]]:
+    """Every leaf ``(key, value)`` of a configuration, in the order of its fields."""
+    yield from _leaves((), model)
+
+
+def _leaves(key: Key, value: Any) -> Iterator[tuple[Key, Any]]:
+    if isinstance(value, BaseModel):
+        for name in type(value).model_fields:
+            yield from _leaves((*key, name), getattr(value, name))
+    elif isinstance(value, dict) and value:
+        for name, item in value.items():
+            yield from _leaves((*key, name), item)
+    elif isinstance(value, (tuple, list)) and any(isinstance(item, BaseModel) for item in value):
+        for index, item in enumerate(value):
+            yield from _leaves((*key, index), item)
+    else:
+        yield key, value
+
+
+def _origin(raw: Mapping[Any, Any], key: Key, touched: Sequence[Key], label: str) -> str:
+    below: Any = raw
+    for depth, part in enumerate(key):
+        present = (isinstance(below, dict) and part in below) or (
+            isinstance(below, list) and isinstance(part, int) and part < len(below)
+        )
+        if not present:
+            return DEFAULT
+        below = below[part]
+        if depth == len(key) - 1:
+            break
+    names = [tuple(str(part) for part in known) for known in touched]
+    own = tuple(str(part) for part in key)
+    if any(own[: len(name)] == name or name[: len(own)] == own for name in names):
+        return COMMAND_LINE
+    return f"recipe {label}"
+
+
+def _scalar(value: Any) -> str:
+    """One value as YAML on one line."""
+    if isinstance(value, (tuple, list)):
+        return "[" + ", ".join(_scalar(item) for item in value) + "]"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{_scalar(name)}: {_scalar(item)}" for name, item in value.items()) + "}"
+    if isinstance(value, str):
+        if re.fullmatch(r"[A-Za-z_./][\w./-]*", value, re.ASCII) and parse_yaml(value) == value:
+            return value
+        return yaml.safe_dump(value, default_style='"', width=10**9).strip()
+    return yaml.safe_dump(value, width=10**9).removesuffix("\n").removesuffix("\n...")
+
+
+def _lines(value: Any, key: Key, origins: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    """``(text, origin)`` of each line; section headings have no origin."""
+    indent = "  " * (len(key) - 1)
+    last = key[-1] if key else ""
+    name = "-" if isinstance(last, int) else f"{_scalar(last)}:"
+    children: list[tuple[Key, Any]]
+    if isinstance(value, BaseModel):
+        children = [((*key, child), getattr(value, child)) for child in type(value).model_fields]
+    elif isinstance(value, dict) and value:
+        children = [((*key, child), item) for child, item in value.items()]
+    elif isinstance(value, (tuple, list)) and any(isinstance(item, BaseModel) for item in value):
+        children = [((*key, index), item) for index, item in enumerate(value)]
+    else:
+        yield f"{indent}{name} {_scalar(value)}", origins.get(dotted(key), DEFAULT)
+        return
+    if key:
+        yield f"{indent}{name}", ""
+    for child, item in children:
+        yield from _lines(item, child, origins)
+
+
+def dump_yaml(resolved: ResolvedConfig) -> str:
+    """The whole configuration as YAML, one origin comment a value.  Loading it gives an equal RunConfig."""
+    text = "# Resolved configuration. The comment says where each value came from.\n"
+    for line, origin in _lines(resolved.config, (), resolved.origins):
+        text += f"{line:<{COMMENT_COLUMN}}  # {origin}\n" if origin else f"{line}\n"
+    return text
+
+
+def print_config(resolved: ResolvedConfig, console: Console | None = None) -> None:
+    """List every value with its origin; values that are not defaults stand out."""
+    console = console or Console()
+    for line, origin in _lines(resolved.config, (), resolved.origins):
+        text = Text(line.ljust(COMMENT_COLUMN) if origin else line, style="dim" if origin == DEFAULT else "")
+        if origin:
+            text.append(f"  # {origin}", style="dim" if origin == DEFAULT else "cyan")
+        else:
+            text.stylize("bold")
+        console.print(text, soft_wrap=True, highlight=False)

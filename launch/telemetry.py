@@ -1,0 +1,413 @@
+"""The recorder of a run: metrics.jsonl, events.jsonl, trajectories/*.parquet and W&B.
+
+The files are the truth and W&B a view of them: a row is on disk before W&B hears of it, and whatever W&B
+does, the run goes on (online -> offline -> disabled, each fall an event).  A step occurs once in
+metrics.jsonl: a resume from step N moves the rows after N to metrics.superseded.jsonl.
+May import: trainers, launch.config; wandb inside the constructor's call only.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import netrc
+import os
+import re
+import secrets
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+from urllib.parse import urlparse
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from rich.table import Table
+
+from launch.config import TelemetrySettings
+from trainers.experience import VERSION_SPAN, GroupRewards, TrajectoryGroup
+from trainers.metrics import METRICS, check
+
+if TYPE_CHECKING:
+    import wandb
+
+LOGGER = logging.getLogger("burnish.launch")
+
+WANDB_INIT_TIMEOUT_S = 30.0  # an unreachable server costs this once, before the first step
+WANDB_FINISH_TIMEOUT_S = 60.0  # then the rest stays on disk for `wandb sync`
+WANDB_MAX_PENDING = 1000  # rows W&B may lag behind; further ones are in metrics.jsonl only
+SAMPLE_TABLE_EVERY = 10  # steps between W&B sample tables, besides the steps with an evaluation
+SHOWN_EVENTS = frozenset({"alarm", "fault", "wandb_fallback", "record_lost"})  # also noted on the terminal
+KEY_METRICS = ("reward", "eval/accuracy", "completions/mean_length", "completions/clipped_ratio", "kl", "entropy",
+               "frac_reward_zero_std", "grad_norm", "time/step_s", "throughput/generate_tokens_per_s")
+
+
+class Watcher(Protocol):
+    """Shows the run while it goes on; ``launch.progress.Progress`` is one."""
+
+    def phase(self, name: str, done: int, total: int) -> None: ...
+
+    def step(self, step: int, metrics: Mapping[str, float]) -> None: ...
+
+    def note(self, text: str) -> None: ...
+
+
+# --- secrets ----------------------------------------------------------------------------------
+
+REDACTED = "<redacted>"
+_SECRET_NAME = re.compile(r"token(?!iz)|key|secret|password", re.IGNORECASE)
+_COUNT_NAME = re.compile(r"tokens|token_", re.IGNORECASE)  # max_tokens, token_budget: names of numbers
+_SECRET_VALUE = re.compile(
+    r"\b[0-9a-f]{40}\b|\bwandb_v\d+_\w{20,}|\bhf_\w{20,}|\bsk-[\w-]{20,}|\bgh[pousr]_\w{20,}|://[^/\s@]+:[^/\s@]+@"
+)
+_SECRET_ARGUMENT = re.compile(r"(token(?!s|_|iz)|key|secret|password)[\w.-]*(=|$)", re.IGNORECASE)
+
+
+def redact(value: Any, name: str = "") -> Any:
+    """``value`` with everything that could be a secret replaced, at any depth.
+
+    A value goes when its key matches token, key, secret or password, or when it looks like a credential.
+    Numbers whose key counts tokens (max_tokens, token_budget) stay, as do booleans and null.
+    """
+    if value is None or isinstance(value, bool):
+        return value
+    if _SECRET_NAME.search(name) and not (isinstance(value, int | float) and _COUNT_NAME.search(name)):
+        return REDACTED
+    if isinstance(value, Mapping):
+        return {str(k): redact(v, str(k)) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [redact(v) for v in value]
+    if isinstance(value, str):
+        return REDACTED if _SECRET_VALUE.search(value) else value
+    return value
+
+
+def _wandb_key_is_there() -> bool:
+    """Whether W&B would find a key without asking: its variables, or the netrc file."""
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    places = [os.environ["NETRC"]] if "NETRC" in os.environ else ["~/.netrc", "~/_netrc"]
+    for place in (Path(p).expanduser() for p in places):
+        try:
+            if place.is_file() and netrc.netrc(str(place)).authenticators(host):
+                return True
+        except (OSError, netrc.NetrcParseError):
+            continue
+    return False
+
+
+# --- JSON lines -------------------------------------------------------------------------------
+
+
+def read_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """Rows of a JSONL file, oldest first; none when it is missing.  Torn lines (a kill mid-write) are dropped."""
+    if not path.is_file():
+        return
+    with path.open(encoding="utf-8", errors="replace") as lines:
+        for line in lines:
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            if isinstance(row, dict):
+                yield row
+
+
+def _strict(value: Any) -> Any:
+    """``value`` as strict JSON: NaN and infinities become null, arrays lists, the unknown its ``str``."""
+    if isinstance(value, np.ndarray | np.generic):
+        value = value.tolist()
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, Mapping):
+        return {str(k): _strict(v) for k, v in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_strict(v) for v in value]
+    return str(value)
+
+
+class _Journal:
+    """An append-only JSONL file; every row is one write, so a kill loses at most the row being written."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._fd = os.open(path, os.O_CREAT | os.O_RDWR | os.O_APPEND, 0o644)
+        size = os.fstat(self._fd).st_size
+        self._torn = size > 0 and os.pread(self._fd, 1, size - 1) != b"\n"
+
+    def append(self, row: Mapping[str, Any]) -> bool:
+        """Write one row; False (and one line in the log) when the disk refuses it."""
+        line = json.dumps(_strict(row), allow_nan=False).encode() + b"\n"
+        data = b"\n" + line if self._torn else line  # a torn line before it must not swallow this one
+        try:
+            self._torn = os.write(self._fd, data) < len(data)
+        except OSError as error:
+            LOGGER.error("a row of %s is lost: %s", self._path, error)
+            return False
+        return not self._torn
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+def cut_after(folder: Path, step: int) -> int:
+    """Move what was recorded after ``step`` out of the way; returns the number of metric rows moved.
+
+    Metric rows go to metrics.superseded.jsonl (copied there before they leave, so a kill in between repeats
+    rows in that file and loses none); later trajectory files get the suffix ``.superseded``.
+    """
+    path = folder / "metrics.jsonl"
+    rows = list(read_rows(path))
+    late = [row for row in rows if row["step"] > step]
+    if late:
+        with (folder / "metrics.superseded.jsonl").open("a", encoding="utf-8") as out:
+            out.writelines(json.dumps(row) + "\n" for row in late)
+    if path.exists():  # rewritten even without late rows: a torn last line goes
+        fresh = path.with_suffix(".tmp")
+        fresh.write_text("".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step), encoding="utf-8")
+        os.replace(fresh, path)
+    for file in (folder / "trajectories").glob("step-*.parquet"):
+        if int(file.stem.removeprefix("step-")) > step:
+            os.replace(file, file.with_name(file.name + ".superseded"))
+    return len(late)
+
+
+def trajectory_table(groups: Sequence[TrajectoryGroup], rewards: Sequence[GroupRewards],
+                     advantages: Mapping[str, np.ndarray]) -> pa.Table:
+    """One row a sample, in group and sample order; a masked reward or advantage is null.
+
+    ``rewards`` is parallel to ``groups`` (ValueError otherwise); ``advantages``: group id -> float [G].
+    """
+    ids = [g.group_id for g in groups]
+    if ids != [r.group_id for r in rewards]:
+        raise ValueError(f"groups and rewards do not belong together: {ids[:4]} against others")
+    samples = [(g, t) for g in groups for t in g.trajectories]
+    sizes = [len(g.trajectories) for g in groups]
+
+    def column(per_group: Sequence[np.ndarray | None]) -> pa.Array:
+        parts = [np.full(n, np.nan) if a is None else np.asarray(a, np.float64)
+                 for a, n in zip(per_group, sizes, strict=True)]
+        return pa.array(np.concatenate(parts) if parts else np.zeros(0), pa.float64(), from_pandas=True)
+
+    ints = pa.list_(pa.int32())
+    columns: dict[str, pa.Array] = {
+        "group_id": pa.array([g.group_id for g, _ in samples], pa.string()),
+        "sample_index": pa.array([t.sample_index for _, t in samples], pa.int32()),
+        "seed": pa.array([t.seed for _, t in samples], pa.int64()),
+        "prompt": pa.array([g.prompt.text for g, _ in samples], pa.string()),
+        "completion": pa.array([t.text for _, t in samples], pa.string()),
+        "prompt_ids": pa.array([g.prompt.token_ids for g, _ in samples], ints),
+        "completion_ids": pa.array([t.completion_ids for _, t in samples], ints),
+        "behavior_logprobs": pa.array([t.behavior_logprobs for _, t in samples], pa.list_(pa.float32())),
+        "version_spans": pa.array(
+            [[{"incarnation": s.version.incarnation, "step": s.version.step, "num_tokens": s.num_tokens}
+              for s in t.version_spans] for _, t in samples], pa.list_(VERSION_SPAN)),
+        "finish_reason": pa.array([t.finish_reason for _, t in samples], pa.string()),
+        "reward": column([r.totals for r in rewards]),
+        "advantage": column([advantages.get(i) for i in ids]),
+    }
+    for part in dict.fromkeys(name for r in rewards for name in r.parts):
+        columns[f"rewards/{part}"] = column([r.parts.get(part) for r in rewards])
+    return pa.table(columns)
+
+
+# --- the recorder -----------------------------------------------------------------------------
+
+
+class Telemetry:
+    """Implements ``trainers.protocols.Recorder``; call :meth:`trajectories` before :meth:`step` of the same step.
+
+    ``config`` is the resolved run configuration as plain data.  ``resume_step``: the step of the checkpoint the
+    run continues from; None starts anew (earlier rows of the folder are set aside, not kept).
+    Nothing here raises for a full disk or a failing W&B; ValueError is for callers' mistakes only: a metric
+    without a dictionary line, a step recorded twice.
+    """
+
+    def __init__(self, folder: Path, config: Mapping[str, Any], settings: TelemetrySettings, *,
+                 wandb_id: str | None = None, resume_step: int | None = None, watcher: Watcher | None = None) -> None:
+        (folder / "trajectories").mkdir(parents=True, exist_ok=True)
+        self._folder, self._settings, self._watcher = folder, settings, watcher
+        self._num_superseded = cut_after(folder, -1 if resume_step is None else resume_step)
+        self._rows = list(read_rows(folder / "metrics.jsonl"))
+        self._last_step = self._rows[-1]["step"] if self._rows else -1
+        before = list(read_rows(folder / "events.jsonl")) if resume_step is not None else []
+        self._metrics, self._events = _Journal(folder / "metrics.jsonl"), _Journal(folder / "events.jsonl")
+        known = [e["wandb_id"] for e in before if e.get("kind") == "recording" and e.get("wandb_id")]
+        self._wandb_id = wandb_id or (known[-1] if known else secrets.token_hex(4))
+        self._table: wandb.Table | None = None
+        self._eval_every = int((config.get("evaluation") or {}).get("every") or 0)
+        # W&B has a thread of its own, so a stalled service stalls nothing else; its errors come back as values
+        # (future.exception()), since several of them have no public class, and each becomes an event.
+        self._aside = ThreadPoolExecutor(max_workers=1, thread_name_prefix="wandb")
+        self._pending: deque[Future[None]] = deque()
+        self._next_wandb_step = 0
+        self._run: wandb.Run | None = None
+        for mode in self._modes():
+            self._run = self._open_wandb(mode, redact(config))
+            if self._run is not None:
+                self._next_wandb_step = self._run.step
+                break
+        self.event("recording", step=resume_step, num_superseded=self._num_superseded, wandb_id=self.wandb_id,
+                   wandb="disabled" if self._run is None else "offline" if self._run.offline else "online",
+                   url=self.url)
+
+    @property
+    def wandb_id(self) -> str | None:
+        """The W&B run id, to be given back on resume; None when W&B is disabled by configuration."""
+        return None if self._settings.wandb == "disabled" else self._wandb_id
+
+    @property
+    def url(self) -> str | None:
+        """Where the run is shown; None offline."""
+        return None if self._run is None or self._run.offline else self._run.url
+
+    def _modes(self) -> tuple[str, ...]:
+        """W&B modes to try, in order."""
+        asked = self._settings.wandb
+        if asked == "auto":
+            said = os.environ.get("WANDB_MODE", "")
+            asked = said if said in ("online", "offline", "disabled") else "online"  # type: ignore[assignment]
+            if asked == "online" and not _wandb_key_is_there():
+                asked = "offline"
+        elif asked == "online" and not _wandb_key_is_there():  # wandb would stop and ask on the terminal
+            self.event("wandb_fallback", mode="online", reason="no key: set WANDB_API_KEY or run `wandb login`")
+            asked = "offline"
+        return {"online": ("online", "offline"), "offline": ("offline",)}.get(asked, ())
+
+    def _open_wandb(self, mode: str, config: dict[str, Any]) -> wandb.Run | None:
+        try:
+            import wandb
+        except ImportError as error:
+            self.event("wandb_fallback", mode=mode, reason=str(error))
+            return None
+        settings = wandb.Settings(
+            init_timeout=WANDB_INIT_TIMEOUT_S, login_timeout=WANDB_INIT_TIMEOUT_S,
+            finish_timeout=WANDB_FINISH_TIMEOUT_S, reinit="create_new", silent=True, disable_code=True,
+            console="off",  # the live display is no log, and what is printed may hold secrets
+            x_disable_meta=any(_SECRET_ARGUMENT.search(a) or _SECRET_VALUE.search(a) for a in sys.argv),
+        )
+
+        def start() -> wandb.Run:
+            run = wandb.init(project=self._settings.project, name=(config.get("run") or {}).get("name"),
+                             id=self._wandb_id, resume="allow", mode=mode,  # type: ignore[arg-type]
+                             dir=str(self._folder), tags=list(self._settings.tags), config=config, settings=settings)
+            run.define_metric("step")
+            for names in ("*", "eval/*", "push/*"):
+                run.define_metric(names, step_metric="step")
+            return run
+
+        started = self._aside.submit(start)
+        if self._failed(started, mode, 2 * WANDB_INIT_TIMEOUT_S):
+            # The failed start holds the run id until its service ends.
+            self._failed(self._aside.submit(wandb.teardown), "teardown", WANDB_INIT_TIMEOUT_S)
+            return None
+        return started.result()
+
+    def _failed(self, call: Future[Any], doing: str, deadline_s: float) -> bool:
+        """Wait for a W&B call; True, with an event, when it raised or did not end in ``deadline_s``."""
+        try:
+            error = call.exception(timeout=deadline_s)
+        except (TimeoutError, CancelledError):
+            error = TimeoutError(f"no answer from W&B in {deadline_s:g} s")
+        if error is not None:
+            reason = f"{type(error).__name__}: {error}"
+            self.event("wandb_fallback", mode=doing, reason=redact(reason[:500]))
+        return error is not None
+
+    def _log_wandb(self, row: dict[str, Any]) -> None:
+        while self._run is not None and self._pending and self._pending[0].done():
+            if self._failed(self._pending.popleft(), "running", 0):
+                self._run = None
+        if self._run is None or len(self._pending) >= WANDB_MAX_PENDING:
+            return
+        # W&B's own counter only ever grows; the axis of every chart is the logged `step`.
+        counter = max(row["step"], self._next_wandb_step)
+        self._next_wandb_step = counter + 1
+        self._pending.append(self._aside.submit(self._run.log, row, step=counter, commit=True))
+
+    # Recorder ---------------------------------------------------------------------------------
+
+    def step(self, step: int, metrics: Mapping[str, float]) -> None:
+        """One row; NaN and infinite values are null there and left out of W&B."""
+        for name in metrics:
+            check(name)
+        if step <= self._last_step:
+            raise ValueError(f"step {step} comes after step {self._last_step}: a step is recorded once, in order")
+        self._last_step = step
+        row: dict[str, Any] = {"step": step, "time_unix": time.time(), **_strict(metrics)}
+        self._metrics.append(row)
+        self._rows.append(row)
+        shown = {k: v for k, v in row.items() if v is not None and k != "time_unix"}
+        if self._table is not None:
+            shown["samples"], self._table = self._table, None
+        self._log_wandb(shown)
+        if self._watcher is not None:
+            self._watcher.step(step, metrics)
+
+    def event(self, kind: str, **fields: Any) -> None:
+        """One row of events.jsonl: time_unix, kind, step (the last recorded one unless given), fields."""
+        step = fields.pop("step", None)
+        step = self._last_step if step is None and self._last_step >= 0 else step
+        self._events.append({"time_unix": time.time(), "kind": kind, "step": step, **fields})
+        if self._watcher is not None and kind in SHOWN_EVENTS:
+            self._watcher.note(f"{kind}: " + ", ".join(f"{k}={v}" for k, v in fields.items()))
+
+    def phase(self, name: str, done: int, total: int) -> None:
+        """Passed on to the watcher."""
+        if self._watcher is not None:
+            self._watcher.phase(name, done, total)
+
+    def trajectories(self, step: int, groups: Sequence[TrajectoryGroup], rewards: Sequence[GroupRewards],
+                     advantages: Mapping[str, np.ndarray]) -> None:
+        """Write trajectories/step-NNNNNN.parquet; every tenth and every evaluated step W&B gets a few rows."""
+        table = trajectory_table(groups, rewards, advantages)
+        path = self._folder / "trajectories" / f"step-{step:06d}.parquet"
+        fresh = path.with_name(f".{path.name}.tmp")
+        try:
+            pq.write_table(table, fresh, compression="zstd")
+            os.replace(fresh, path)
+        except OSError as error:
+            self.event("record_lost", step=step, file=path.name, reason=str(error))
+        shown = step % SAMPLE_TABLE_EVERY == 0 or bool(self._eval_every and step % self._eval_every == 0)
+        if self._run is not None and self._settings.num_sample_rows and shown and table.num_rows:
+            import wandb
+
+            few = table.slice(0, self._settings.num_sample_rows)
+            names = ["step", "prompt", "completion", *(n for n in few.column_names if n.startswith("reward")),
+                     "advantage", "finish_reason"]
+            data = [[step, *(row[n] for n in names[1:])] for row in few.to_pylist()]
+            self._table = wandb.Table(columns=names, data=data)
+
+    def summary(self) -> Table:
+        """First, last and best of the metrics that tell how the run went."""
+        table = Table(title=f"{self._folder.name}: {len(self._rows)} steps")
+        for title in ("metric", "unit", "first", "last", "best"):
+            table.add_column(title, justify="left" if title in ("metric", "unit") else "right")
+        for name in KEY_METRICS:
+            values = [row[name] for row in self._rows if row.get(name) is not None]
+            if values:
+                best = f"{max(values):.4g}" if name in ("reward", "eval/accuracy") else ""
+                table.add_row(name, METRICS[name].unit, f"{values[0]:.4g}", f"{values[-1]:.4g}", best)
+        return table
+
+    def close(self) -> None:
+        """End W&B (at most about WANDB_FINISH_TIMEOUT_S; what is left stays on disk) and close the files."""
+        run, self._run = self._run, None
+        if run is not None:
+            failed = self._failed(self._aside.submit(run.finish), "finish", 1.5 * WANDB_FINISH_TIMEOUT_S)
+            for call in () if failed else self._pending:
+                self._failed(call, "running", 0)
+        self._pending.clear()
+        self._aside.shutdown(wait=False, cancel_futures=True)
+        self._metrics.close()
+        self._events.close()
