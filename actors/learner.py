@@ -26,7 +26,7 @@ from actors.packing import Pack, build_pack
 from actors.publishing import WeightSource
 from actors.scoring import filler_microbatch, score_samples
 from actors.settings import LearnerSettings, SamplingSettings
-from cluster.rendezvous import Rendezvous, join
+from cluster.rendezvous import Rendezvous, free_port, join, node_address
 from trainers.algorithms import AlgorithmSettings
 from trainers.batching import plan_microbatches
 from trainers.losses import kl_estimate
@@ -246,6 +246,15 @@ class DeepSpeedLearner:
     def weights_call(self, method: str, *args: Any) -> Any:
         """A method of this rank's :class:`actors.publishing.WeightSource`."""
         return getattr(self.weights, method)(*args)
+
+    def stage_weights(self, serves: bool, version: str, dtype: str, bucket_bytes: int) -> dict[str, Any] | None:
+        """See :meth:`actors.publishing.WeightSource.stage`; a collective."""
+        return self.weights.stage(version, dtype, bucket_bytes, serves)
+
+    def meeting_point(self) -> tuple[str, int]:
+        """(address, free port) of this rank's node."""
+        address = node_address()
+        return address, free_port(address)
 
     def save(self, directory: str) -> None:
         """This rank's shard of weights, optimizer and RNG below ``directory``."""

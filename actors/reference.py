@@ -37,10 +37,10 @@ class ReferenceModel:
             torch.cuda.set_device(self.device)
         self._model = load_policy(settings.path or model_path, chunk, getattr(torch, dtype)).to(self.device).eval()
 
-    def logprobs(self, payload: Any, deadline_s: float) -> tuple[dict[str, float], pa.Buffer]:
-        """({"score_s"}, log-probs of each completion as Arrow) for one group's payload."""
+    def logprobs(self, payload: list[Any], deadline_s: float) -> tuple[dict[str, float], pa.Buffer]:
+        """({"score_s"}, log-probs of each completion as Arrow) for the one group in ``payload``."""
         started = time.perf_counter()
-        group = decode_group(fetch(payload, deadline_s))
+        group = decode_group(fetch(payload[0], deadline_s))
         rows = score_samples(
             self._score,
             [group.prompt.token_ids] * len(group.trajectories),

@@ -204,7 +204,7 @@ class CheckpointStore:
             raise DamagedError(f"{source}: cannot be read ({' '.join(str(error).split())})") from error
         version = manifest.get("format_version") if isinstance(manifest, dict) else None
         if isinstance(version, int) and version > FORMAT_VERSION:
-            raise DamagedError(f"{source}: format_version {version} is newer than this Burnish reads ({FORMAT_VERSION})")
+            raise DamagedError(f"{source}: format_version {version} is newer than {FORMAT_VERSION}, the one read here")
         if version != FORMAT_VERSION or manifest.get("seal") != _seal(manifest):
             raise DamagedError(f"{source}: its content does not match its seal")
         if manifest["step"] != step:

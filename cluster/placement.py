@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import sysconfig
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -27,6 +28,9 @@ logger = logging.getLogger("burnish.cluster")
 
 # Ray's own: without it an actor that asks for no GPU is started with CUDA_VISIBLE_DEVICES="".
 _ACCELERATOR = "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"
+
+
+KNOCK_TIMEOUT_S = 10.0  # for a TCP connection to the head node, which is up or is not
 
 
 @dataclass(frozen=True)
@@ -54,8 +58,9 @@ def start_or_join(settings: ClusterSettings, num_slots: int) -> RayHandle:
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
     if address and address != "local":
         try:
+            _knock(address)
             ray.init(address=address, **quiet)
-        except (ConnectionError, ValueError) as error:
+        except (OSError, ValueError) as error:
             raise ShortfallError(
                 "cluster.address", address, f"no Ray answers there ({' '.join(str(error).split())[:200]})",
                 "start one with `ray start --head`, or leave cluster.address and RAY_ADDRESS unset",
@@ -71,6 +76,13 @@ def start_or_join(settings: ClusterSettings, num_slots: int) -> RayHandle:
     handle = RayHandle(ray.get_runtime_context().gcs_address, started_here=True)
     logger.info("started Ray at %s for %d workers", handle.address, num_slots)
     return handle
+
+
+def _knock(address: str) -> None:
+    """OSError when nothing listens at HOST:PORT: Ray itself would go on trying for minutes."""
+    host, _, port = address.rpartition(":")
+    if host and port.isdigit() and "/" not in host:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=KNOCK_TIMEOUT_S).close()
 
 
 def nodes_of_cluster() -> list[NodeSupply]:

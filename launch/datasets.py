@@ -69,13 +69,20 @@ def _files(path: Path, split: str | None, field: str) -> list[Path]:
     if path.is_file():
         if path.suffix not in READERS:
             raise InputError(f"{field}.path", str(path), "is of an unknown kind", f"use one of {', '.join(READERS)}")
-        return [path]
+        return _whole([path], split, None, field)
     if (path / "dataset_dict.json").is_file():
         names = json.loads((path / "dataset_dict.json").read_text())["splits"]
         return _saved_parts(path / _choose(split, names, field), field)
     if (path / "state.json").is_file():
-        return _saved_parts(path, field)
+        own_split = json.loads((path / "state.json").read_text()).get("_split")
+        return _whole(_saved_parts(path, field), split, own_split, field)
     return _loose_files(path, split, field)
+
+
+def _whole(files: list[Path], split: str | None, own_split: str | None, field: str) -> list[Path]:
+    if split not in (None, own_split):
+        raise InputError(f"{field}.split", split, "the dataset has no splits to choose from", "leave split out")
+    return files
 
 
 def _choose(split: str | None, names: list[str], field: str) -> str:
@@ -156,7 +163,7 @@ def _jsonl(file: Path, field: str) -> Iterator[tuple[str, Row]]:
 def _arrow(file: Path, column: str, field: str) -> Iterator[tuple[str, Row]]:
     try:
         if file.suffix == ".parquet":
-            table = pq.read_table(file)
+            table = pq.ParquetFile(file).read()
         else:
             with pa.memory_map(str(file)) as source:
                 is_file = source.read(6) == b"ARROW1"

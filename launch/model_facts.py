@@ -116,7 +116,7 @@ def _count_parameters(shard: Path, field: str) -> int:
             header = json.loads(file.read(length))
         tensors = [entry for name, entry in header.items() if name != "__metadata__"]
         needed = 8 + length + max((entry["data_offsets"][1] for entry in tensors), default=0)
-        count = sum(math.prod(entry["shape"]) for entry in tensors)
+        count = sum(int(math.prod(entry["shape"])) for entry in tensors)
     except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
         raise InputError(field, str(shard), f"its header cannot be read ({error})", remedy) from error
     if size != needed:

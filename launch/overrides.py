@@ -90,7 +90,8 @@ def _put(raw: dict[Any, Any], key: Key, value: Any) -> None:
         if isinstance(below, list):
             if not isinstance(part, int) or part > len(below):
                 reason = f"{here} has {len(below)} items, counted from 0"
-                raise InputError(dotted(key), value, reason, f"give an index from 0 to {len(below)} (the last one adds)")
+                remedy = f"give an index from 0 to {len(below)} (the last one adds)"
+                raise InputError(dotted(key), value, reason, remedy)
             if part == len(below):
                 below.append(None)
         elif isinstance(below, dict):
@@ -154,8 +155,8 @@ def _scalar(value: Any) -> str:
     if isinstance(value, str):
         if re.fullmatch(r"[A-Za-z_./][\w./-]*", value, re.ASCII) and parse_yaml(value) == value:
             return value
-        return yaml.safe_dump(value, default_style='"', width=10**9).strip()
-    return yaml.safe_dump(value, width=10**9).removesuffix("\n").removesuffix("\n...")
+        return str(yaml.safe_dump(value, default_style='"', width=10**9)).strip()
+    return str(yaml.safe_dump(value, width=10**9)).removesuffix("\n").removesuffix("\n...")
 
 
 def _lines(value: Any, key: Key, origins: Mapping[str, str]) -> Iterator[tuple[str, str]]:

@@ -215,7 +215,7 @@ class PromptStream:
         return self._prompts[self._index(position)]
 
     def occurrence(self, position: int) -> int:
-        """How many times this prompt has its turn earlier: the epoch, if the prompts are distinct.
+        """A number that differs between all turns of one question: the epoch, if no question has a copy.
 
         Pass it to ``sample_seed`` as ``epoch``: copies of one question then draw different samples.
         """

@@ -17,7 +17,7 @@ import yaml
 from trainers.errors import InputError
 
 
-class RecipeLoader(yaml.SafeLoader):
+class RecipeLoader(yaml.SafeLoader):  # type: ignore[misc, unused-ignore]  # without stubs it is Any
     """Safe YAML without its three traps: ``1e-5`` is a number, dates stay text, a key given twice is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -29,7 +29,7 @@ class RecipeLoader(yaml.SafeLoader):
                         None, None, f"the key {key_node.value!r} is given twice", key_node.start_mark
                     )
                 seen.add(key_node.value)
-        return super().construct_mapping(node, deep)
+        return dict(super().construct_mapping(node, deep))
 
 
 RecipeLoader.yaml_implicit_resolvers = {

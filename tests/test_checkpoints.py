@@ -134,7 +134,7 @@ def flip(path: Path) -> None:
         ("ledger.json", lambda path: path.unlink(), "missing"),
         (MANIFEST, lambda path: path.unlink(), "missing"),
         (MANIFEST, lambda path: path.write_text(path.read_text()[:40]), "cannot be read"),
-        (MANIFEST, lambda path: path.write_text(path.read_text().replace('"incarnation": 1', '"incarnation": 2')), "seal"),
+        (MANIFEST, lambda path: path.write_text(path.read_text().replace('tion": 1,', 'tion": 2,')), "seal"),
         (MANIFEST, lambda path: path.write_text("[]"), "seal"),
     ],
 )

@@ -85,7 +85,7 @@ def everything_under(folder: Path) -> bytes:
 
 def test_nan_and_infinities_are_null_in_every_file(tmp_path: Path) -> None:
     t = Telemetry(tmp_path, {}, OFF)
-    t.step(1, {"reward": NAN, "kl": float("inf"), "loss": np.float32("nan"), "entropy": np.float64(0.5)})
+    t.step(1, {"reward": NAN, "kl": float("inf"), "loss": float(np.float32("nan")), "entropy": np.float64(0.5)})
     t.event("alarm", value=NAN, many=[1.0, -float("inf")], array=np.array([NAN, 2.0]), kind_of=Path("x"))
     t.close()
     (row,) = lines(tmp_path / "metrics.jsonl")
@@ -228,7 +228,7 @@ def test_redaction_spares_counts_of_tokens_and_ordinary_text() -> None:
 def test_without_a_key_wandb_is_offline_and_online_falls_back_with_an_event(tmp_path: Path) -> None:
     for asked, num_falls in (("auto", 0), ("online", 1)):
         folder = tmp_path / asked
-        t = Telemetry(folder, {}, TelemetrySettings(wandb=asked))
+        t = Telemetry(folder, {}, TelemetrySettings.model_validate({"wandb": asked}))
         t.close()
         events = lines(folder / "events.jsonl")
         assert [e["kind"] for e in events].count("wandb_fallback") == num_falls
@@ -336,7 +336,8 @@ def test_inspect_shows_metrics_evaluation_samples_and_events(tmp_path: Path) -> 
     inspect_run(a_run(tmp_path / "r"), console, None, 1)
     assert isinstance(console.file, io.StringIO)
     text = console.file.getvalue()
-    for part in ("61 steps recorded", "held-out evaluation, step 60", "eval/exact/mean", "answer 0 [/b]", "num_bytes=5"):
+    evaluation = ("held-out evaluation, step 60", "eval/exact/mean")
+    for part in ("61 steps recorded", *evaluation, "answer 0 [/b]", "num_bytes=5"):
         assert part in text
     assert "answer 1" not in text
 

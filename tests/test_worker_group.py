@@ -15,7 +15,7 @@ import pytest
 import ray
 
 from cluster import placement as placement_module
-from cluster.errors import ClusterError, DeadlineError, WorkerError
+from cluster.errors import ClusterError, DeadlineError, ShortfallError, WorkerError
 from cluster.host import host_facts, pin_to, worker_environment
 from cluster.layout import Layout, NodeSupply, RoleDemand, WorkerSlot, plan_layout
 from cluster.placement import Placement, nodes_of_cluster, start_or_join
@@ -40,7 +40,8 @@ class Worker:
         threading.Event().wait(stall_s)
         if refuse:
             raise RefusedError("model.path", "/nowhere")
-        self.rank, self.closed_at = rank, None
+        self.rank = rank
+        self.closed_at: str | None = None
 
     def add(self, one: int, other: int = 0) -> int:
         return self.rank + one + other
@@ -172,6 +173,14 @@ def launch_ray(ray_placement: tuple[Placement, Layout]) -> Iterator[Launcher]:
     yield launcher
     for group in launcher.groups:
         asyncio.run(group.shutdown(deadline_s=0.5))
+
+
+def test_an_address_where_no_ray_answers_is_refused_at_once() -> None:
+    if ray.is_initialized():
+        pytest.skip("a process has one Ray: this one is running already")
+    address = f"127.0.0.1:{free_port()}"
+    with pytest.raises(ShortfallError, match=rf"cluster\.address = '{address}': no Ray answers there"):
+        start_or_join(ClusterSettings(address=address), num_slots=1)
 
 
 def test_results_come_in_index_order_with_each_workers_own_arguments(launch: Launcher) -> None:

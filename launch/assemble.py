@@ -1,0 +1,227 @@
+"""Puts the parts together: layout, workers, fleets, publisher.  The only place that knows them all.
+
+May import: everything.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from actors.fleet import GeneratorFleet, LearnerGang, ReferencePool, RewardPool
+from actors.generator import VLLMGenerator
+from actors.learner import DeepSpeedLearner
+from actors.modeling import compute_dtype
+from actors.publisher import Publisher, Transport
+from actors.reference import ReferenceModel
+from actors.reward_worker import RewardWorker
+from cluster.host import native_bfloat16, num_cpus
+from cluster.layout import Layout, NodeSupply, plan_layout
+from cluster.placement import Placement, RayHandle, nodes_of_cluster, start_or_join
+from cluster.rendezvous import Rendezvous, free_port, node_address
+from cluster.weight_channel import free_bytes
+from cluster.worker_group import WorkerGroup
+from launch.config import RunConfig
+from launch.demands import role_demands
+from launch.prepare import Prepared
+from trainers.errors import InputError
+from trainers.experience import WeightVersion
+
+SHARED_MEMORY = Path("/dev/shm")
+
+
+def choose_device(config: RunConfig, nodes: list[NodeSupply]) -> str:
+    """``cuda`` where the cluster has GPUs and the recipe does not say otherwise."""
+    has_gpus = any(n.num_gpus for n in nodes)
+    if config.cluster.device == "cuda" and not has_gpus:
+        wanted = sum(d.num_workers * d.gpus_per_worker for d in role_demands(config, True))
+        raise InputError(
+            "cluster.device", "cuda", f"the recipe needs {wanted:g} GPUs and the cluster has 0 ({wanted:g} short)",
+            "run it on a cluster with GPUs, or set cluster.device=cpu",
+        )  # fmt: skip
+    return "cuda" if has_gpus and config.cluster.device != "cpu" else "cpu"
+
+
+def choose_transport(config: RunConfig, device: str) -> Transport:
+    """How weights travel; between CPU processes ``nccl`` runs its state machine over gloo."""
+    backend = config.push.backend
+    if backend == "auto":
+        backend = "file" if device == "cpu" else "ipc" if config.cluster.colocate else "nccl"
+    if backend == "ipc" and device == "cpu":
+        raise InputError("push.backend", "ipc", "it shares GPU memory and this run has no GPU", "use file or auto")
+    return {"file": "file", "nccl": "group", "ipc": "ipc"}[backend]  # type: ignore[return-value]
+
+
+def push_directory(config: RunConfig, run_folder: Path, num_bytes: int) -> Path:
+    """Shared memory of this host when a version fits twice, else the run folder."""
+    if config.push.directory is not None:
+        return Path(config.push.directory)
+    if SHARED_MEMORY.is_dir() and free_bytes(SHARED_MEMORY) > 2 * num_bytes:
+        return Path(tempfile.mkdtemp(prefix=f"burnish-{config.run.name}-", dir=SHARED_MEMORY))
+    return run_folder / "weights"
+
+
+@dataclass
+class Fleet:
+    """A running system."""
+
+    generators: WorkerGroup
+    learners: WorkerGroup
+    rewards: WorkerGroup
+    references: WorkerGroup | None
+    generator: GeneratorFleet
+    learner: LearnerGang
+    scorer: RewardPool
+    reference: ReferencePool | None
+    publisher: Publisher
+    layout: Layout
+    device: str
+    dtype: str
+    _placement: Placement | None
+    _ray: RayHandle | None
+    _scratch: Path | None
+
+    async def close(self) -> None:
+        """End every worker, generators first: nobody then waits for a dead learner."""
+        for group in (self.generators, self.rewards, self.references, self.learners):
+            if group is not None:
+                await group.shutdown()
+        if self._placement is not None:
+            self._placement.remove()
+        if self._ray is not None:
+            self._ray.stop()
+        if self._scratch is not None:
+            shutil.rmtree(self._scratch, ignore_errors=True)
+
+
+def connect(config: RunConfig) -> tuple[RayHandle | None, list[NodeSupply]]:
+    """Join or start Ray and list its nodes; without Ray in the in-process twin."""
+    if config.cluster.backend == "in_process":
+        import torch
+
+        return None, [NodeSupply("this process", num_cpus(), torch.cuda.device_count())]
+    handle = start_or_join(config.cluster, sum(d.num_workers for d in role_demands(config, False)))
+    nodes = nodes_of_cluster()
+    wanted = config.cluster.num_nodes
+    if wanted is not None and len(nodes) < wanted:
+        raise InputError(
+            "cluster.num_nodes", wanted, f"the Ray cluster has {len(nodes)} nodes ({wanted - len(nodes)} short)",
+            "start Ray on the missing nodes, or lower it",
+        )  # fmt: skip
+    return handle, nodes
+
+
+async def assemble(
+    config: RunConfig, prepared: Prepared, run_folder: Path, version: WeightVersion,
+    handle: RayHandle | None, nodes: list[NodeSupply],
+) -> Fleet:  # fmt: skip
+    """Place and construct every worker; returns when all are ready."""
+    device = choose_device(config, nodes)
+    transport = choose_transport(config, device)
+    layout = plan_layout(role_demands(config, device == "cuda"), nodes, config.cluster.colocate)
+    native = device == "cuda" or native_bfloat16()
+    dtype = str(compute_dtype(config.model.dtype, native)).removeprefix("torch.")
+    placement = None if handle is None else Placement.create(layout, config.cluster.placement_deadline_s)
+
+    def launch(name: str, factory: type, kwargs: list[Mapping[str, Any]], concurrency: int, deadline: float) -> WorkerGroup:
+        return WorkerGroup.launch(
+            name, factory, kwargs, placement=placement, slots=layout.of(name),
+            concurrency=concurrency, start_deadline_s=deadline,
+        )  # fmt: skip
+
+    sampling = config.generator.sampling
+    generators = launch(
+        "generator",
+        VLLMGenerator,
+        [
+            {
+                "name": f"generator-{i}", "model_path": prepared.model_path, "settings": config.generator,
+                "dtype": dtype, "device": device, "max_length": prepared.max_length,
+                "seed": config.run.seed, "version": tuple(version),
+            }
+            for i in range(config.generator.num_workers)
+        ],
+        concurrency=4096,  # an asyncio actor: calls are groups being sampled, and vLLM batches them
+        deadline=config.generator.start_deadline_s,
+    )  # fmt: skip
+    address = node_address() if device == "cuda" and len(nodes) > 1 else "127.0.0.1"
+    rendezvous = Rendezvous(address, free_port(address), config.learner.num_workers)
+    learners = launch(
+        "learner",
+        DeepSpeedLearner,
+        [
+            {
+                "rank": rank, "rendezvous": rendezvous, "model_path": prepared.model_path,
+                "settings": config.learner, "algorithm": config.algorithm, "sampling": sampling, "dtype": dtype,
+                "device": _torch_device(device), "num_steps": config.run.num_steps, "seed": config.run.seed,
+            }
+            for rank in range(config.learner.num_workers)
+        ],
+        concurrency=1,
+        deadline=config.learner.start_deadline_s,
+    )  # fmt: skip
+    rewards = launch(
+        "reward_workers", RewardWorker,
+        [{"rewards": config.rewards, "settings": config.reward_workers}] * config.reward_workers.num_workers,
+        concurrency=64, deadline=config.cluster.start_deadline_s,
+    )  # fmt: skip
+    references = None
+    if config.algorithm.needs_reference:
+        references = launch(
+            "reference", ReferenceModel,
+            [
+                {
+                    "model_path": prepared.model_path, "settings": config.reference,
+                    "temperature": sampling.temperature, "chunk": config.learner.logprob_chunk,
+                    "dtype": dtype, "device": _torch_device(device),
+                }
+            ] * config.reference.num_workers,
+            concurrency=1, deadline=config.cluster.start_deadline_s,
+        )  # fmt: skip
+    size = 4 if dtype == "float32" else 2
+    directory = push_directory(config, run_folder, prepared.facts.num_params * size)
+    fleet = Fleet(
+        generators=generators,
+        learners=learners,
+        rewards=rewards,
+        references=references,
+        generator=GeneratorFleet(generators, config.generator.group_deadline_s),
+        learner=LearnerGang(learners, config.learner.update_deadline_s),
+        scorer=RewardPool(rewards, _reward_deadline(config)),
+        reference=None if references is None else ReferencePool(references, config.reference.deadline_s),
+        publisher=Publisher(
+            learners, generators, transport, directory, dtype, config.push.bucket_bytes,
+            config.generator.tensor_parallel_size, config.push.deadline_s,
+        ),
+        layout=layout,
+        device=device,
+        dtype=dtype,
+        _placement=placement,
+        _ray=handle,
+        _scratch=directory if config.push.directory is None else None,
+    )  # fmt: skip
+    try:
+        # Learners first: in the in-process twin constructors run one after the other.
+        for group in (learners, generators, rewards, references):
+            if group is not None:
+                await group.ready()
+    except BaseException:
+        await fleet.close()
+        raise
+    return fleet
+
+
+def _torch_device(device: str) -> str:
+    return "cuda:0" if device == "cuda" else "cpu"  # Ray shows each worker its own GPUs only
+
+
+def _reward_deadline(config: RunConfig) -> float:
+    """Every try of a function, and as long again for a queue of groups before it."""
+    workers = config.reward_workers
+    return 2 * workers.timeout_s * (workers.num_retries + 1) + 60.0
+
+

@@ -1,0 +1,156 @@
+"""The ``burnish`` command.  Imports nothing heavy: ``burnish --help`` answers at once.
+
+Exit codes: 0 done, 1 the run failed, 2 refused (one line says field, value, reason and remedy),
+130 ended by a second Ctrl-C.
+May import: the standard library; everything else inside the commands.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+
+REFUSED = 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    arguments = _parser().parse_args(argv)
+    if not hasattr(arguments, "command"):
+        _parser().print_help()
+        return 0
+    try:
+        return int(arguments.command(arguments) or 0)
+    except KeyboardInterrupt:
+        print("burnish: ended at once; the last checkpoint is intact", file=sys.stderr)
+        return 130
+    except Exception as error:  # noqa: BLE001 - sorted right below: refusals are one line, the rest keeps its traceback
+        if not _is_refusal(error):
+            raise
+        print(f"burnish: {error}", file=sys.stderr)
+        return REFUSED
+
+
+def _is_refusal(error: Exception) -> bool:
+    from cluster.errors import DamagedError, ShortfallError
+    from trainers.errors import InputError
+
+    return isinstance(error, InputError | ShortfallError | DamagedError)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="burnish", description="Distributed RLHF: Ray, vLLM and DeepSpeed in one loop.")
+    parser.add_argument("--version", action="version", version=f"burnish {_version()}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+
+    train = commands.add_parser("train", help="run a recipe")
+    _recipe_arguments(train)
+    train.add_argument("--resume", action="store_true", help="continue the run of this name from its last checkpoint")
+    train.set_defaults(command=_train)
+
+    validate = commands.add_parser("validate", help="check a recipe, its model, data, rewards and this cluster")
+    _recipe_arguments(validate)
+    validate.add_argument("--config-only", action="store_true", help="check the configuration alone")
+    validate.set_defaults(command=_validate)
+
+    recipes = commands.add_parser("recipes", help="list, show or copy the recipes that come with Burnish")
+    actions = recipes.add_subparsers(title="actions", metavar="ACTION", required=True)
+    actions.add_parser("ls", help="names and what they are").set_defaults(command=_recipes_ls)
+    show = actions.add_parser("show", help="print one")
+    show.add_argument("name")
+    show.set_defaults(command=_recipes_show)
+    copy = actions.add_parser("cp", help="copy one, to change it")
+    copy.add_argument("name")
+    copy.add_argument("target", nargs="?", default=".")
+    copy.set_defaults(command=_recipes_cp)
+
+    inspect = commands.add_parser("inspect", help="tables of samples and metrics of a run")
+    inspect.add_argument("run", help="a run folder")
+    inspect.add_argument("--step", type=int, default=None, help="whose samples to show; default: the last")
+    inspect.add_argument("--rows", type=int, default=8, help="samples to show")
+    inspect.set_defaults(command=_inspect)
+    return parser
+
+
+def _recipe_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", help="a YAML file, or the name of a shipped recipe (burnish recipes ls)")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for instance run.num_steps=100")
+    parser.add_argument("--print-config", action="store_true", help="print every value and where it came from, and stop")
+
+
+def _version() -> str:
+    try:
+        return version("burnish")
+    except PackageNotFoundError:
+        return "(not installed)"
+
+
+def _console():  # type: ignore[no-untyped-def]
+    from rich.console import Console
+
+    return Console()
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from launch.overrides import load_config, print_config
+
+    resolved = load_config(arguments.recipe, arguments.overrides)
+    if arguments.print_config:
+        print_config(resolved)
+        return 0
+    from launch.train import train
+
+    train(resolved, arguments.resume, _console())
+    return 0
+
+
+def _validate(arguments: argparse.Namespace) -> int:
+    from launch.overrides import load_config, print_config
+
+    resolved = load_config(arguments.recipe, arguments.overrides)
+    if arguments.print_config:
+        print_config(resolved)
+        return 0
+    if not arguments.config_only:
+        from launch.validate import validate
+
+        return validate(resolved.config, _console())
+    print(f"{arguments.recipe}: the configuration is valid")
+    return 0
+
+
+def _recipes_ls(arguments: argparse.Namespace) -> int:
+    from launch.recipe_files import list_recipes
+
+    for line in list_recipes():
+        print(line)
+    return 0
+
+
+def _recipes_show(arguments: argparse.Namespace) -> int:
+    from launch.recipe_files import read_recipe
+
+    print(read_recipe(arguments.name), end="")
+    return 0
+
+
+def _recipes_cp(arguments: argparse.Namespace) -> int:
+    from launch.recipe_files import copy_recipe
+
+    print(copy_recipe(arguments.name, arguments.target))
+    return 0
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from launch.inspect_run import inspect_run
+
+    inspect_run(Path(arguments.run), _console(), arguments.step, arguments.rows)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,81 @@
+"""What a run asks of the machines: workers and GPUs by role, memory of each worker, and the facts of a node.
+
+May import: the configuration, launch.estimate, launch.model_facts, cluster.host, cluster.layout.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from cluster.host import host_facts
+from cluster.layout import RoleDemand
+from launch.config import RunConfig
+from launch.estimate import MemoryEstimate, estimate_generator, estimate_learner, estimate_reference
+from launch.model_facts import ModelFacts
+
+
+def node_facts(model_path: str | None = None) -> dict[str, Any]:
+    """host_facts() of this node, and whether the model folder can be read here.  Run it on every node."""
+    facts = host_facts()
+    if model_path is not None:
+        facts["model_readable"] = (Path(model_path).expanduser() / "config.json").is_file()
+    return facts
+
+
+def role_demands(config: RunConfig, on_gpu: bool) -> list[RoleDemand]:
+    """What each role of a run asks for; a reference is there only when a KL term needs it."""
+
+    def gpus(setting: float | None, default: float) -> float:
+        return (default if setting is None else setting) if on_gpu else 0.0
+
+    width = 1.0 if config.cluster.colocate else float(config.generator.tensor_parallel_size)
+    demands = [
+        RoleDemand("generator", config.generator.num_workers, gpus(config.generator.gpus_per_worker, width)),
+        RoleDemand("learner", config.learner.num_workers, gpus(config.learner.gpus_per_worker, 1.0)),
+    ]
+    if config.algorithm.needs_reference:
+        wanted = gpus(config.reference.gpus_per_worker, 1.0)
+        demands.append(RoleDemand("reference", config.reference.num_workers, wanted))
+    return [*demands, RoleDemand("reward_workers", config.reward_workers.num_workers, 0.0)]
+
+
+def estimates(config: RunConfig, facts: ModelFacts, on_gpu: bool, compute_bytes: int) -> dict[str, MemoryEstimate]:
+    """Memory of one worker (a generator: of one of its GPUs) of each role that holds a model."""
+    learner, generator = config.learner, config.generator
+    shape = {"hidden": facts.hidden, "intermediate": facts.intermediate, "vocab": facts.vocab}
+    found = {
+        "generator": estimate_generator(
+            facts.num_params,
+            tensor_parallel_size=generator.tensor_parallel_size,
+            layers=facts.layers,
+            kv_heads=facts.kv_heads,
+            head_dim=facts.head_dim,
+            max_num_seqs=1,  # vLLM takes what there is; one sample of full length must fit
+            max_length=config.model.max_length or facts.max_length,
+            compute_bytes=compute_bytes,
+            kv_cache_bytes=None if on_gpu else int(generator.kv_cache_gib * 2**30),
+        ),
+        "learner": estimate_learner(
+            facts.num_params,
+            learner.zero_stage,
+            learner.num_workers,
+            token_budget=learner.token_budget,
+            layers=facts.layers,
+            logprob_chunk=learner.logprob_chunk,
+            checkpointing=learner.gradient_checkpointing,
+            compute_bytes=compute_bytes,
+            offload_optimizer=learner.offload_optimizer != "none",
+            offload_param=learner.offload_param != "none",
+            **shape,
+        ),
+    }
+    if config.algorithm.needs_reference:
+        found["reference"] = estimate_reference(
+            facts.num_params,
+            token_budget=config.reference.token_budget,
+            logprob_chunk=learner.logprob_chunk,
+            compute_bytes=compute_bytes,
+            **shape,
+        )
+    return found

@@ -1,0 +1,91 @@
+"""Every shipped recipe is a complete, valid run; every job template is well-formed."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+from launch.config import RunConfig
+from launch.datasets import load_rows, prompt_key
+from launch.overrides import load_config
+from launch.recipe_files import copy_recipe, describe_recipe, list_recipes, read_recipe
+from trainers.errors import InputError
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize("name", list_recipes())
+def test_every_shipped_recipe_is_complete_and_says_what_it_is_for(name: str) -> None:
+    resolved = load_config(name)
+    assert isinstance(resolved.config, RunConfig)
+    assert resolved.config.run.name == name
+    assert len(describe_recipe(name)) > 20
+
+
+@pytest.mark.parametrize("name", [name for name in list_recipes() if name.startswith("cpu-")])
+def test_a_cpu_recipe_has_enough_questions_to_train_on_and_to_hold_out(name: str) -> None:
+    config = load_config(name).config
+    assert config.prompts.eval is not None
+    for seed in range(5):
+        held_out = load_rows(config.prompts.eval, seed=seed, field="prompts.eval")
+        keys = {prompt_key(row["prompt"]) for row in held_out}
+        train = load_rows(config.prompts.train, seed=seed, field="prompts.train", exclude=keys)
+        assert len(keys) == config.prompts.eval.size and len(train) == config.prompts.train.size
+        assert not keys & {prompt_key(row["prompt"]) for row in train}
+
+
+def test_the_format_trap_is_the_demo_with_one_more_reward() -> None:
+    demo, trap = load_config("cpu-demo").config, load_config("cpu-format-trap").config
+    assert trap.rewards[0] == demo.rewards[0]
+    assert [(reward.name, reward.weight) for reward in trap.rewards[1:]] == [("format", 0.5)]
+    same = {"run": demo.run, "rewards": demo.rewards}
+    assert trap.model_copy(update=same) == demo
+
+
+@pytest.mark.parametrize(("name", "num_gpus"), [("gpu-1x-grpo", 1), ("gpu-8x-grpo", 8), ("gpu-multinode-grpo", 32)])
+def test_a_gpu_recipe_asks_for_just_the_gpus_its_name_promises(name: str, num_gpus: int) -> None:
+    from launch.preflight import role_demands
+
+    config = load_config(name).config
+    demands = role_demands(config, on_gpu=True)
+    asked = [demand.num_workers * demand.gpus_per_worker for demand in demands]
+    assert (max(asked) if config.cluster.colocate else sum(asked)) == num_gpus
+
+
+def test_copying_a_recipe_never_overwrites(tmp_path: Path) -> None:
+    target = copy_recipe("cpu-demo", tmp_path)
+    assert target.read_text() == read_recipe("cpu-demo")
+    with pytest.raises(InputError, match="exists already"):
+        copy_recipe("cpu-demo", target)
+
+
+def test_an_unknown_recipe_is_refused_with_the_nearest_name() -> None:
+    with pytest.raises(InputError, match="did you mean cpu-demo"):
+        load_config("cpu-dmeo")
+
+
+def test_the_slurm_script_is_valid_bash_and_trains() -> None:
+    script = ROOT / "launch" / "slurm" / "burnish.sbatch"
+    subprocess.run(["bash", "-n", str(script)], check=True)
+    text = script.read_text()
+    assert "burnish train" in text and "ray status" in text
+
+
+def test_the_ray_job_is_valid_yaml_and_trains() -> None:
+    job = yaml.safe_load((ROOT / "launch" / "kubernetes" / "rayjob.yaml").read_text())
+    assert job["kind"] == "RayJob"
+    assert job["spec"]["entrypoint"].startswith("burnish train")
+    nodes = [job["spec"]["rayClusterSpec"]["headGroupSpec"], *job["spec"]["rayClusterSpec"]["workerGroupSpecs"]]
+    images = {container["image"] for node in nodes for container in node["template"]["spec"]["containers"]}
+    assert len(images) == 1, "every node must run one image"
+
+
+@pytest.mark.parametrize("name", ["Dockerfile", "Dockerfile.cpu"])
+def test_a_dockerfile_starts_from_an_image_and_runs_burnish(name: str) -> None:
+    lines = (ROOT / "docker" / name).read_text().splitlines()
+    instructions = [line.split()[0] for line in lines if line and line[0].isalpha()]
+    assert instructions[0] in ("FROM", "ARG") and "FROM" in instructions
+    assert any("burnish" in line for line in lines if line.startswith(("ENTRYPOINT", "CMD")))

@@ -1,0 +1,65 @@
+"""The numbers of one step that come from groups and rewards.  Pure.  May import: numpy, trainers.*."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from trainers.experience import WeightVersion
+from trainers.protocols import LearnerGroup
+
+
+def group_metrics(groups: Sequence[LearnerGroup], version: WeightVersion) -> dict[str, float]:
+    """Rewards, lengths, failures and lag of one batch.  ``version``: the learner's, before the update."""
+    totals = np.concatenate([g.rewards.totals for g in groups])
+    lengths = np.array([t for g in groups for t in g.summary.num_completion_tokens], dtype=np.float64)
+    reasons = np.array([r for g in groups for r in g.summary.finish_reasons])
+    stds = [_std(g.rewards.totals) for g in groups]
+    lags = np.array([version.step - g.summary.oldest_version.step for g in groups], dtype=np.float64)
+    ended = lengths[reasons == "stop"]
+    metrics = {
+        "reward": _mean(totals),
+        "reward_std": float(np.mean(stds)),
+        "frac_reward_zero_std": float(np.mean([s == 0.0 for s in stds])),
+        "completions/mean_length": float(lengths.mean()),
+        "completions/max_length": float(lengths.max()),
+        "completions/min_length": float(lengths.min()),
+        "completions/clipped_ratio": float((reasons == "length").mean()),
+        "completions/mean_terminated_length": float(ended.mean()) if ended.size else float("nan"),
+        "failures/num_reward": float(sum(len(g.rewards.failures) for g in groups)),
+        "failures/num_samples_masked": float((~np.isfinite(totals)).sum()),
+        "staleness/mean": float(lags.mean()),
+        "staleness/max": float(lags.max()),
+        "version/incarnation": float(version.incarnation),
+        "version/step": float(version.step),
+    }
+    for name in groups[0].rewards.parts:
+        part = np.concatenate([g.rewards.parts[name] for g in groups])
+        metrics[f"rewards/{name}/mean"] = _mean(part)
+        metrics[f"rewards/{name}/std"] = _std(part)
+    return metrics
+
+
+def throughput(
+    times: Mapping[str, float], num_generated: int, num_learned: int, num_samples: int
+) -> dict[str, float]:
+    """Tokens and samples per second of the phases that took time."""
+    rates = {}
+    if times.get("time/generate_s", 0) > 0:
+        rates["throughput/generate_tokens_per_s"] = num_generated / times["time/generate_s"]
+    if times.get("time/learn_s", 0) > 0:
+        rates["throughput/learn_tokens_per_s"] = num_learned / times["time/learn_s"]
+    if times.get("time/step_s", 0) > 0:
+        rates["throughput/samples_per_s"] = num_samples / times["time/step_s"]
+    return rates
+
+
+def _mean(values: np.ndarray) -> float:
+    kept = values[np.isfinite(values)]
+    return float(kept.mean()) if kept.size else float("nan")
+
+
+def _std(values: np.ndarray) -> float:
+    kept = values[np.isfinite(values)]
+    return float(kept.std(ddof=1)) if kept.size > 1 else 0.0
