@@ -247,8 +247,8 @@ def test_one_failing_worker_fails_the_group_while_the_others_hang(launch: Launch
         await group.ready()
         started = time.monotonic()
         with pytest.raises(RefusedError):
-            await group.call_all("refuse_or_hang", 4.0, deadline_s=30)
-        assert time.monotonic() - started < 2
+            await group.call_all("refuse_or_hang", 8.0, deadline_s=30)
+        assert time.monotonic() - started < 6
 
     asyncio.run(check())
 
