@@ -31,6 +31,8 @@ from trainers.experience import (
 )
 from trainers.protocols import GroupRequest
 
+PREFILL_TOKENS = 4096  # scheduled in one engine step on CPU
+
 
 class VLLMGenerator:
     """One engine.  ``name`` is how reports and errors call it."""
@@ -68,6 +70,11 @@ class VLLMGenerator:
             "weight_transfer_config": {"backend": vllm_worker.BACKEND},
             "disable_log_stats": True,
         }
+        if device == "cpu":
+            # A prompt is prefilled whole: vLLM rewinds a sample's random stream after a partial prefill, and a
+            # CPU generator cannot be rewound.
+            arguments["enable_chunked_prefill"] = False
+            arguments["max_num_batched_tokens"] = max(max_length, PREFILL_TOKENS)
         if device == "cuda":
             arguments["gpu_memory_utilization"] = settings.gpu_memory_utilization
         arguments.update(settings.engine_args)

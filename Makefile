@@ -1,0 +1,45 @@
+# Burnish.  Every target sets up what it needs in .venv; `make help` lists them.
+SHELL := /bin/bash
+BIN := .venv/bin
+RUN_DIR ?= runs
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo trap test test-full lint bench gpu docs clean
+
+help: ## what there is to make
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: ## .venv with everything a CPU machine needs
+	@bash scripts/install.sh
+
+demo: install ## a 135M model learns arithmetic by GRPO on two cores
+	@$(BIN)/python -m scripts.demo --directory $(RUN_DIR)
+
+trap: install ## the same task with a format bonus: a reward that is hacked
+	@$(BIN)/python -m scripts.demo --recipe cpu-format-trap --directory $(RUN_DIR)
+
+test: install ## the tests CI runs, with lint and types (20 minutes or less on two cores)
+	@$(MAKE) --no-print-directory lint
+	$(BIN)/python -m pytest -q -m "not slow"
+
+test-full: install ## every test
+	@$(MAKE) --no-print-directory lint
+	$(BIN)/python -m pytest -q
+
+lint: install ## ruff, mypy, import contract
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	PYTHONPATH=. $(BIN)/lint-imports --no-cache
+
+bench: install ## the ratios of docs/benchmarks.md, measured on this machine
+	@$(BIN)/python -m benchmarks.report
+
+gpu: ## checks for a CUDA machine, in the environment that is active there
+	@$${PYTHON:-python3} -m benchmarks.gpu_check
+
+docs: install ## regenerate the tables in docs/
+	$(BIN)/python -m trainers.metrics
+	$(BIN)/python -m launch.config_reference
+
+clean: ## remove .venv and caches (runs stay)
+	rm -rf .venv .bench build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
