@@ -8,7 +8,8 @@ May import: torch, transformers, actors.packing.
 
 from __future__ import annotations
 
-from typing import Any
+import inspect
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -68,15 +69,21 @@ def _variable_length(
 ) -> torch.Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
+    known = inspect.signature(varlen_attn).parameters
     bounds, longest = layout.cumulative(query.device)
-    rows = [t[0].transpose(0, 1) for t in (query, key, value)]  # [L, heads, head_dim]
-    out = varlen_attn(
-        *rows, bounds, bounds, longest, longest,
-        scale=scaling,
-        window_size=(-1 if window is None else window - 1, 0),
-        enable_gqa=query.shape[1] != key.shape[1],
-    )  # fmt: skip
-    return out[None]
+    options: dict[str, Any] = {"scale": scaling, "window_size": (-1 if window is None else window - 1, 0)}
+    if "enable_gqa" in known:
+        options["enable_gqa"] = query.shape[1] != key.shape[1]
+    else:  # torch before 2.12
+        key, value = (_repeat_heads(t, query.shape[1]) for t in (key, value))
+    if "window_size" not in known:  # torch 2.10
+        if window is not None:
+            raise NotImplementedError("sliding windows on CUDA need torch 2.11 or later")
+        del options["window_size"]
+        options["is_causal"] = True
+    q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))  # [L, heads, head_dim]
+    out: Any = varlen_attn(q, k, v, bounds, bounds, longest, longest, **options)
+    return cast(torch.Tensor, out)[None]
 
 
 def _block(

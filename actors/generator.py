@@ -153,7 +153,9 @@ class VLLMGenerator:
     async def probe(self, prompt_ids: Sequence[int], max_tokens: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
         """(completion ids int32 [T], behavior log-probs float32 [T]) of one sample, for the start-up probe."""
         completion = await self._engine.sample(
-            SampleRequest(f"probe-{seed}", list(prompt_ids), self.settings.sampling.temperature, max_tokens, seed, (), "probe")
+            SampleRequest(
+                f"probe-{seed}", list(prompt_ids), self.settings.sampling.temperature, max_tokens, seed, (), "probe"
+            )
         )  # fmt: skip
         return completion.token_ids, completion.logprobs
 

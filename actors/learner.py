@@ -71,14 +71,8 @@ class DeepSpeedLearner:
     def update(self, groups: Sequence[LearnerGroup], step: int) -> UpdateReport:
         """All optimizer steps on one batch; the same report on every rank."""
         started = time.perf_counter()
-        batch = ExperienceBatch(groups, self.algorithm, self.sampling.max_tokens)
+        batch, proximal, advantages = self._before_update(groups)
         trainable = batch.trainable()
-        in_reward = self.algorithm.kl_coef > 0 and self.algorithm.kl_placement == "reward"
-        proximal: dict[int, np.ndarray] | None = None
-        if self.algorithm.num_updates > 1 or in_reward:
-            proximal = self._proximal(batch)
-        penalties = self._kl_penalties(batch, proximal) if in_reward and proximal is not None else None
-        advantages = batch.advantages(penalties)
         lr = learning_rate(
             step, self.num_steps, self.settings.optimizer.lr,
             self.settings.optimizer.warmup_steps, self.settings.optimizer.schedule,
@@ -109,15 +103,24 @@ class DeepSpeedLearner:
 
     def gradients(self, groups: Sequence[LearnerGroup]) -> dict[str, torch.Tensor]:
         """The gradient of one update's first minibatch, whole, without a step.  For checks."""
-        batch = ExperienceBatch(groups, self.algorithm, self.sampling.max_tokens)
-        proximal = self._proximal(batch) if self.algorithm.num_updates > 1 else None
+        batch, proximal, advantages = self._before_update(groups)
         totals = _Totals(self.device)
-        self._accumulate(
-            batch, batch.minibatches()[0], batch.trainable(), batch.advantages(), proximal, totals, True
-        )
+        self._accumulate(batch, batch.minibatches()[0], batch.trainable(), advantages, proximal, totals, True)
         found = dict(self.engine.gradients())
         self.engine.discard_gradients()
         return found if self.rank == 0 else {}
+
+    def _before_update(
+        self, groups: Sequence[LearnerGroup]
+    ) -> tuple[ExperienceBatch, dict[int, np.ndarray] | None, np.ndarray]:
+        """(batch, proximal log-probs where they are needed, advantages [samples]): fixed for all its updates."""
+        batch = ExperienceBatch(groups, self.algorithm, self.sampling.max_tokens)
+        in_reward = self.algorithm.kl_coef > 0 and self.algorithm.kl_placement == "reward"
+        proximal: dict[int, np.ndarray] | None = None
+        if self.algorithm.num_updates > 1 or in_reward:
+            proximal = self._proximal(batch)
+        penalties = self._kl_penalties(batch, proximal) if in_reward and proximal is not None else None
+        return batch, proximal, batch.advantages(penalties)
 
     def _accumulate(
         self,
@@ -159,8 +162,8 @@ class DeepSpeedLearner:
     def _pack(self, batch: ExperienceBatch, microbatch: Any, index_of: Sequence[int]) -> Pack:
         wanted = sorted({m for piece in microbatch for m in piece.members})
         opened = {m: batch.tokens(index_of[m], self.payload_deadline_s) for m in wanted}
-        prompts = _Sparse({m: t.prompt_ids for m, t in opened.items()})
-        completions = _Sparse({m: t.completion_ids for m, t in opened.items()})
+        prompts = {m: t.prompt_ids for m, t in opened.items()}
+        completions = {m: t.completion_ids for m, t in opened.items()}
         return build_pack(microbatch, prompts, completions, self.device)
 
     def _terms(
@@ -288,10 +291,6 @@ class DeepSpeedLearner:
         self.engine.close()
         if dist.is_initialized():
             dist.destroy_process_group()
-
-
-class _Sparse(dict[int, np.ndarray]):
-    """Looks like the sequence ``build_pack`` indexes, holding only the rows it will ask for."""
 
 
 class _Totals:

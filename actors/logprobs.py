@@ -103,4 +103,7 @@ def chunked_logprobs(
         Without ``with_entropy`` the second is zeros.
     """
     with torch.autocast(hidden.device.type, enabled=False):
-        return ChunkedLogprobs.apply(hidden, weight, targets, temperature, chunk, with_entropy)
+        scored: tuple[torch.Tensor, torch.Tensor] = ChunkedLogprobs.apply(
+            hidden, weight, targets, temperature, chunk, with_entropy
+        )
+    return scored

@@ -44,6 +44,9 @@ class ScoringHead(nn.Module):
 class PackedPolicy(nn.Module):
     """A causal language model that maps a pack to the log-probs and entropies of its completion tokens."""
 
+    scoring_head: ScoringHead
+    chunk: int
+
     def __init__(self, causal_lm: nn.Module, chunk: int) -> None:
         super().__init__()
         self.causal_lm = causal_lm

@@ -14,13 +14,15 @@ May import: numpy, torch, trainers.batching.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from trainers.batching import MicroBatch
+
+Rows = Sequence[np.ndarray] | Mapping[int, np.ndarray]  # looked up by sample index only
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,8 +93,8 @@ class PackLayout:
 
 def build_pack(
     microbatch: MicroBatch,
-    prompts: Sequence[np.ndarray],
-    completions: Sequence[np.ndarray],
+    prompts: Rows,
+    completions: Rows,
     device: torch.device | str = "cpu",
 ) -> Pack:
     """Lay a planned micro-batch out.

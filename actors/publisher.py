@@ -158,8 +158,8 @@ class Publisher:
             if difference.mean() > tolerance:
                 raise VerificationError(
                     f"push.probe_tolerance = {tolerance:g}: generator-{engine} and the learner differ by "
-                    f"{difference.mean():.4f} nats a token on the same weights; check model.dtype and the model's support "
-                    "in vLLM, or raise the tolerance if you know why"
+                    f"{difference.mean():.4f} nats a token on the same weights; check model.dtype and the model's "
+                    "support in vLLM, or raise the tolerance if you know why"
                 )
         return {"mean_difference": worst}
 

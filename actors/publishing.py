@@ -121,7 +121,8 @@ class WeightSource:
         if self._manifest is None:
             raise RuntimeError("send before stage: no version is staged")
         for i, bucket in enumerate(self._staged):
-            self._groups[group].broadcast(bucket, f"bucket {i + 1} of {len(self._staged)}, version {self._manifest.version}")
+            what = f"bucket {i + 1} of {len(self._staged)}, version {self._manifest.version}"
+            self._groups[group].broadcast(bucket, what)
         return sum(b.numel() for b in self._staged)
 
     def close_group(self, name: str) -> None:

@@ -158,7 +158,7 @@ class InProcessEngine(Engine):
                 if self._engine.has_unfinished_requests():
                     for output in self._engine.step():
                         self._deliver(output)
-        except BaseException as error:  # noqa: BLE001 - the thread's end must reach everyone who waits on it
+        except BaseException as error:
             self._fail(error)
             raise
 

@@ -46,6 +46,12 @@ class RayHandle:
             ray.shutdown()
 
 
+def address_to_join(settings: ClusterSettings) -> str | None:
+    """Where a Ray that runs already is to be joined; None when one will be started here."""
+    address = settings.address if settings.address != "auto" else os.environ.get("RAY_ADDRESS")
+    return address if address and address != "local" else None
+
+
 def start_or_join(settings: ClusterSettings, num_slots: int) -> RayHandle:
     """Connect to ``settings.address``, to RAY_ADDRESS, or to a Ray started here.
 
@@ -54,9 +60,9 @@ def start_or_join(settings: ClusterSettings, num_slots: int) -> RayHandle:
     os.environ[_ACCELERATOR] = "0"
     if ray.is_initialized():
         return RayHandle(ray.get_runtime_context().gcs_address, started_here=False)
-    address = settings.address if settings.address != "auto" else os.environ.get("RAY_ADDRESS")
+    address = address_to_join(settings)
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
-    if address and address != "local":
+    if address is not None:
         try:
             _knock(address)
             ray.init(address=address, **quiet)

@@ -38,7 +38,7 @@ def node_address() -> str:
 
     if not ray.is_initialized() or sum(1 for node in ray.nodes() if node["Alive"]) == 1:
         return "127.0.0.1"
-    return ray.util.get_node_ip_address()
+    return str(ray.util.get_node_ip_address())
 
 
 def process_group_environment(rendezvous: Rendezvous, rank: int, local_rank: int) -> dict[str, str]:
@@ -60,6 +60,7 @@ def join(rendezvous: Rendezvous, rank: int, backend: str, deadline_s: float, loc
     that waited and the address; WorkerError says that rank 0 found its port taken.
     """
     import torch.distributed as dist
+    from torch.distributed.distributed_c10d import TCPStore
 
     if not 0 <= rank < rendezvous.world_size:
         raise ValueError(f"rank {rank} is not one of the {rendezvous.world_size} of {rendezvous}")
@@ -69,7 +70,7 @@ def join(rendezvous: Rendezvous, rank: int, backend: str, deadline_s: float, loc
         os.environ.setdefault("GLOO_SOCKET_IFNAME", _loopback())
     timeout = datetime.timedelta(seconds=deadline_s)
     try:
-        store = dist.TCPStore(
+        store = TCPStore(
             rendezvous.address, rendezvous.port, rendezvous.world_size, is_master=rank == 0, timeout=timeout
         )
         dist.init_process_group(

@@ -9,9 +9,11 @@ May import: torch.
 from __future__ import annotations
 
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore, TCPStore
 
 from cluster.errors import DeadlineError
 
@@ -34,13 +36,13 @@ class TransferGroup:
         timeout = timedelta(seconds=deadline_s)
         who = f"{size - 1} other members of group {name} at {address}:{port} (I am rank {rank})"
         try:
-            store = dist.TCPStore(address, port, size, is_master=rank == SENDER, timeout=timeout, wait_for_workers=True)
-            prefixed = dist.PrefixStore(name, store)
+            store = TCPStore(address, port, size, is_master=rank == SENDER, timeout=timeout, wait_for_workers=True)
+            prefixed = PrefixStore(name, store)
             if device.type == "cuda":
                 options = dist.ProcessGroupNCCL.Options()
                 options._timeout = timeout  # the only way to set it on a group outside the default one
                 with torch.cuda.device(device):
-                    self._group: dist.ProcessGroup = dist.ProcessGroupNCCL(prefixed, rank, size, options)
+                    self._group: Any = dist.ProcessGroupNCCL(prefixed, rank, size, options)
             else:
                 self._group = dist.ProcessGroupGloo(prefixed, rank, size, timeout)
         except (dist.DistStoreError, dist.DistNetworkError) as error:

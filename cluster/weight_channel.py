@@ -41,7 +41,8 @@ class TensorMeta:
 
     @property
     def num_bytes(self) -> int:
-        return math.prod(self.shape) * getattr(torch, self.dtype).itemsize
+        itemsize: int = getattr(torch, self.dtype).itemsize
+        return math.prod(self.shape) * itemsize
 
 
 @dataclass(frozen=True, slots=True)

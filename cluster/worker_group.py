@@ -101,7 +101,10 @@ class WorkerGroup:
         The payload is a reference owned by this process, so it outlives a worker that merely exits, and
         ``cluster.transport.fetch`` turns it into the value.  In process it is the value itself.
         """
-        return await self._bounded(index, method, self._workers[index].call_split(method, args), deadline_s)
+        pair: tuple[Any, Any] = await self._bounded(
+            index, method, self._workers[index].call_split(method, args), deadline_s
+        )
+        return pair
 
     async def shutdown(self, deadline_s: float = 10.0) -> None:
         """Call ``close()`` of every worker that was constructed and has one, within the deadline; then end them all.

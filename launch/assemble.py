@@ -6,8 +6,7 @@ May import: everything.
 from __future__ import annotations
 
 import shutil
-import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,19 +25,20 @@ from cluster.rendezvous import Rendezvous, free_port, node_address
 from cluster.weight_channel import free_bytes
 from cluster.worker_group import WorkerGroup
 from launch.config import RunConfig
-from launch.demands import role_demands
+from launch.demands import num_gpus_asked, role_demands
 from launch.prepare import Prepared
+from launch.scratch import make_scratch
 from trainers.errors import InputError
 from trainers.experience import WeightVersion
 
-SHARED_MEMORY = Path("/dev/shm")
+SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - mkdtemp makes a private folder in it
 
 
 def choose_device(config: RunConfig, nodes: list[NodeSupply]) -> str:
     """``cuda`` where the cluster has GPUs and the recipe does not say otherwise."""
     has_gpus = any(n.num_gpus for n in nodes)
     if config.cluster.device == "cuda" and not has_gpus:
-        wanted = sum(d.num_workers * d.gpus_per_worker for d in role_demands(config, True))
+        wanted = num_gpus_asked(config)
         raise InputError(
             "cluster.device", "cuda", f"the recipe needs {wanted:g} GPUs and the cluster has 0 ({wanted:g} short)",
             "run it on a cluster with GPUs, or set cluster.device=cpu",
@@ -56,13 +56,25 @@ def choose_transport(config: RunConfig, device: str) -> Transport:
     return {"file": "file", "nccl": "group", "ipc": "ipc"}[backend]  # type: ignore[return-value]
 
 
-def push_directory(config: RunConfig, run_folder: Path, num_bytes: int) -> Path:
-    """Shared memory of this host when a version fits twice, else the run folder."""
+def push_directory(config: RunConfig, run_folder: Path, num_bytes: int, one_host: bool) -> Path:
+    """Shared memory of the one host there is when a version fits twice, else the run folder (on a shared disk)."""
     if config.push.directory is not None:
         return Path(config.push.directory)
-    if SHARED_MEMORY.is_dir() and free_bytes(SHARED_MEMORY) > 2 * num_bytes:
-        return Path(tempfile.mkdtemp(prefix=f"burnish-{config.run.name}-", dir=SHARED_MEMORY))
+    if one_host and SHARED_MEMORY.is_dir() and free_bytes(SHARED_MEMORY) > 2 * num_bytes:
+        return make_scratch(SHARED_MEMORY, config.run.name)
     return run_folder / "weights"
+
+
+def meeting_point(
+    layout: Layout, nodes: Sequence[NodeSupply], facts: Sequence[Mapping[str, Any]]
+) -> tuple[str, int]:
+    """Address and free port on the node of learner rank 0, which may not be this one (a head without GPUs)."""
+    node = layout.nodes[layout.of("learner")[0].node].node_id
+    if node != nodes[0].node_id:
+        address, port = next(fact["rendezvous"] for fact in facts if fact.get("node_id") == node)
+        return address, port
+    address = node_address()
+    return address, free_port(address)
 
 
 @dataclass
@@ -106,20 +118,25 @@ def connect(config: RunConfig) -> tuple[RayHandle | None, list[NodeSupply]]:
         return None, [NodeSupply("this process", num_cpus(), torch.cuda.device_count())]
     handle = start_or_join(config.cluster, sum(d.num_workers for d in role_demands(config, False)))
     nodes = nodes_of_cluster()
+    check_num_nodes(config, nodes)
+    return handle, nodes
+
+
+def check_num_nodes(config: RunConfig, nodes: list[NodeSupply]) -> None:
+    """Refuse a cluster that is smaller than the run says it must be."""
     wanted = config.cluster.num_nodes
     if wanted is not None and len(nodes) < wanted:
         raise InputError(
             "cluster.num_nodes", wanted, f"the Ray cluster has {len(nodes)} nodes ({wanted - len(nodes)} short)",
             "start Ray on the missing nodes, or lower it",
         )  # fmt: skip
-    return handle, nodes
 
 
 async def assemble(
     config: RunConfig, prepared: Prepared, run_folder: Path, version: WeightVersion,
-    handle: RayHandle | None, nodes: list[NodeSupply],
+    handle: RayHandle | None, nodes: list[NodeSupply], facts: Sequence[Mapping[str, Any]],
 ) -> Fleet:  # fmt: skip
-    """Place and construct every worker; returns when all are ready."""
+    """Place and construct every worker; returns when all are ready.  ``facts``: launch.node_probe of each node."""
     device = choose_device(config, nodes)
     transport = choose_transport(config, device)
     layout = plan_layout(role_demands(config, device == "cuda"), nodes, config.cluster.colocate)
@@ -127,7 +144,9 @@ async def assemble(
     dtype = str(compute_dtype(config.model.dtype, native)).removeprefix("torch.")
     placement = None if handle is None else Placement.create(layout, config.cluster.placement_deadline_s)
 
-    def launch(name: str, factory: type, kwargs: list[Mapping[str, Any]], concurrency: int, deadline: float) -> WorkerGroup:
+    def launch(
+        name: str, factory: type, kwargs: list[Mapping[str, Any]], concurrency: int, deadline: float
+    ) -> WorkerGroup:
         return WorkerGroup.launch(
             name, factory, kwargs, placement=placement, slots=layout.of(name),
             concurrency=concurrency, start_deadline_s=deadline,
@@ -148,8 +167,7 @@ async def assemble(
         concurrency=4096,  # an asyncio actor: calls are groups being sampled, and vLLM batches them
         deadline=config.generator.start_deadline_s,
     )  # fmt: skip
-    address = node_address() if device == "cuda" and len(nodes) > 1 else "127.0.0.1"
-    rendezvous = Rendezvous(address, free_port(address), config.learner.num_workers)
+    rendezvous = Rendezvous(*meeting_point(layout, nodes, facts), config.learner.num_workers)
     learners = launch(
         "learner",
         DeepSpeedLearner,
@@ -183,7 +201,8 @@ async def assemble(
             concurrency=1, deadline=config.cluster.start_deadline_s,
         )  # fmt: skip
     size = 4 if dtype == "float32" else 2
-    directory = push_directory(config, run_folder, prepared.facts.num_params * size)
+    one_host = len({slot.node for slot in layout.slots}) == 1
+    directory = push_directory(config, run_folder, prepared.facts.num_params * size, one_host)
     fleet = Fleet(
         generators=generators,
         learners=learners,

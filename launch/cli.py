@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("burnish: ended at once; the last checkpoint is intact", file=sys.stderr)
         return 130
-    except Exception as error:  # noqa: BLE001 - sorted right below: refusals are one line, the rest keeps its traceback
+    except Exception as error:
         if not _is_refusal(error):
             raise
         print(f"burnish: {error}", file=sys.stderr)
@@ -34,14 +34,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _is_refusal(error: Exception) -> bool:
-    from cluster.errors import DamagedError, ShortfallError
+    from cluster.errors import ShortfallError
     from trainers.errors import InputError
 
-    return isinstance(error, InputError | ShortfallError | DamagedError)
+    return isinstance(error, InputError | ShortfallError)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="burnish", description="Distributed RLHF: Ray, vLLM and DeepSpeed in one loop.")
+    parser = argparse.ArgumentParser(
+        prog="burnish", description="Distributed RLHF: Ray, vLLM and DeepSpeed in one loop."
+    )
     parser.add_argument("--version", action="version", version=f"burnish {_version()}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
 
@@ -77,7 +79,9 @@ def _parser() -> argparse.ArgumentParser:
 def _recipe_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", help="a YAML file, or the name of a shipped recipe (burnish recipes ls)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for instance run.num_steps=100")
-    parser.add_argument("--print-config", action="store_true", help="print every value and where it came from, and stop")
+    parser.add_argument(
+        "--print-config", action="store_true", help="print every value and where it came from, and stop"
+    )
 
 
 def _version() -> str:

@@ -1,6 +1,6 @@
 """What a run asks of the machines: workers and GPUs by role, memory of each worker, and the facts of a node.
 
-May import: the configuration, launch.estimate, launch.model_facts, cluster.host, cluster.layout.
+May import: the configuration, launch.estimate, launch.model_facts, cluster.host, cluster.layout, cluster.rendezvous.
 """
 
 from __future__ import annotations
@@ -10,14 +10,23 @@ from typing import Any
 
 from cluster.host import host_facts
 from cluster.layout import RoleDemand
+from cluster.rendezvous import free_port, node_address
 from launch.config import RunConfig
 from launch.estimate import MemoryEstimate, estimate_generator, estimate_learner, estimate_reference
 from launch.model_facts import ModelFacts
 
 
 def node_facts(model_path: str | None = None) -> dict[str, Any]:
-    """host_facts() of this node, and whether the model folder can be read here.  Run it on every node."""
+    """host_facts() of this node, whether the model folder can be read here, and where ranks could meet.
+
+    Run it on every node.  ``rendezvous`` is (address, a free port there), the port None when none can be bound.
+    """
     facts = host_facts()
+    address = node_address()
+    try:
+        facts["rendezvous"] = (address, free_port(address))
+    except OSError:
+        facts["rendezvous"] = (address, None)
     if model_path is not None:
         facts["model_readable"] = (Path(model_path).expanduser() / "config.json").is_file()
     return facts
@@ -38,6 +47,12 @@ def role_demands(config: RunConfig, on_gpu: bool) -> list[RoleDemand]:
         wanted = gpus(config.reference.gpus_per_worker, 1.0)
         demands.append(RoleDemand("reference", config.reference.num_workers, wanted))
     return [*demands, RoleDemand("reward_workers", config.reward_workers.num_workers, 0.0)]
+
+
+def num_gpus_asked(config: RunConfig) -> float:
+    """GPUs a run on GPUs needs in all: roles that share GPUs need those of the widest one."""
+    asked = [demand.num_workers * demand.gpus_per_worker for demand in role_demands(config, True)]
+    return max(asked) if config.cluster.colocate else sum(asked)
 
 
 def estimates(config: RunConfig, facts: ModelFacts, on_gpu: bool, compute_bytes: int) -> dict[str, MemoryEstimate]:

@@ -19,7 +19,7 @@ from rich.table import Table
 from cluster.errors import ShortfallError
 from cluster.layout import Layout, NodeSupply, plan_layout
 from launch.config import RunConfig
-from launch.demands import estimates, node_facts, role_demands
+from launch.demands import estimates, node_facts, num_gpus_asked, role_demands
 from launch.estimate import MemoryEstimate, show_bytes
 from launch.model_facts import ModelFacts, check_model_folder
 from trainers.errors import InputError
@@ -48,6 +48,7 @@ class PreflightReport:
 
     rows: list[Row] = field(default_factory=list)
     problems: list[InputError] = field(default_factory=list)
+    layout: Layout | None = None  # where every worker would be; None when there is no place
 
     @property
     def passed(self) -> bool:
@@ -84,8 +85,8 @@ def preflight_report(config: RunConfig, facts: ModelFacts, nodes: Sequence[Mappi
     needs = estimates(config, facts, on_gpu, compute_bytes)
     supplies = [NodeSupply(node["hostname"], node["num_cpus"], len(node["gpus"]) * on_gpu) for node in nodes]
     demands = role_demands(config, on_gpu)
-    wanted = sum(demand.num_workers * demand.gpus_per_worker for demand in demands)
-    needed = f"{wanted:g} GPUs" if on_gpu else f"{sum(demand.num_workers for demand in demands)} workers on CPU"
+    num_workers = sum(demand.num_workers for demand in demands)
+    needed = f"{num_gpus_asked(config):g} GPUs" if on_gpu else f"{num_workers} workers on CPU"
     there = f"{sum(s.num_gpus for s in supplies)} GPUs, {sum(s.num_cpus for s in supplies)} cores"
     try:
         layout = plan_layout(demands, supplies, config.cluster.colocate)
@@ -93,6 +94,7 @@ def preflight_report(config: RunConfig, facts: ModelFacts, nodes: Sequence[Mappi
         problem = InputError(error.field, error.value, error.reason, error.remedy)
         report.add("placement", "cluster", needed, there, problem)
     else:
+        report.layout = layout
         report.add("placement", "cluster", needed, there)
         _check_host_memory(report, config, layout, nodes, needs, on_gpu)
         if on_gpu:
@@ -127,6 +129,12 @@ def _check_nodes(report: PreflightReport, config: RunConfig, nodes: Sequence[Map
                 reason = f"cannot be read on {node['hostname']}"
                 problem = InputError("model.path", config.model.path, reason, "copy it there or use a shared disk")
             report.add("model folder", node["hostname"], "readable", "yes" if problem is None else "no", problem)
+        if "rendezvous" in node:
+            (address, port), problem = node["rendezvous"], None
+            if port is None:
+                reason = f"no port can be bound at {address}"
+                problem = InputError("node", node["hostname"], reason, "mend its host name, firewall or network")
+            report.add("a port to meet at", node["hostname"], "one", f"{address}:{port}", problem)
 
 
 def _check_model(report: PreflightReport, config: RunConfig, facts: ModelFacts) -> None:

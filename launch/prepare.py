@@ -6,6 +6,7 @@ May import: actors.{model_folders, modeling}, trainers.*, launch.*.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,15 +34,21 @@ class Prepared:
 
 
 def check_run_folder(config: RunConfig, resume: bool) -> Path:
-    """The run's folder: absent (or empty) for a new run, with a checkpoint for a resumed one."""
+    """The run's folder: absent (or empty) for a new run, a run's for a resumed one."""
     folder = Path(config.run.directory) / config.run.name
+    if folder.exists() and not folder.is_dir():
+        raise InputError("run.name", config.run.name, f"{folder} is a file", "choose another run.name")
+    there = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        reason = f"no folder can be made in {there}"
+        raise InputError("run.directory", config.run.directory, reason, "choose a folder you may write to")
     used = folder.exists() and any(folder.iterdir())
     if used and not resume:
         raise InputError(
             "run.name", config.run.name, f"the run folder {folder} exists already",
             "add --resume to continue it, or choose another run.name",
         )  # fmt: skip
-    if resume and not used:
+    if resume and not (folder / "config.yaml").exists():
         raise InputError(
             "run.name", config.run.name, f"there is no run to resume in {folder}", "start it without --resume"
         )

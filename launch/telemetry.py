@@ -273,10 +273,10 @@ class Telemetry:
 
     def _modes(self) -> tuple[str, ...]:
         """W&B modes to try, in order."""
-        asked = self._settings.wandb
+        asked: str = self._settings.wandb
         if asked == "auto":
             said = os.environ.get("WANDB_MODE", "")
-            asked = said if said in ("online", "offline", "disabled") else "online"  # type: ignore[assignment]
+            asked = said if said in ("online", "offline", "disabled") else "online"
             if asked == "online" and not _wandb_key_is_there():
                 asked = "offline"
         elif asked == "online" and not _wandb_key_is_there():  # wandb would stop and ask on the terminal

@@ -1,7 +1,7 @@
 """``burnish train``: one run from its folder to its last checkpoint.
 
-Order matters: everything that can be refused is refused before Ray starts; workers are proved to
-hold the learner's weights before the first prompt is sampled.
+Order matters: everything that can be refused is refused before Ray starts, the rest before a worker is
+placed; workers are proved to hold the learner's weights before the first prompt is sampled.
 May import: everything.
 """
 
@@ -14,21 +14,29 @@ import logging
 import shutil
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from cluster.checkpoints import Checkpoint, CheckpointStore
+from cluster.errors import DamagedError
+from cluster.layout import NodeSupply
+from cluster.placement import RayHandle
 from cluster.transport import fetch
 from launch.assemble import Fleet, assemble, connect
+from launch.config import RunConfig
+from launch.demands import node_facts
+from launch.node_probe import gather_facts, local_nodes
 from launch.overrides import ResolvedConfig, dump_yaml
 from launch.plots import before_after, before_after_table, reward_plot
 from launch.prepare import Prepared, check_run_folder, prepare
 from launch.progress import Progress
 from launch.prompts import PromptStream
-from launch.telemetry import Telemetry
+from launch.telemetry import Telemetry, read_rows
+from launch.validate import refuse_problems, refuse_shortfall
+from trainers.errors import InputError
 from trainers.evaluation import EvaluationReport, evaluate
 from trainers.experience import WeightVersion, decode_group
 from trainers.loop import LoopParts, LoopSettings, TrainingLoop
@@ -44,14 +52,57 @@ def train(resolved: ResolvedConfig, resume: bool, console: Console) -> Path:
     """Run to the end, or to a signal.  Returns the run folder."""
     config = resolved.config
     folder = check_run_folder(config, resume)
-    checkpoint = CheckpointStore(folder / "checkpoints", config.checkpoint.keep).latest() if resume else None
+    checkpoint = newest_checkpoint(config, folder) if resume else None
+    here = local_nodes(config)
+    if here is not None:
+        refuse_shortfall(config, here)
     prepared = prepare(config)
+    run = _Run(resolved, prepared, folder, checkpoint, console)
+    if here is not None:
+        run.facts = [node_facts(prepared.model_path)]
+        refuse_problems(config, prepared, run.facts)
     report = prepared.report
     console.print(
         f"{config.run.name}: {prepared.facts.architecture}, {prepared.facts.num_params / 1e6:.0f}M parameters; "
         f"{report.num_train_distinct} distinct training questions, {report.num_eval_distinct} held out"
     )
-    return asyncio.run(_Run(resolved, prepared, folder, checkpoint, console).go())
+    return asyncio.run(run.go())
+
+
+def newest_checkpoint(config: RunConfig, folder: Path) -> Checkpoint | None:
+    """The checkpoint to continue from, its bytes verified; None when the run ended before its first one.
+
+    Raises:
+        InputError: it is damaged, or was made by another number of ranks or another ZeRO stage.
+    """
+    try:
+        checkpoint = CheckpointStore(folder / "checkpoints", config.checkpoint.keep).latest()
+    except DamagedError as error:
+        reason, _, remedy = str(error).partition("; ")
+        raise InputError("--resume", config.run.name, reason, remedy) from error
+    if checkpoint is None:
+        return None
+    for name, made_with in dict(checkpoint.metadata.get("learner", {})).items():
+        value = getattr(config.learner, name)
+        if value != made_with:
+            reason = f"the checkpoint of step {checkpoint.step} is in shards of {made_with}"
+            raise InputError(f"learner.{name}", value, reason, f"resume with learner.{name}={made_with}")
+    return checkpoint
+
+
+def earlier_attempts(folder: Path) -> tuple[int, str | None]:
+    """(highest incarnation that served, last W&B run id) of this run folder; (-1, None) for a new one.
+
+    A checkpoint alone cannot tell: a run that was resumed and killed before its next checkpoint left
+    samples of an incarnation which no checkpoint mentions, and versions are never used twice.
+    """
+    incarnation, wandb_id = -1, None
+    for event in read_rows(folder / "events.jsonl"):
+        if event.get("kind") == "ready":
+            incarnation = max(incarnation, int(str(event["version"]).split(".")[0]))
+        elif event.get("kind") == "recording":
+            wandb_id = event.get("wandb_id") or wandb_id
+    return incarnation, wandb_id
 
 
 class _Run:
@@ -69,31 +120,54 @@ class _Run:
         self.folder, self.checkpoint, self.console = folder, checkpoint, console
         self.store = CheckpointStore(folder / "checkpoints", self.config.checkpoint.keep)
         self.stream = PromptStream(prepared.train, self.config.run.seed, self.config.prompts.shuffle)
-        self.first_step, self.version, self.num_tokens = 0, WeightVersion(0, 0), 0
+        self.facts: list[dict[str, Any]] | None = None  # of the nodes; None until they were looked at
+        self.first_step, self.num_tokens = 0, 0
+        incarnation, self.wandb_id = earlier_attempts(folder)
+        self.is_resumed = self.wandb_id is not None or checkpoint is not None or incarnation >= 0
         if checkpoint is not None:
             state = checkpoint.metadata
             self.first_step = checkpoint.step
-            self.version = WeightVersion(int(state["incarnation"]) + 1, checkpoint.step)
+            incarnation = max(incarnation, int(state["incarnation"]))
+            self.wandb_id = state.get("wandb_id") or self.wandb_id
             self.stream.load_state_dict(state["prompts"])
             self.num_tokens = int(state["num_tokens"])
+        self.version = WeightVersion(incarnation + 1, self.first_step)
+        self.first_position = self.stream.position
+        self.checkpoint_s: float | None = None  # of the last step's checkpoint, for the next step's row
         self.saved_step = self.first_step if checkpoint is not None else -1
         self.fleet: Fleet
 
     async def go(self) -> Path:
+        handle, nodes = connect(self.config)
+        try:
+            if self.facts is None:
+                self.facts = await gather_facts(self.config, self.prepared.model_path, nodes)
+                refuse_problems(self.config, self.prepared, self.facts)
+            await self._run(handle, nodes, self.facts)
+        finally:
+            if handle is not None:
+                handle.stop()
+        self._show()
+        return self.folder
+
+    async def _run(
+        self, handle: RayHandle | None, nodes: list[NodeSupply], facts: Sequence[Mapping[str, Any]]
+    ) -> None:
         config = self.config
-        handle, nodes = connect(config)
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "config.yaml").write_text(dump_yaml(self.resolved))
         live = self.console.is_terminal if config.telemetry.progress is None else config.telemetry.progress
         progress = Progress(config.run.num_steps, self.console, live)
         self.telemetry = Telemetry(
             self.folder, config.model_dump(mode="json"), config.telemetry, watcher=progress,
-            wandb_id=self.checkpoint.metadata.get("wandb_id") if self.checkpoint else None,
-            resume_step=self.first_step if self.checkpoint else None,
+            wandb_id=self.wandb_id, resume_step=self.first_step if self.checkpoint else None,
         )  # fmt: skip
+        if self.is_resumed:
+            source = str(self.checkpoint.path) if self.checkpoint else "none: from the beginning"
+            self.telemetry.event("resumed", step=self.first_step, checkpoint=source, version=str(self.version))
         try:
             started = time.perf_counter()
-            self.fleet = await assemble(config, self.prepared, self.folder, self.version, handle, nodes)
+            self.fleet = await assemble(config, self.prepared, self.folder, self.version, handle, nodes, facts)
             try:
                 await self._prove(time.perf_counter() - started)
                 await self._loop()
@@ -105,10 +179,6 @@ class _Run:
         finally:
             progress.close()
             self.telemetry.close()
-            if handle is not None:
-                handle.stop()
-        self._show()
-        return self.folder
 
     async def _prove(self, start_s: float) -> None:
         """Restore, push, and compare both engines' log-probs before anything is sampled for training."""
@@ -139,6 +209,7 @@ class _Run:
             prompts=self.stream, generator=fleet.generator, scorer=fleet.scorer, reference=fleet.reference,
             learner=fleet.learner, publisher=fleet.publisher, recorder=self.telemetry,
             between_steps=self._between_steps, on_update=self._record,
+            after_record=self._after_record,
         )  # fmt: skip
         self.loop = TrainingLoop(settings, parts, self.first_step, self.version, self.num_tokens)
         with _stop_on_signals(self.loop, self.telemetry):
@@ -154,7 +225,8 @@ class _Run:
     # --- between steps --------------------------------------------------------------------------
 
     async def _between_steps(self, step: int, version: WeightVersion, last: bool) -> dict[str, float]:
-        evaluation, metrics = self.config.evaluation, {}
+        evaluation = self.config.evaluation
+        metrics: dict[str, float] = {}
         fresh = step == 0
         resumed_here = step == self.first_step and not fresh
         if evaluation.every and not resumed_here and (last or step % evaluation.every == 0):
@@ -167,10 +239,14 @@ class _Run:
         if fresh:
             self.telemetry.step(0, metrics)
             return {}
-        every = self.config.checkpoint.every
-        if not resumed_here and (last or (every and step % every == 0)):
-            metrics["time/checkpoint_s"] = await self._save(step, version)
+        if self.checkpoint_s is not None:
+            metrics["time/checkpoint_s"], self.checkpoint_s = self.checkpoint_s, None
         return metrics
+
+    async def _after_record(self, step: int, version: WeightVersion, last: bool) -> None:
+        every = self.config.checkpoint.every
+        if last or (every and step % every == 0):
+            self.checkpoint_s = await self._save(step, version)
 
     async def _evaluate(self, step: int, version: WeightVersion) -> EvaluationReport:
         settings, fleet = self.config.evaluation, self.fleet
@@ -188,10 +264,13 @@ class _Run:
         try:
             await self.fleet.learner.save(str(directory / "learner"))
             # The consumption frontier, not the read cursor: prompts taken but not trained on come again.
-            prompts = self.stream.state_dict() | {"position": step * self.config.run.groups_per_step}
+            trained = (step - self.first_step) * self.config.run.groups_per_step
+            prompts = self.stream.state_dict() | {"position": self.first_position + trained}
+            learner = {name: getattr(self.config.learner, name) for name in ("num_workers", "zero_stage")}
             metadata = {
                 "incarnation": version.incarnation, "prompts": prompts, "wandb_id": self.telemetry.wandb_id,
                 "num_tokens": self.loop.num_tokens, "seed": self.config.run.seed,
+                "learner": learner,
             }  # fmt: skip
             # In this thread: the run must not go on while its frontier is being written down.
             self.store.commit(step, metadata)

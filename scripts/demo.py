@@ -31,7 +31,8 @@ def free_name(directory: Path, name: str) -> str:
 
 def accuracies(folder: Path) -> tuple[float, float]:
     """(first, last) held-out accuracy of a run."""
-    values = [row["eval/accuracy"] for row in read_rows(folder / "metrics.jsonl") if row.get("eval/accuracy") is not None]
+    rows = read_rows(folder / "metrics.jsonl")
+    values = [row["eval/accuracy"] for row in rows if row.get("eval/accuracy") is not None]
     return values[0], values[-1]
 
 

@@ -78,7 +78,8 @@ async def evaluate(
         group = await generator.generate(request)
         if (group.summary.oldest_version, group.summary.newest_version) != (version, version):
             raise VerificationError(
-                f"evaluation at version {version}: {group.summary.generator} sampled under {group.summary.oldest_version}"
+                f"evaluation at version {version}: {group.summary.generator} sampled under "
+                f"{group.summary.oldest_version}"
             )
         rewards = await scorer.score(group)
         done += 1

@@ -120,7 +120,8 @@ class GroupRewards:
     @property
     def valid(self) -> np.ndarray:
         """bool [G]: samples that may be trained on."""
-        return np.isfinite(self.totals)
+        finite: np.ndarray = np.isfinite(self.totals)
+        return finite
 
 
 def summarize(group: TrajectoryGroup, generator: str, generate_s: float) -> GroupSummary:
@@ -224,7 +225,8 @@ def decode_group(buffer: pa.Buffer | bytes) -> TrajectoryGroup:
 
 
 def _row(column: pa.ChunkedArray, i: int) -> np.ndarray:
-    return column[i].values.to_numpy()
+    row: np.ndarray = column[i].values.to_numpy()
+    return row
 
 
 LOGPROBS_SCHEMA = pa.schema([("logprobs", pa.list_(pa.float32()))])

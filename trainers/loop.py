@@ -75,15 +75,24 @@ class LoopParts:
     learner: Learner
     publisher: WeightPublisher
     recorder: Recorder
-    # After a push, while no group is running: evaluation and the checkpoint of this step, as asked for.
+    # After a push, while no group is running: evaluation, as asked for; its metrics join the row of this step.
     between_steps: Callable[[int, WeightVersion, bool], Awaitable[dict[str, float]]]
     on_update: Callable[[int, list[LearnerGroup], UpdateReport], None]
+    # After the row of this step: its checkpoint.  In this order a kill in between loses no row of the lineage.
+    after_record: Callable[[int, WeightVersion, bool], Awaitable[None]] | None = None
 
 
 class TrainingLoop:
     """Runs laps ``first_step`` .. ``num_steps``.  ``step`` is the number of finished laps."""
 
-    def __init__(self, settings: LoopSettings, parts: LoopParts, first_step: int, version: WeightVersion, num_tokens: int = 0) -> None:
+    def __init__(
+        self,
+        settings: LoopSettings,
+        parts: LoopParts,
+        first_step: int,
+        version: WeightVersion,
+        num_tokens: int = 0,
+    ) -> None:
         self.settings, self.parts = settings, parts
         self.step, self.version = first_step, version
         self._gate = AdmissionGate(settings.max_staleness, settings.groups_per_step, first_step)
@@ -119,7 +128,7 @@ class TrainingLoop:
         except* asyncio.CancelledError:
             if not self.stopping:
                 raise
-        except* Exception as group:
+        except* Exception as group:  # noqa: BLE001 - unwrapped and raised again
             raise _first(group) from None
 
     # --- from prompts to finished groups ------------------------------------------------------
@@ -208,6 +217,8 @@ class TrainingLoop:
         metrics |= {"num_tokens": float(self.num_tokens), "push/num_bytes": float(push.num_bytes)}
         metrics |= await parts.between_steps(self.step, self.version, last)
         parts.recorder.step(self.step, metrics)
+        if parts.after_record is not None:
+            await parts.after_record(self.step, self.version, last)
         self._gate.advance()
 
 

@@ -33,7 +33,7 @@ GROUPS = "groups with at least one valid reward"
 EVALUATED = "held-out prompts with a valid reward"
 RUN = "the whole step"
 # Reducers, worded once.
-TOKEN_MEAN = "sum over all ranks and minibatches / number of tokens"
+TOKEN_MEAN = "sum over all ranks and minibatches / number of tokens"  # noqa: S105 - a language token
 MEAN, MAX, MIN, SUM = "mean", "maximum", "minimum", "sum"
 CONTROLLER = "measured once, by the controller"
 LAST = "value at the end of the step; equal on all ranks"
@@ -106,7 +106,8 @@ _ROWS: tuple[Metric, ...] = (
     Metric("time/push_pause_s", "longest time one generator did not sample because of the push", "s", RUN,
            "maximum over generators"),
     Metric("time/evaluate_s", "held-out evaluation", "s", "steps with an evaluation", CONTROLLER),
-    Metric("time/checkpoint_s", "saving and committing a checkpoint", "s", "steps with a checkpoint", CONTROLLER),
+    Metric("time/checkpoint_s", "saving and committing the checkpoint before this step", "s", "steps after a checkpoint",
+           CONTROLLER),
     Metric("throughput/generate_tokens_per_s", "completion tokens / time/generate_s", "tokens/s", COMPLETIONS,
            "sum over generators / wall time"),
     Metric("throughput/learn_tokens_per_s", "completion tokens trained on / time/learn_s", "tokens/s", TOKENS,

@@ -59,12 +59,16 @@ def user_code() -> Iterator[None]:
         raise UserCodeError(f"{type(error).__name__}: {error}") from error
 
 
+def _constant(value: Any) -> Callable[[Trajectory], Any]:
+    return lambda _: copy.deepcopy(value)
+
+
 def arguments(reward: LoadedReward, prompt: Prompt, trajectories: Sequence[Trajectory]) -> dict[str, list[Any]]:
     """The lists ``reward`` takes, one entry a sample; copies, so that nothing a function does is seen by others."""
     chat = isinstance(prompt.source, list)
     source = prompt.text if prompt.source is None else prompt.source
     offered: dict[str, Callable[[Trajectory], Any]] = {
-        **{name: lambda t, value=value: copy.deepcopy(value) for name, value in prompt.columns.items()},
+        **{name: _constant(value) for name, value in prompt.columns.items()},
         "prompts": lambda t: copy.deepcopy(source),
         "completions": lambda t: [{"role": "assistant", "content": t.text}] if chat else t.text,
         "completion_ids": lambda t: t.completion_ids.tolist(),

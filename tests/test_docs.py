@@ -1,0 +1,216 @@
+"""The documentation is run: commands parse, keys, links, targets and tests exist, examples work."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import yaml
+
+from launch.cli import _parser
+from launch.config import RunConfig
+from launch.config_keys import slot_at
+from launch.config_reference import BEGIN, END, PAGE, entries, renewed
+from launch.recipe_files import list_recipes, parse_yaml
+from trainers.experience import Prompt
+from trainers.rewards import RewardSettings, load_reward, probe_rewards
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+FENCE = re.compile(r"(?P<mark><!-- recipe -->\n)?^```(?P<language>\w*)\n(?P<body>.*?)^```$", re.MULTILINE | re.DOTALL)
+KEY = re.compile(rf"`((?:{'|'.join(RunConfig.model_fields)})(?:\.[a-z0-9_]+)+)(?:[:=] ?([^`]*))?`")
+OWN_FILE = ".yaml"  # a recipe argument that is a path of the reader's own
+
+
+class Fenced(NamedTuple):
+    page: str
+    language: str
+    body: str
+    is_recipe: bool
+
+
+def fenced(*languages: str) -> list[Fenced]:
+    found = [
+        Fenced(page.name, m["language"], m["body"], m["mark"] is not None)
+        for page in PAGES
+        for m in FENCE.finditer(page.read_text(encoding="utf-8"))
+    ]
+    return [block for block in found if block.language in languages]
+
+
+def prose(page: Path) -> str:
+    """The page without its fenced blocks."""
+    return FENCE.sub("", page.read_text(encoding="utf-8"))
+
+
+def commands() -> list[str]:
+    """Every burnish command line that a reader may copy: in shell blocks and between backticks."""
+    lines = [line.split(" #")[0].strip() for block in fenced("bash") for line in block.body.splitlines()]
+    inline = [m[1] for page in PAGES for m in re.finditer(r"`([^`\n]+)`", prose(page))]
+    words = (line.removeprefix(".venv/bin/") for line in [*lines, *inline])
+    return sorted({line for line in words if line.startswith("burnish ")})
+
+
+def cluster_commands() -> list[str]:
+    """Arguments that the Slurm script passes to `burnish train`."""
+    lines = [line for block in fenced("bash") for line in block.body.splitlines() if line.startswith("sbatch ")]
+    return [f"burnish train {line.split('burnish.sbatch ')[1]} cluster.num_nodes=4" for line in lines]
+
+
+def page_and_text(pattern: str) -> Iterator[tuple[Path, str]]:
+    for page in PAGES:
+        for match in re.finditer(pattern, page.read_text(encoding="utf-8")):
+            yield page, match[1]
+
+
+def check_override(override: str) -> None:
+    key = override.partition("=")[0]
+    parts = tuple(int(part) if part.isdigit() else part for part in key.split("."))
+    assert slot_at(RunConfig, parts) is not None, f"there is no key {key}"
+
+
+# --- commands ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("line", [*commands(), *cluster_commands()])
+def test_every_command_line_parses_and_names_keys_and_recipes_that_exist(line: str) -> None:
+    words = shlex.split(line)[1:]
+    if len(words) == 1:
+        words += ["--help"]  # the bare name of a command, in a sentence
+    try:
+        arguments = _parser().parse_args(words)
+    except SystemExit as end:
+        assert end.code == 0, f"{line!r} does not parse"  # --help and --version
+        return
+    recipe = getattr(arguments, "recipe", None) or getattr(arguments, "name", None)
+    if recipe is not None and not recipe.endswith(OWN_FILE):
+        assert recipe in list_recipes()
+    for override in getattr(arguments, "overrides", []):
+        check_override(override)
+
+
+def test_the_readme_and_the_guides_show_commands() -> None:
+    assert len(commands()) >= 10
+    assert len(cluster_commands()) >= 2
+
+
+def test_every_make_target_that_is_mentioned_exists() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    mentioned = {name for _, name in page_and_text(r"`make ([a-z-]+)`")}
+    mentioned |= {m for block in fenced("bash") for m in re.findall(r"^make ([a-z-]+)", block.body, re.MULTILINE)}
+    assert {"demo", "test"} <= mentioned <= targets
+
+
+# --- configuration ----------------------------------------------------------------------------
+
+
+def test_the_reference_table_is_the_generated_one() -> None:
+    page = (ROOT / PAGE).read_text(encoding="utf-8")
+    assert page == renewed(page), "run: python -m launch.config_reference"
+
+
+def test_every_key_of_the_configuration_has_one_row() -> None:
+    table = (ROOT / PAGE).read_text(encoding="utf-8").partition(BEGIN)[2].partition(END)[0]
+    rows = re.findall(r"^\| `([^`]+)` \|", table, re.MULTILINE)
+    assert rows == [entry.key for entry in entries()]
+    assert len(rows) == len(set(rows)) > 100
+    for key in rows:
+        check_override(key)
+
+
+def test_a_page_without_its_markers_is_refused() -> None:
+    with pytest.raises(ValueError, match="needs the lines"):
+        renewed("# Configuration\n")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_configuration_key_that_is_mentioned_exists(page: Path) -> None:
+    for match in KEY.finditer(prose(page)):
+        for name in [match[1], *re.findall(r" ([a-z_0-9.]+)=", match[0])]:
+            check_override(name)
+
+
+@pytest.mark.parametrize("block", fenced("yaml"), ids=lambda block: block.page)
+def test_every_yaml_block_is_a_recipe_or_a_part_of_one(block: Fenced) -> None:
+    value = parse_yaml(block.body)
+    if block.is_recipe:
+        RunConfig.model_validate(value)
+        return
+    whole = recipe_blocks()[0]
+    RunConfig.model_validate({**whole, **value, "evaluation": {"every": 0}})
+
+
+def recipe_blocks() -> list[dict[str, Any]]:
+    return [parse_yaml(block.body) for block in fenced("yaml") if block.is_recipe]
+
+
+def test_there_is_a_complete_recipe_to_read() -> None:
+    assert recipe_blocks()
+
+
+# --- examples ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("block", fenced("python"), ids=lambda block: block.page)
+def test_every_reward_function_that_is_shown_loads_and_scores(block: Fenced, tmp_path: Path) -> None:
+    path = tmp_path / "shown.py"
+    path.write_text(block.body, encoding="utf-8")
+    names = re.findall(r"^(?:async )?def (\w+)|^([a-z]\w*) = ", block.body, re.MULTILINE)
+    attribute = (names[-1][0] or names[-1][1]) if names else ""
+    prompt = Prompt("id", np.arange(5, dtype=np.int32), "2 + 2 =", "2 + 2 =", {"answer": "4", "unit": "m"})
+    reward = load_reward(RewardSettings(function=f"{path}:{attribute}"))
+    probe_rewards([reward], [prompt, prompt], timeout_s=20)
+
+
+def test_the_readme_and_the_guide_show_the_same_first_reward() -> None:
+    first = [next(b.body for b in fenced("python") if b.page == page) for page in ("README.md", "rewards.md")]
+    assert first[0].removeprefix("# my_rewards.py\n") == first[1]
+
+
+def test_the_first_reward_does_what_its_docstring_says() -> None:
+    names: dict[str, Any] = {}
+    exec(next(b.body for b in fenced("python") if b.page == "rewards.md"), names)
+    assert names["near"](completions=["4", "4.05", "four", ""], answer=["4"] * 4, tolerance=0.1) == [1, 1, 0, 0]
+
+
+# --- what the pages point to ------------------------------------------------------------------
+
+
+def test_every_relative_link_leads_somewhere() -> None:
+    links = list(page_and_text(r"\]\(([^)]+)\)"))
+    relative = [(page, link.partition("#")[0]) for page, link in links if "://" not in link and link[0] != "#"]
+    assert len(relative) > 20
+    assert not [f"{page.name}: {link}" for page, link in relative if not (page.parent / link).exists()]
+
+
+def test_every_file_of_the_project_that_is_named_exists() -> None:
+    named = page_and_text(r"`((?:actors|cluster|launch|trainers|tests|docs|docker|scripts|benchmarks)/[\w./-]+)`")
+    assert not [f"{page.name}: {name}" for page, name in named if not (ROOT / name).exists()]
+
+
+def test_every_test_that_a_law_points_to_exists() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8").partition("## Laws")[2]
+    named = re.findall(r"`(test_\w+)`", text)
+    written = {
+        name
+        for file in (ROOT / "tests").glob("test_*.py")
+        for name in re.findall(r"def (test_\w+)", file.read_text(encoding="utf-8"))
+    }
+    assert len(named) >= 10
+    assert not set(named) - written
+
+
+def test_the_hooks_before_a_commit_are_local() -> None:
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))
+    assert [repo["repo"] for repo in hooks["repos"]] == ["local"]
+
+
+def test_the_licence_is_the_one_that_the_package_names() -> None:
+    text = (ROOT / "LICENSE").read_text(encoding="utf-8")
+    assert "Apache License" in text and "Version 2.0, January 2004" in text
+    assert "license = Apache-2.0" in (ROOT / "setup.cfg").read_text(encoding="utf-8")

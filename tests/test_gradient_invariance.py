@@ -1,0 +1,328 @@
+"""The law of the learner: a batch has one gradient, however it is cut up.
+
+One recorded batch (uneven groups, a masked sample, an empty completion, a group without a spread) goes
+through real DeepSpeed learners in processes of their own: 1 rank and ZeRO 0, then 2 ranks and ZeRO 0 to 3, each
+with several token budgets, with and without shared prompts.
+"""
+
+from __future__ import annotations
+
+import functools
+import multiprocessing
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from actors.model_folders import resolve_model
+from actors.settings import LearnerSettings, OptimizerSettings, SamplingSettings
+from cluster.rendezvous import Rendezvous, free_port
+from trainers.advantages import group_relative
+from trainers.algorithms import AlgorithmSettings
+from trainers.experience import (
+    GroupRewards,
+    Prompt,
+    Trajectory,
+    TrajectoryGroup,
+    VersionSpan,
+    WeightVersion,
+    decode_group,
+    decode_logprobs,
+    encode_group,
+    encode_logprobs,
+    summarize,
+)
+from trainers.losses import token_weights
+from trainers.protocols import LearnerGroup
+
+MODEL = "builtin:tiny-llama"
+DEADLINE_S = 120.0  # for the ranks of one task, and for each of their collectives
+TOLERANCE = 1e-5  # relative to a parameter's largest gradient element
+MAX_TOKENS = 32
+TEMPERATURE = 0.7
+LR = 1e-3
+SHARDED = (0, 1, 2, 3)  # ZeRO stages that two ranks try
+
+ALGORITHMS = {
+    "grpo": AlgorithmSettings(),
+    "kl-entropy": AlgorithmSettings(kl_coef=0.3, entropy_coef=0.05, aggregation="token"),
+    "rloo-k2": AlgorithmSettings(
+        kl_coef=0.1, kl_estimator="k2", baseline="leave_one_out", scale="none", aggregation="constant"
+    ),
+    "kl-in-reward": AlgorithmSettings(kl_coef=0.1, kl_estimator="k1", kl_placement="reward", scale="none"),
+}
+SEVERAL_UPDATES = AlgorithmSettings(num_minibatches=2, num_epochs=2, kl_coef=0.1)
+# (token budget, share prompts); the longest sample has 29 tokens.
+PACKINGS = ((4096, True), (4096, False), (64, True), (30, False))
+
+
+def recorded_batch() -> list[LearnerGroup]:
+    """The same on every rank: prompts of P tokens, completions of T, rewards (NaN: masked)."""
+    draw = np.random.default_rng(11)
+    version = WeightVersion(0, 3)
+    nan = float("nan")
+    rows = [
+        (7, (5, 9, 1, 12, 3), (1.0, 0.0, nan, 0.5, 1.0)),
+        (12, (4, 17), (0.0, 1.0)),
+        (5, (6, 6, 2, 11), (1.0, 1.0, 1.0, 1.0)),
+        (9, (8, 0, 13), (0.2, 0.0, 0.9)),
+    ]
+    groups = []
+    for g, (num_prompt, lengths, rewards) in enumerate(rows):
+        prompt = Prompt(f"p{g}", draw.integers(3, 259, num_prompt, dtype=np.int32), "?")
+        trajectories = tuple(
+            Trajectory(
+                sample_index=i,
+                seed=i,
+                completion_ids=draw.integers(3, 259, t, dtype=np.int32),
+                behavior_logprobs=draw.normal(-5.8, 0.1, t).astype(np.float32),
+                text="",
+                finish_reason="stop",
+                version_spans=(VersionSpan(version, t),),
+            )
+            for i, t in enumerate(lengths)
+        )
+        group = TrajectoryGroup(f"g{g}", prompt, trajectories)
+        reference = encode_logprobs([draw.normal(-5.8, 0.5, t).astype(np.float32) for t in lengths])
+        totals = np.array(rewards)
+        groups.append(
+            LearnerGroup(
+                summarize(group, "generator-0", 0.0),
+                GroupRewards(f"g{g}", totals, {"r": totals}),
+                encode_group(group),
+                reference,
+            )
+        )
+    return groups
+
+
+# --- in the ranks' processes ------------------------------------------------------------------
+
+
+def learner_rank(rank: int, ranks: int, zero_stage: int, port: int, task: str, folder: str) -> None:
+    """One rank of ``task``; rank 0 leaves what it found in ``folder``."""
+    torch.set_num_threads(1)
+    from actors.learner import DeepSpeedLearner
+
+    learner = DeepSpeedLearner(
+        rank, Rendezvous("127.0.0.1", port, ranks), resolve_model(MODEL), settings(ranks, zero_stage),
+        ALGORITHMS["grpo"], SamplingSettings(temperature=TEMPERATURE, max_tokens=MAX_TOKENS),
+        "float32", "cpu", num_steps=10, seed=99 if task == "resume" else 5,
+    )  # fmt: skip
+    found = {"laws": gradients_and_updates, "resume": resume}[task](learner, folder)
+    if rank == 0:
+        torch.save(found, Path(folder) / f"{task}.pt")
+    learner.close()
+
+
+def settings(ranks: int, zero_stage: int, token_budget: int = 4096) -> LearnerSettings:
+    return LearnerSettings(
+        num_workers=ranks,
+        zero_stage=zero_stage,  # type: ignore[arg-type]
+        token_budget=token_budget,
+        logprob_chunk=16,
+        # A large epsilon: Adam then is smooth in the gradient, so rounding stays rounding.
+        optimizer=OptimizerSettings(lr=LR, eps=1e-2, max_grad_norm=0.1),
+        start_deadline_s=DEADLINE_S,
+    )
+
+
+def gradients_and_updates(learner: Any, folder: str) -> dict[str, Any]:
+    import actors.learner as module
+
+    groups = recorded_batch()
+    found: dict[str, Any] = {}
+    for name, algorithm in ALGORITHMS.items():
+        for token_budget, share in PACKINGS:
+            configure(learner, algorithm, token_budget, share)
+            found[f"{name}/{token_budget}/{share}"] = learner.gradients(groups)
+    configure(learner, ALGORITHMS["grpo"], 30, True)
+    skip, module.contributing = module.contributing, lambda members, weights, *_: [
+        i for k, i in enumerate(members) if weights[k] > 0
+    ]
+    found["without skipping"] = learner.gradients(groups)
+    module.contributing = skip
+    found["one update"] = learner.update(groups, 0).metrics, learner.weights.whole_state(torch.float32)
+    configure(learner, SEVERAL_UPDATES, 30, True)
+    found["several updates"] = learner.update(groups, 1).metrics, learner.weights.whole_state(torch.float32)
+    learner.save(f"{folder}/state")
+    found["next update"] = learner.update(groups, 2).metrics, learner.weights.whole_state(torch.float32)
+    learner.load(f"{folder}/state")
+    found["next update again"] = learner.update(groups, 2).metrics, learner.weights.whole_state(torch.float32)
+    return found
+
+
+def resume(learner: Any, folder: str) -> dict[str, Any]:
+    """A new process, another seed, perturbed weights: everything must come from the checkpoint."""
+    groups = recorded_batch()
+    learner.update(groups, 0)
+    learner.load(f"{folder}/state")
+    configure(learner, SEVERAL_UPDATES, 30, True)
+    return {"next update": (learner.update(groups, 2).metrics, learner.weights.whole_state(torch.float32))}
+
+
+def configure(learner: Any, algorithm: AlgorithmSettings, token_budget: int, share_prompts: bool) -> None:
+    learner.algorithm, learner.share_prompts = algorithm, share_prompts
+    learner.settings = settings(learner.engine.world_size, learner.engine.zero_stage, token_budget)
+
+
+# --- in the test's process --------------------------------------------------------------------
+
+
+@functools.cache
+def folder_of(ranks: int, zero_stage: int) -> str:
+    return tempfile.mkdtemp(prefix=f"burnish-{ranks}x{zero_stage}-")
+
+
+@functools.cache
+def run(ranks: int, zero_stage: int, task: str = "laws") -> dict[str, Any]:
+    """What rank 0 found; fails when the ranks are not done within the deadline."""
+    resolve_model(MODEL)
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(["actors.learner", "deepspeed", "transformers.models.llama.modeling_llama"])
+    folder, port = folder_of(ranks, zero_stage), free_port()
+    started = [
+        processes.Process(target=learner_rank, args=(rank, ranks, zero_stage, port, task, folder), daemon=True)
+        for rank in range(ranks)
+    ]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join(DEADLINE_S)
+    late = [rank for rank, process in enumerate(started) if process.exitcode is None]
+    for process in started:
+        process.kill()
+    assert not late, f"{task}, {ranks} ranks, ZeRO {zero_stage}: ranks {late} hang"
+    assert all(process.exitcode == 0 for process in started), [process.exitcode for process in started]
+    return torch.load(Path(folder) / f"{task}.pt", weights_only=False)
+
+
+def largest_error(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> float:
+    """max over parameters of max|a - b| / max|b|."""
+    assert list(found) == list(expected)
+    return max(
+        float((found[n].double() - expected[n].double()).abs().max() / expected[n].double().abs().max())
+        for n in expected
+    )
+
+
+def naive_gradient(groups: Sequence[LearnerGroup], algorithm: AlgorithmSettings) -> dict[str, torch.Tensor]:
+    """Sample by sample, float64, with transformers' own model and attention."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(resolve_model(MODEL), dtype=torch.float64)
+    lengths = [t for g in groups for t in g.summary.num_completion_tokens]
+    valid = [bool(v) for g in groups for v in g.rewards.valid]
+    weights = iter(token_weights(lengths, valid, algorithm.aggregation, MAX_TOKENS))
+    for group in groups:
+        decoded = decode_group(group.payload)
+        prompt = torch.from_numpy(decoded.prompt.token_ids.astype(np.int64))
+        references = decode_logprobs(group.reference_payload)
+        scored = []
+        for trajectory in decoded.trajectories:
+            ids = torch.cat([prompt, torch.from_numpy(trajectory.completion_ids.astype(np.int64))])
+            logits = model(ids[None]).logits[0, len(prompt) - 1 : -1] / TEMPERATURE
+            logp = logits.log_softmax(-1)
+            scored.append((logp.gather(1, ids[len(prompt) :, None])[:, 0], -(logp.exp() * logp).sum(-1)))
+        rewards = group.rewards.totals
+        if algorithm.kl_coef and algorithm.kl_placement == "reward":
+            rewards = rewards - [
+                algorithm.kl_coef * float((lp.detach() - torch.from_numpy(r.copy())).sum())
+                for (lp, _), r in zip(scored, references)
+            ]
+        advantages = group_relative(rewards, np.isfinite(rewards), algorithm.baseline, algorithm.scale)
+        for (lp, entropy), reference, advantage in zip(scored, references, advantages):
+            weight = next(weights)
+            if weight == 0:
+                continue
+            loss = -advantage * torch.exp(lp - lp.detach()) - algorithm.entropy_coef * entropy
+            if algorithm.kl_coef and algorithm.kl_placement == "loss":
+                d = lp - torch.from_numpy(reference.copy())
+                k = d**2 / 2 if algorithm.kl_estimator == "k2" else torch.exp(-d) - 1 + d
+                loss = loss + algorithm.kl_coef * k
+            (weight * loss.sum()).backward()
+    return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Matrices this small only lose by a second thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_one_rank_and_zero_0_have_the_gradient_of_the_naive_loss(name: str) -> None:
+    found = run(1, 0)[f"{name}/4096/True"]
+    expected = naive_gradient(recorded_batch(), ALGORITHMS[name])
+    assert min(g.abs().max() for g in expected.values()) > 1e-5  # else the law says nothing
+    assert largest_error(found, expected) <= TOLERANCE
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_one_rank_has_one_gradient_whatever_the_packing(name: str) -> None:
+    found = run(1, 0)
+    for token_budget, share in PACKINGS[1:]:
+        assert largest_error(found[f"{name}/{token_budget}/{share}"], found[f"{name}/4096/True"]) <= TOLERANCE
+
+
+@pytest.mark.parametrize("zero_stage", SHARDED)
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_two_ranks_have_the_gradient_of_one_rank_and_zero_0(name: str, zero_stage: int) -> None:
+    baseline, found = run(1, 0)[f"{name}/4096/True"], run(2, zero_stage)
+    for token_budget, share in PACKINGS:
+        assert largest_error(found[f"{name}/{token_budget}/{share}"], baseline) <= TOLERANCE, (token_budget, share)
+
+
+@pytest.mark.parametrize("where", [(1, 0), (2, 2)])
+def test_skipping_samples_without_an_advantage_leaves_the_gradient_unchanged(where: tuple[int, int]) -> None:
+    found = run(*where)
+    assert largest_error(found["grpo/30/False"], found["without skipping"]) <= TOLERANCE
+
+
+@pytest.mark.parametrize("where", [(1, 0), *((2, stage) for stage in SHARDED)])
+def test_on_the_first_minibatch_the_ratio_is_1_and_nothing_is_clipped(where: tuple[int, int]) -> None:
+    metrics, _ = run(*where)["one update"]
+    assert metrics["ratio/first_minibatch_max_deviation"] == 0.0
+    assert metrics["ratio/mean"] == 1.0
+    assert metrics["clip_ratio/region_mean"] == 0.0
+    several, _ = run(*where)["several updates"]
+    # Scored once in another packing: the dtype's rounding remains.
+    assert several["ratio/first_minibatch_max_deviation"] <= 1e-5
+    assert several["ratio/max"] > 1.0 + 1e-4  # later minibatches do move
+
+
+@pytest.mark.parametrize("what", ["one update", "several updates", "next update"])
+@pytest.mark.parametrize("zero_stage", SHARDED)
+def test_after_updates_the_parameters_agree_across_ranks_and_zero_stages(zero_stage: int, what: str) -> None:
+    (metrics, parameters), (expected_metrics, expected) = run(2, zero_stage)[what], run(1, 0)[what]
+    moved = max(float((expected[n] - run(1, 0)["one update"][1][n]).abs().max()) for n in expected)
+    assert moved > 1e-6 or what == "one update"
+    difference = max(float((parameters[n] - expected[n]).abs().max()) for n in expected)
+    assert difference <= 1e-3 * LR  # an update moves an element by up to LR
+    for name in ("loss", "entropy", "kl", "grad_norm", "ratio/mean", "clip_ratio/region_mean"):
+        assert metrics[name] == pytest.approx(expected_metrics[name], rel=1e-4, abs=1e-6), name
+
+
+@pytest.mark.parametrize("where", [(1, 0), *((2, stage) for stage in SHARDED)])
+def test_a_loaded_checkpoint_makes_the_same_next_update(where: tuple[int, int]) -> None:
+    found = run(*where)
+    _same_update(found["next update again"], found["next update"])
+
+
+def test_a_new_process_makes_the_same_next_update_from_the_checkpoint() -> None:
+    expected = run(2, 2)["next update"]
+    _same_update(run(2, 2, "resume")["next update"], expected)
+
+
+def _same_update(found: tuple[Any, Any], expected: tuple[Any, Any]) -> None:
+    for name, parameter in expected[1].items():
+        torch.testing.assert_close(found[1][name], parameter, rtol=0, atol=1e-7, msg=name)
+    for name in ("loss", "grad_norm", "learning_rate"):
+        assert found[0][name] == pytest.approx(expected[0][name], rel=1e-6), name
