@@ -43,25 +43,29 @@ def pack_loss(
     logprobs: torch.Tensor, entropy: torch.Tensor, terms: TokenTerms, algorithm: AlgorithmSettings
 ) -> PackOutcome:
     """Clipped surrogate + beta * KL - coefficient * entropy, weighted token by token."""
-    proximal = logprobs.detach() if terms.proximal_logprobs is None else terms.proximal_logprobs
-    surrogate = clipped_surrogate(logprobs, proximal, terms.advantages, algorithm.clip_low, algorithm.clip_high)
+    # Tokens of weight 0 are left out before anything is computed: they may carry NaN (a masked sample
+    # has no advantage), and 0 * NaN would come back as a NaN gradient even where the loss is finite.
+    counted = torch.nonzero(terms.weights > 0).squeeze(1)
+    logprobs, entropy, weights = logprobs[counted], entropy[counted], terms.weights[counted]
+    proximal = logprobs.detach() if terms.proximal_logprobs is None else terms.proximal_logprobs[counted]
+    surrogate = clipped_surrogate(
+        logprobs, proximal, terms.advantages[counted], algorithm.clip_low, algorithm.clip_high
+    )
     per_token = surrogate.loss
     kl = torch.zeros_like(logprobs)
     if terms.reference_logprobs is not None:
-        kl = kl_estimate(logprobs, terms.reference_logprobs, algorithm.kl_estimator)
+        kl = kl_estimate(logprobs, terms.reference_logprobs[counted], algorithm.kl_estimator)
         if algorithm.kl_placement == "loss":
             per_token = per_token + algorithm.kl_coef * kl
     if algorithm.entropy_coef:
         per_token = per_token - algorithm.entropy_coef * entropy
-    # Indexing, not multiplying: a token of weight 0 may carry NaN advantages and must not spread them.
-    counted = terms.weights > 0
-    loss = (per_token[counted] * terms.weights[counted]).sum()
+    loss = (per_token * weights).sum()
     with torch.no_grad():
-        mismatch = (proximal - terms.behavior_logprobs).abs()[counted]
-        ratio = surrogate.ratio[counted]
+        mismatch = (proximal - terms.behavior_logprobs[counted]).abs()
+        ratio = surrogate.ratio
         columns = (
-            torch.ones_like(ratio), per_token[counted] * terms.weights[counted], entropy[counted], ratio,
-            surrogate.clipped_low[counted], surrogate.clipped_high[counted], kl[counted], mismatch,
+            torch.ones_like(ratio), per_token * weights, entropy, ratio,
+            surrogate.clipped_low, surrogate.clipped_high, kl, mismatch,
         )  # fmt: skip
         sums = torch.stack([c.double().sum() for c in columns])
         none = torch.zeros((), dtype=torch.float64, device=logprobs.device)

@@ -60,7 +60,6 @@ def join(rendezvous: Rendezvous, rank: int, backend: str, deadline_s: float, loc
     that waited and the address; WorkerError says that rank 0 found its port taken.
     """
     import torch.distributed as dist
-    from torch.distributed.distributed_c10d import TCPStore
 
     if not 0 <= rank < rendezvous.world_size:
         raise ValueError(f"rank {rank} is not one of the {rendezvous.world_size} of {rendezvous}")
@@ -70,7 +69,7 @@ def join(rendezvous: Rendezvous, rank: int, backend: str, deadline_s: float, loc
         os.environ.setdefault("GLOO_SOCKET_IFNAME", _loopback())
     timeout = datetime.timedelta(seconds=deadline_s)
     try:
-        store = TCPStore(
+        store = dist.TCPStore(  # type: ignore[attr-defined]  # exported, but its stubs do not say so
             rendezvous.address, rendezvous.port, rendezvous.world_size, is_master=rank == 0, timeout=timeout
         )
         dist.init_process_group(

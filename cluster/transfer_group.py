@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import PrefixStore, TCPStore
 
 from cluster.errors import DeadlineError
 
@@ -36,8 +35,11 @@ class TransferGroup:
         timeout = timedelta(seconds=deadline_s)
         who = f"{size - 1} other members of group {name} at {address}:{port} (I am rank {rank})"
         try:
-            store = TCPStore(address, port, size, is_master=rank == SENDER, timeout=timeout, wait_for_workers=True)
-            prefixed = PrefixStore(name, store)
+            # torch exports both stores; its stubs do not say so.
+            store = dist.TCPStore(  # type: ignore[attr-defined]
+                address, port, size, is_master=rank == SENDER, timeout=timeout, wait_for_workers=True
+            )
+            prefixed = dist.PrefixStore(name, store)  # type: ignore[attr-defined]
             if device.type == "cuda":
                 options = dist.ProcessGroupNCCL.Options()
                 options._timeout = timeout  # the only way to set it on a group outside the default one

@@ -158,7 +158,7 @@ CASES: dict[str, Case] = {
     ),
     "a dataset without the prompt column": (
         lambda s: s.data({"question": "1 + 1", "answer": "2"}),
-        ("train.jsonl", "prompt", "question"),
+        ("prompts.train.prompt_column = 'prompt'", "is no column", "the nearest are answer, question"),
     ),
     "a dataset without rows": (lambda s: s.data(), ("prompts.train.path = ", "train.jsonl'", "has no rows")),
     "a dataset that does not exist": (

@@ -169,7 +169,7 @@ def probe_rewards(rewards: Sequence[LoadedReward], prompts: Sequence[Prompt], ti
                     f"add the column, or give the value in rewards.{reward.name}.args",
                 )
             trajectories = [_probe_trajectory(i, prompt, text) for i, text in enumerate(PROBE_TEXTS)]
-            _, failures = asyncio.run(_score(reward, prompt, trajectories, timeout_s, num_retries=0))
+            _, failures = asyncio.run(_score(reward, prompt, trajectories, timeout_s, num_retries=0, quiet=True))
             for i, failure in failures:
                 if failure.kind != "abstained":
                     raise InputError(
@@ -222,7 +222,8 @@ async def score_group(
 
 
 async def _score(
-    reward: LoadedReward, prompt: Prompt, trajectories: Sequence[Trajectory], timeout_s: float, num_retries: int
+    reward: LoadedReward, prompt: Prompt, trajectories: Sequence[Trajectory], timeout_s: float, num_retries: int,
+    quiet: bool = False,
 ) -> tuple[np.ndarray, list[tuple[int, RewardFailure]]]:
     """float64 [G], NaN where there is no value, and why there is none."""
     values: Sequence[float | None | RewardFailure] = ()
@@ -234,7 +235,8 @@ async def _score(
             failure = RewardFailure(reward.name, "raised", str(error))
         except TimeoutError:
             failure = RewardFailure(reward.name, "timeout", f"no answer in {timeout_s:g} s")
-        logger.warning("reward %s, try %d of %d: %s", reward.name, attempt + 1, 1 + num_retries, failure.detail)
+        if not quiet:
+            logger.warning("reward %s, try %d of %d: %s", reward.name, attempt + 1, 1 + num_retries, failure.detail)
         values = [failure] * len(trajectories)
     abstained = RewardFailure(reward.name, "abstained", "returned None")
     why = [(i, abstained if v is None else v) for i, v in enumerate(values) if not isinstance(v, float)]
