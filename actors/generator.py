@@ -32,6 +32,7 @@ from trainers.experience import (
 from trainers.protocols import GroupRequest
 
 PREFILL_TOKENS = 4096  # scheduled in one engine step on CPU
+BLOCK_TOKENS = 32  # of the KV cache on CPU: the smallest its attention kernel takes
 
 
 class VLLMGenerator:
@@ -75,6 +76,9 @@ class VLLMGenerator:
             # CPU generator cannot be rewound.
             arguments["enable_chunked_prefill"] = False
             arguments["max_num_batched_tokens"] = max(max_length, PREFILL_TOKENS)
+            # vLLM's own choice of 128 is longer than many prompts, and only whole blocks are shared: the samples
+            # of a group would each prefill their prompt again.
+            arguments["block_size"] = BLOCK_TOKENS
         if device == "cuda":
             arguments["gpu_memory_utilization"] = settings.gpu_memory_utilization
         arguments.update(settings.engine_args)

@@ -66,11 +66,11 @@ class OptimizerSettings(Settings):
     """AdamW and its schedule."""
 
     lr: float = Field(1e-6, gt=0, description="peak learning rate")
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.0, ge=0)
+    betas: tuple[float, float] = Field((0.9, 0.999), description="decay of the moment estimates")
+    eps: float = Field(1e-8, gt=0, description="added to the denominator")
+    weight_decay: float = Field(0.0, ge=0, description="decoupled, times the learning rate")
     warmup_steps: int = Field(0, ge=0, description="linear warm-up, in loop steps")
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="after warm-up; to 0 at the end")
     max_grad_norm: float = Field(1.0, ge=0, description="0: no clipping")
 
 
@@ -79,11 +79,13 @@ class LearnerSettings(Settings):
 
     num_workers: Positive = Field(1, description="data-parallel ranks")
     gpus_per_worker: float | None = Field(None, ge=0, description="default: 1 on GPU, 0 on CPU")
-    zero_stage: Literal[0, 1, 2, 3] = 1
-    offload_optimizer: Literal["none", "cpu", "nvme"] = "none"
-    offload_param: Literal["none", "cpu", "nvme"] = "none"
+    zero_stage: Literal[0, 1, 2, 3] = Field(
+        1, description="what DeepSpeed partitions: 1 optimizer states, 2 gradients too, 3 parameters too"
+    )
+    offload_optimizer: Literal["none", "cpu", "nvme"] = Field("none", description="where optimizer states live")
+    offload_param: Literal["none", "cpu", "nvme"] = Field("none", description="where parameters live; zero_stage 3")
     nvme_path: str | None = Field(None, description="folder for nvme offload")
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
     token_budget: Positive = Field(4096, description="tokens of one packed micro-batch")
     logprob_chunk: Positive = Field(1024, description="response positions scored at once; bounds [chunk, vocabulary]")
     share_prompts: bool | None = Field(
@@ -91,8 +93,8 @@ class LearnerSettings(Settings):
     )
     optimizer: OptimizerSettings = OptimizerSettings()
     deepspeed: dict[str, Any] = Field(default_factory=dict, description="merged over the DeepSpeed configuration")
-    update_deadline_s: float = Field(1800.0, gt=0)
-    start_deadline_s: float = Field(900.0, gt=0)
+    update_deadline_s: float = Field(1800.0, gt=0, description="for one update, save, load or export")
+    start_deadline_s: float = Field(900.0, gt=0, description="for all ranks to be ready, and for each collective")
 
     @model_validator(mode="after")
     def _offload_needs_its_stage(self) -> Self:
@@ -108,17 +110,17 @@ class LearnerSettings(Settings):
 class ReferenceSettings(Settings):
     """The frozen reference; started only when a KL term asks for it."""
 
-    num_workers: Positive = 1
+    num_workers: Positive = Field(1, description="replicas; groups go to the least loaded")
     gpus_per_worker: float | None = Field(None, ge=0, description="default: 1 on GPU, 0 on CPU")
     path: str | None = Field(None, description="default: model.path")
-    token_budget: Positive = 8192
-    deadline_s: float = Field(900.0, gt=0)
+    token_budget: Positive = Field(8192, description="tokens scored at once")
+    deadline_s: float = Field(900.0, gt=0, description="for one group")
 
 
 class RewardWorkerSettings(Settings):
     """The processes that run reward functions, outside the loop's own."""
 
-    num_workers: Positive = 1
+    num_workers: Positive = Field(1, description="processes; groups go to the least loaded")
     timeout_s: float = Field(60.0, gt=0, description="for one call of one function")
     num_retries: int = Field(1, ge=0, description="further tries after an exception or a timeout")
 

@@ -17,9 +17,15 @@ REFUSED = 2
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    # argparse gives up on key=value arguments that stand after an option.
+    if rest and hasattr(arguments, "overrides") and all("=" in r and not r.startswith("-") for r in rest):
+        arguments.overrides += rest
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if not hasattr(arguments, "command"):
-        _parser().print_help()
+        parser.print_help()
         return 0
     try:
         return int(arguments.command(arguments) or 0)

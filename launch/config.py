@@ -35,7 +35,7 @@ class DatasetSettings(Settings):
     procedural: str | None = Field(None, description="a reasoning-gym dataset, for instance chain_sum")
     args: dict[str, Any] = Field(default_factory=dict, description="arguments of the procedural dataset")
     size: Positive | None = Field(None, description="distinct prompts to use; needed for procedural ones")
-    prompt_column: str = "prompt"
+    prompt_column: str = Field("prompt", description="the column that holds the prompt, text or messages")
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
@@ -54,7 +54,7 @@ class PromptSettings(Settings):
     system: str | None = Field(None, description="system message put before each prompt")
     template: str = Field("{prompt}", description="wraps a plain-text prompt; {prompt} is replaced")
     chat: bool = Field(True, description="apply the tokenizer's chat template to plain-text prompts")
-    shuffle: bool = True
+    shuffle: bool = Field(True, description="a new seeded order every epoch")
 
 
 class EvaluationSettings(Settings):
@@ -80,8 +80,8 @@ class TelemetrySettings(Settings):
     wandb: Literal["auto", "online", "offline", "disabled"] = Field(
         "auto", description="auto: online when a key is there, else offline"
     )
-    project: str = "burnish"
-    tags: tuple[str, ...] = ()
+    project: str = Field("burnish", description="W&B project")
+    tags: tuple[str, ...] = Field((), description="W&B tags")
     num_sample_rows: int = Field(8, ge=0, description="samples shown in each W&B table")
     progress: bool | None = Field(None, description="live progress; default: when the output is a terminal")
 
@@ -89,10 +89,10 @@ class TelemetrySettings(Settings):
 class RunSettings(Settings):
     """Name, place, length and seed of the run."""
 
-    name: str
-    directory: str = "runs"
-    seed: int = Field(0, ge=0, lt=2**31)
-    num_steps: Positive
+    name: str = Field(description="the run's folder below directory, and its name in W&B")
+    directory: str = Field("runs", description="where run folders are made; on a cluster a shared disk")
+    seed: int = Field(0, ge=0, lt=2**31, description="of prompts' order, sampling streams and dropout")
+    num_steps: Positive = Field(description="laps: batches sampled, trained on and pushed")
     groups_per_step: Positive = Field(description="prompts trained on in one step")
     samples_per_prompt: Positive = Field(8, description="completions of one prompt: the group")
     max_staleness: int = Field(0, ge=0, description="versions a trained sample may lag; 0: on-policy")
@@ -154,6 +154,11 @@ class RunConfig(Settings):
             raise ValueError(
                 f"learner.token_budget={self.learner.token_budget} is below model.max_length={longest}: "
                 "the longest sample would fit no micro-batch"
+            )
+        if self.cluster.backend == "in_process" and self.learner.num_workers > 1:
+            raise ValueError(
+                f"learner.num_workers={self.learner.num_workers}: one process holds one rank of a process group; "
+                "use learner.num_workers=1 or cluster.backend=ray"
             )
         names = [r.name for r in self.rewards]
         if len(set(names)) != len(names):

@@ -30,7 +30,7 @@ NonNegative = Annotated[float, Field(ge=0)]
 class AlgorithmSettings(Settings):
     """How rewards become gradients.  The defaults are GRPO as published."""
 
-    name: Literal["grpo"] = "grpo"
+    name: Literal["grpo"] = Field("grpo", description="the family; its members differ in the choices below")
     baseline: Literal["group_mean", "leave_one_out"] = Field(
         "group_mean", description="what is subtracted from a sample's reward"
     )

@@ -97,9 +97,9 @@ _ROWS: tuple[Metric, ...] = (
            "all trained groups", "mean over groups"),
     Metric("staleness/max", "largest such lag", "steps", "all trained groups", "maximum over groups"),
     # --- time and throughput ------------------------------------------------------------------
-    Metric("time/step_s", "wall time of the step, evaluation and checkpoint included", "s", RUN, CONTROLLER),
+    Metric("time/step_s", "wall time from the first request to verified new weights; evaluation and checkpoint come after it", "s", RUN, CONTROLLER),
     Metric("time/generate_s", "from the first request to the last finished group", "s", RUN, CONTROLLER),
-    Metric("time/score_s", "time in which at least one group was being scored", "s", RUN, CONTROLLER),
+    Metric("time/score_s", "from the last sampled group to the last scored one (reference included)", "s", RUN, CONTROLLER),
     Metric("time/reference_s", "time in which at least one group was at the reference", "s", RUN, CONTROLLER),
     Metric("time/learn_s", "update: log-probs, forward, backward, optimizer", "s", RUN, "maximum over ranks"),
     Metric("time/push_s", "from the start of a push until every generator is verified", "s", RUN, CONTROLLER),
@@ -115,7 +115,7 @@ _ROWS: tuple[Metric, ...] = (
     Metric("throughput/samples_per_s", "samples trained on / time/step_s", "samples/s", VALID, "sum / wall time"),
     Metric("push/num_bytes", "bytes of weights sent to one generator", "bytes", "all pushed parameters", CONTROLLER),
     # --- evaluation ---------------------------------------------------------------------------
-    Metric("eval/accuracy", "pass@1 on held-out prompts: share of samples whose accuracy reward is at least 1",
+    Metric("eval/accuracy", "pass@1 on held-out prompts: share of samples whose accuracy reward is at least 1; a failed reward counts as wrong",
            "fraction", EVALUATED, "mean over a prompt's samples, then over prompts"),
     Metric("eval/pass_at_k", "share of prompts with at least one correct sample among evaluation.num_samples",
            "fraction", EVALUATED, "mean over prompts"),
