@@ -103,9 +103,16 @@ class TrainingEngine:
         """Clip and apply; returns the global gradient norm before clipping."""
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
+        # Without ZeRO, DeepSpeed clips float32 gradients but does not tell their norm.
+        norm = self._gradient_norm() if self.zero_stage == 0 else None
         self.engine.step()
-        norm = self.engine.get_global_grad_norm()
+        norm = self.engine.get_global_grad_norm() if norm is None else norm
         return float("nan") if norm is None else float(norm)
+
+    def _gradient_norm(self) -> float:
+        """2-norm of the accumulated gradient where every rank holds all of it (ZeRO 0)."""
+        gradients = [p.grad for p in self.engine.module.parameters() if p.grad is not None]
+        return float(torch.nn.utils.get_total_norm(gradients))
 
     # --- whole parameters -------------------------------------------------------------------
 

@@ -61,7 +61,7 @@ class ExperienceBatch:
         return np.array(flags, dtype=bool)
 
     def advantages(self, penalties: np.ndarray | None = None) -> np.ndarray:
-        """float64 [samples], NaN where a sample has no reward.
+        """float64 [samples], NaN where a sample has no reward or was aborted: it is no part of its group's baseline.
 
         ``penalties``, float64 [samples], is subtracted from the rewards first (a KL penalty in the reward).
         """
@@ -70,8 +70,9 @@ class ExperienceBatch:
             rewards = group.rewards.totals
             if penalties is not None:
                 rewards = rewards - penalties[start : start + rewards.size]
+            finished = np.array([reason != "abort" for reason in group.summary.finish_reasons])
             parts.append(
-                group_relative(rewards, group.rewards.valid, self.algorithm.baseline, self.algorithm.scale)
+                group_relative(rewards, group.rewards.valid & finished, self.algorithm.baseline, self.algorithm.scale)
             )
             start += rewards.size
         return np.concatenate(parts)

@@ -68,15 +68,14 @@ def compare(
             at_arrival += 1
             continue
         if all(count >= elements[name] for _, count in shards):
-            found = shards[0][0]  # whole on every worker (vocabulary padding adds zeros, whose sum is 0)
-            agree = all(sum_ == total for sum_, _ in shards)
+            # Whole on every worker (vocabulary padding adds zeros, whose sum is 0): the first that differs.
+            found = next((sum_ for sum_, _ in shards if sum_ != total), total)
         elif sum(count for _, count in shards) > elements[name] and len(workers) > 1:
             at_arrival += 1  # partly replicated (fewer key-value heads than workers): the sum counts some twice
             continue
         else:
             found = sum(s for s, _ in shards) & MASK
-            agree = found == total
-        if not agree:
+        if found != total:
             raise DamagedError(
                 f"{who}: {name} has fingerprint {found:016x}, version {manifest.version} has {total:016x}; "
                 "the generator does not serve these weights"

@@ -142,6 +142,24 @@ def _parts(batch: PaddedBatch, rows: int) -> Iterator[PaddedBatch]:
         yield batch.rows(start, start + rows)
 
 
+def load_into_vllm(llm: Any, weights: Sequence[tuple[str, torch.Tensor]]) -> None:
+    """``model.load_weights`` in the one worker of an in-process ``vllm.LLM``.
+
+    Between vLLM's own begin and end of a reload: CPU kernels repack weights after load, and without
+    these two calls float32 weights have no place to go ("into parameter (torch.Size([0]))").
+    """
+    from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+    config = llm.llm_engine.model_config
+
+    def load(model: Any) -> None:
+        initialize_layerwise_reload(model)
+        model.load_weights(iter(weights))
+        finalize_layerwise_reload(model, config)
+
+    llm.apply_model(load)
+
+
 def synchronize(device: str) -> None:
     """Wait for the device, where there is one."""
     if device.startswith("cuda"):

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 
 from benchmarks.job import Job, job_parser
+from benchmarks.plain import load_into_vllm
 from benchmarks.process import median, run, write_output
 
 SIDES = ("ours", "plain", "memcpy")
@@ -124,7 +125,7 @@ def measure_plain(job: Job, repeats: int) -> dict[str, Any]:
     )  # fmt: skip
     parameters, dtype = Parameters(job.model_path).named_parameters(), getattr(torch, job.dtype)
     checksum, folder = fastest_checksum(), scratch_folder()
-    path, stages = folder / "weights.safetensors", np.zeros(5)
+    path = folder / "weights.safetensors"
 
     def push() -> np.ndarray:
         marks = [time.perf_counter()]
@@ -138,7 +139,7 @@ def measure_plain(job: Job, repeats: int) -> dict[str, Any]:
         if [CHECKSUMS[checksum](as_bytes(received[name])) for name in state] != sent:
             raise RuntimeError("the file was damaged")
         marks.append(time.perf_counter())
-        llm.apply_model(lambda model: len(model.load_weights(iter(received.items()))))
+        load_into_vllm(llm, list(received.items()))
         marks.append(time.perf_counter())
         path.unlink()
         return np.diff(marks)

@@ -2,10 +2,10 @@
 
     shipped      GRPOConfig's defaults, transformers' generation, the environment of a user's shell
     tuned        by hand: compute dtype of our job, no gradient checkpointing, fused AdamW, our preloads
-    tuned-vllm   the same with vLLM colocated
+    tuned-vllm   the same with vLLM colocated, its dtype and its weight sync mended (see ``mend_vllm``)
 
 One process a variant; the first step is the warm-up.
-May import: trl, datasets, transformers (inside functions), benchmarks.{job, process}.
+May import: trl, datasets, transformers (inside functions), benchmarks.{job, plain, process}.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import os
 import re
 import tempfile
 import time
-from pathlib import Path
 from typing import Any
 
 from benchmarks.job import Job, job_parser, load_prompts
+from benchmarks.plain import load_into_vllm
 from benchmarks.process import ROOT, environment, median, run, write_output
 
 VARIANTS = ("shipped", "tuned", "tuned-vllm")
@@ -53,18 +53,23 @@ def configuration(variant: str, job: Job, num_steps: int, folder: str) -> dict[s
     return values
 
 
-def model_folder(variant: str, job: Job, scratch: Path) -> str:
-    """The job's model; for vLLM a copy in the compute dtype, since TRL lets vLLM take the checkpoint's."""
-    if variant != "tuned-vllm":
-        return job.model_path
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def mend_vllm(dtype: str) -> None:
+    """What a user of TRL 1.16 has to mend for vLLM in float32 on a CPU.
 
-    target = scratch / "model"
-    dtype = getattr(torch, job.dtype)
-    AutoModelForCausalLM.from_pretrained(job.model_path, dtype=dtype).save_pretrained(target)
-    AutoTokenizer.from_pretrained(job.model_path).save_pretrained(target)
-    return str(target)
+    TRL leaves the dtype to vLLM, which turns float32 into bfloat16, and its weight sync bypasses vLLM's
+    reload, which CPU kernels need.
+    """
+    from functools import partial
+
+    from trl.generation import vllm_generation
+
+    vllm_generation.LLM = partial(vllm_generation.LLM, dtype=dtype)
+
+    def sync_weights(self: Any) -> None:
+        load_into_vllm(self.llm, [(name, p.detach()) for name, p in self.model.named_parameters()])
+        self.llm.reset_prefix_cache()
+
+    vllm_generation.VLLMGeneration.sync_weights = sync_weights
 
 
 def measure(variant: str, job: Job, num_steps: int) -> dict[str, Any]:
@@ -74,6 +79,7 @@ def measure(variant: str, job: Job, num_steps: int) -> dict[str, Any]:
 
         threads = os.environ.get("OMP_NUM_THREADS")
         set_environment(job.device, job.kv_cache_gib, True, int(threads) if threads else None)
+        mend_vllm(job.dtype)
     from datasets import Dataset
     from transformers import TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
@@ -97,7 +103,7 @@ def measure(variant: str, job: Job, num_steps: int) -> dict[str, Any]:
     rows = [{"prompt": [{"role": "user", "content": p.source}], "answer": str(p.columns["answer"])} for p in prompts]
     with tempfile.TemporaryDirectory(prefix="burnish-bench-trl-") as folder:
         trainer = GRPOTrainer(
-            model=model_folder(variant, job, Path(folder)),
+            model=job.model_path,
             reward_funcs=[accuracy, record],
             args=GRPOConfig(**configuration(variant, job, num_steps, folder)),
             train_dataset=Dataset.from_list(rows),

@@ -26,7 +26,8 @@ class Fake:
         n = request.num_samples
         return GeneratedGroup(
             GroupSummary(
-                request.group_id, request.prompt.prompt_id, 1, (2,) * n, ("stop",) * n, self.version, self.version, "g", 0.0
+                request.group_id, request.prompt.prompt_id, 1, (2,) * n, ("stop",) * n,
+                self.version, self.version, "g", 0.0,
             ),
             None,
         )  # fmt: skip

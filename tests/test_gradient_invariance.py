@@ -1,6 +1,6 @@
 """The law of the learner: a batch has one gradient, however it is cut up.
 
-One recorded batch (uneven groups, a masked sample, an empty completion, a group without a spread) goes
+One recorded batch (uneven groups, a masked, an aborted and an empty sample, a group without a spread) goes
 through real DeepSpeed learners in processes of their own: 1 rank and ZeRO 0, then 2 ranks and ZeRO 0 to 3, each
 with several token budgets, with and without shared prompts.
 """
@@ -11,6 +11,7 @@ import functools
 import multiprocessing
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,7 @@ TOLERANCE = 1e-5  # relative to a parameter's largest gradient element
 MAX_TOKENS = 32
 TEMPERATURE = 0.7
 LR = 1e-3
+ABORTED = (3, 3)  # group, sample
 SHARDED = (0, 1, 2, 3)  # ZeRO stages that two ranks try
 
 ALGORITHMS = {
@@ -69,7 +71,7 @@ def recorded_batch() -> list[LearnerGroup]:
         (7, (5, 9, 1, 12, 3), (1.0, 0.0, nan, 0.5, 1.0)),
         (12, (4, 17), (0.0, 1.0)),
         (5, (6, 6, 2, 11), (1.0, 1.0, 1.0, 1.0)),
-        (9, (8, 0, 13), (0.2, 0.0, 0.9)),
+        (9, (8, 0, 13, 6), (0.2, 0.0, 0.9, 9.0)),  # the last one is aborted: its reward must not count
     ]
     groups = []
     for g, (num_prompt, lengths, rewards) in enumerate(rows):
@@ -81,7 +83,7 @@ def recorded_batch() -> list[LearnerGroup]:
                 completion_ids=draw.integers(3, 259, t, dtype=np.int32),
                 behavior_logprobs=draw.normal(-5.8, 0.1, t).astype(np.float32),
                 text="",
-                finish_reason="stop",
+                finish_reason="abort" if (g, i) == ABORTED else "stop",
                 version_spans=(VersionSpan(version, t),),
             )
             for i, t in enumerate(lengths)
@@ -98,6 +100,12 @@ def recorded_batch() -> list[LearnerGroup]:
             )
         )
     return groups
+
+
+def one_sample(group: LearnerGroup) -> LearnerGroup:
+    """The group with all rewards but the first masked: some rank has nothing to compute."""
+    totals = np.where(np.arange(group.rewards.totals.size) == 0, 1.0, np.nan)
+    return replace(group, rewards=replace(group.rewards, totals=totals))
 
 
 # --- in the ranks' processes ------------------------------------------------------------------
@@ -146,6 +154,11 @@ def gradients_and_updates(learner: Any, folder: str) -> dict[str, Any]:
     ]
     found["without skipping"] = learner.gradients(groups)
     module.contributing = skip
+    configure(learner, ALGORITHMS["grpo"], 30, True)
+    found["nobody contributes"] = learner.gradients(groups[2:3])
+    configure(learner, ALGORITHMS["kl-entropy"], 30, True)
+    found["fewer samples than ranks"] = learner.gradients([one_sample(groups[0])])
+    configure(learner, ALGORITHMS["grpo"], 30, True)
     found["one update"] = learner.update(groups, 0).metrics, learner.weights.whole_state(torch.float32)
     configure(learner, SEVERAL_UPDATES, 30, True)
     found["several updates"] = learner.update(groups, 1).metrics, learner.weights.whole_state(torch.float32)
@@ -226,9 +239,10 @@ def naive_gradient(groups: Sequence[LearnerGroup], algorithm: AlgorithmSettings)
 
     model = AutoModelForCausalLM.from_pretrained(resolve_model(MODEL), dtype=torch.float64)
     lengths = [t for g in groups for t in g.summary.num_completion_tokens]
-    valid = [bool(v) for g in groups for v in g.rewards.valid]
+    whole = [[r != "abort" for r in g.summary.finish_reasons] & g.rewards.valid for g in groups]
+    valid = [bool(v) for group in whole for v in group]
     weights = iter(token_weights(lengths, valid, algorithm.aggregation, MAX_TOKENS))
-    for group in groups:
+    for group, included in zip(groups, whole):
         decoded = decode_group(group.payload)
         prompt = torch.from_numpy(decoded.prompt.token_ids.astype(np.int64))
         references = decode_logprobs(group.reference_payload)
@@ -244,7 +258,7 @@ def naive_gradient(groups: Sequence[LearnerGroup], algorithm: AlgorithmSettings)
                 algorithm.kl_coef * float((lp.detach() - torch.from_numpy(r.copy())).sum())
                 for (lp, _), r in zip(scored, references)
             ]
-        advantages = group_relative(rewards, np.isfinite(rewards), algorithm.baseline, algorithm.scale)
+        advantages = group_relative(rewards, included, algorithm.baseline, algorithm.scale)
         for (lp, entropy), reference, advantage in zip(scored, references, advantages):
             weight = next(weights)
             if weight == 0:
@@ -294,6 +308,18 @@ def test_two_ranks_have_the_gradient_of_one_rank_and_zero_0(name: str, zero_stag
 def test_skipping_samples_without_an_advantage_leaves_the_gradient_unchanged(where: tuple[int, int]) -> None:
     found = run(*where)
     assert largest_error(found["grpo/30/False"], found["without skipping"]) <= TOLERANCE
+
+
+@pytest.mark.parametrize("zero_stage", SHARDED)
+def test_with_fewer_samples_than_ranks_the_gradient_is_the_same(zero_stage: int) -> None:
+    expected = run(1, 0)["fewer samples than ranks"]
+    assert largest_error(run(2, zero_stage)["fewer samples than ranks"], expected) <= TOLERANCE
+
+
+@pytest.mark.parametrize("where", [(1, 0), *((2, stage) for stage in SHARDED)])
+def test_a_batch_without_any_spread_has_a_gradient_of_exactly_zero(where: tuple[int, int]) -> None:
+    gradients = run(*where)["nobody contributes"]
+    assert gradients and all((g == 0).all() for g in gradients.values())
 
 
 @pytest.mark.parametrize("where", [(1, 0), *((2, stage) for stage in SHARDED)])

@@ -28,6 +28,7 @@ class World:
         self.rows: list[tuple[int, Mapping[str, float]]] = []
         self.position = 0
         self.hold: asyncio.Event | None = None
+        self.asked = asyncio.Event()
 
     def take(self, n: int) -> list[tuple[int, Prompt]]:
         first, self.position = self.position, self.position + n
@@ -40,6 +41,7 @@ class World:
 
     async def generate(self, request: GroupRequest) -> GeneratedGroup:
         self.requests.append(request)
+        self.asked.set()
         self.log.append(f"generate {request.group_id} under {self.version.step}")
         if self.fail == "generate":
             raise RuntimeError("engine died")
@@ -140,8 +142,7 @@ def test_a_stop_while_sampling_returns_at_once_and_trains_nothing_more() -> None
     async def scenario() -> None:
         world.hold = asyncio.Event()  # never set: the group would sample for ever
         task = asyncio.create_task(loop.run())
-        while not world.requests:
-            await asyncio.sleep(0)
+        await asyncio.wait_for(world.asked.wait(), DEADLINE_S)
         loop.stop()
         await asyncio.wait_for(task, DEADLINE_S)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -103,7 +102,7 @@ def test_an_empty_completion_has_an_empty_row(tiny: str) -> None:
 
 def test_a_block_beyond_the_dense_limit_is_scored_the_same(tiny: str) -> None:
     rows = sample_rows([(60, (150, 1, 110, 120))])
-    assert 60 + 150 + 110 + 120 > DENSE_BLOCK_TOKENS
+    assert DENSE_BLOCK_TOKENS < 60 + 150 + 110 + 120
     microbatch = (Piece((0, 1, 2, 3), 441),)
     pack = build_pack(microbatch, rows[0], rows[1])
     with torch.no_grad():
@@ -215,7 +214,7 @@ def test_chunked_logprobs_equal_the_full_softmax_in_value_and_gradient(
         torch.testing.assert_close(mine.double(), theirs, rtol=1e-5, atol=1e-5)
     for mine, theirs in ((mine_hidden.grad, hidden.grad), (mine_weight.grad, weight.grad)):
         assert mine is not None and theirs is not None
-        assert float((mine.double() - theirs).abs().max() / theirs.abs().max()) < 2e-6
+        assert float((mine.double() - theirs).abs().max() / theirs.abs().max()) < 1e-5
 
 
 def test_a_frozen_head_gets_no_gradient_and_hidden_states_still_do() -> None:
