@@ -85,6 +85,8 @@ class DeepSpeedLearner:
                 self._accumulate(batch, members, trainable, advantages, proximal, totals, first)
                 norms.append(self.engine.step(lr))
         metrics = totals.reduced()
+        if not self.algorithm.needs_reference:
+            del metrics["kl"]  # nothing was compared: no number rather than a 0
         scored = advantages[np.isfinite(advantages)]
         lengths = np.array([s.num_completion for s in batch.shapes])
         metrics |= {

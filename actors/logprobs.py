@@ -34,9 +34,11 @@ class ChunkedLogprobs(torch.autograd.Function):
             logits = _logits(hidden[rows], cast, temperature)
             normaliser[rows] = torch.logsumexp(logits, dim=-1)
             logprobs[rows] = logits.gather(1, targets[rows, None]).squeeze(1) - normaliser[rows]
-            if with_entropy:  # H = log Z - E[z]
-                probabilities = torch.exp(logits - normaliser[rows, None])
-                entropy[rows] = normaliser[rows] - torch.einsum("nv,nv->n", probabilities, logits)
+            if with_entropy:
+                # H = -E[log p], from the same rounded log Z as in the backward pass: the rounding cancels in
+                # log p + H there.  (log Z - E[z] is the difference of two large numbers.)
+                logits -= normaliser[rows, None]
+                entropy[rows] = -torch.einsum("nv,nv->n", logits.exp(), logits)
         # The parameter itself is saved, not its cast: under ZeRO 3 it is released after the forward
         # pass and gathered again, in place, before the backward pass.
         ctx.save_for_backward(hidden, weight, targets, normaliser, entropy)

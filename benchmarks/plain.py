@@ -61,12 +61,10 @@ def pad_groups(groups: Sequence[LearnerGroup], pad_id: int, device: str | torch.
         attention[i, :end] = 1
         mask[i, prompt.size - 1 : end - 1] = 1
         reference[i, prompt.size - 1 : end - 1] = reference_logprobs
-    return PaddedBatch(
-        *(torch.from_numpy(a).to(device) for a in (ids, attention, mask)),
-        torch.tensor([s[3] for s in samples], dtype=torch.float32, device=device),
-        torch.from_numpy(reference).to(device),
-        torch.tensor([s[1].size for s in samples], dtype=torch.float32, device=device),
-    )
+    advantages = np.array([s[3] for s in samples], dtype=np.float32)
+    lengths = np.array([s[1].size for s in samples], dtype=np.float32)
+    columns = (ids, attention, mask, advantages, reference, lengths)
+    return PaddedBatch(*(torch.from_numpy(column).to(device) for column in columns))
 
 
 def token_logprobs(model: Any, batch: PaddedBatch, temperature: float, dtype: torch.dtype) -> torch.Tensor:

@@ -160,12 +160,12 @@ def measure_plain(job: Job, repeats: int) -> dict[str, Any]:
 
 def as_bytes(tensor: torch.Tensor) -> memoryview:
     """The tensor's memory, without a copy."""
-    return memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+    return memoryview(cast(Any, tensor.contiguous().view(-1).view(torch.uint8).numpy()))
 
 
 def fastest_checksum() -> str:
     """The faster one of ``CHECKSUMS`` on this machine."""
-    data = memoryview(np.zeros(CHECKSUM_SAMPLE_BYTES, dtype=np.uint8))
+    data = bytes(CHECKSUM_SAMPLE_BYTES)
 
     def seconds(name: str) -> float:
         started = time.perf_counter()

@@ -61,7 +61,7 @@ def mend_vllm(dtype: str) -> None:
     """
     from functools import partial
 
-    from trl.generation import vllm_generation
+    from trl.generation import vllm_generation  # type: ignore[import-not-found, unused-ignore]
 
     vllm_generation.LLM = partial(vllm_generation.LLM, dtype=dtype)
 
@@ -80,9 +80,9 @@ def measure(variant: str, job: Job, num_steps: int) -> dict[str, Any]:
         threads = os.environ.get("OMP_NUM_THREADS")
         set_environment(job.device, job.kv_cache_gib, True, int(threads) if threads else None)
         mend_vllm(job.dtype)
-    from datasets import Dataset
+    from datasets import Dataset  # type: ignore[import-not-found, unused-ignore]
     from transformers import TrainerCallback
-    from trl import GRPOConfig, GRPOTrainer
+    from trl import GRPOConfig, GRPOTrainer  # type: ignore[import-not-found, unused-ignore]
 
     class Clock(TrainerCallback):  # type: ignore[misc, unused-ignore]
         """Takes the time at the end of every optimizer step."""

@@ -19,8 +19,8 @@ from trainers.advantages import group_relative
 from trainers.losses import clipped_surrogate, kl_estimate
 
 BETA = 0.5
-NUM_STEPS = 4000
-LR = 0.5  # plain gradient descent on the logits
+NUM_STEPS = 1500
+LR = 4.0  # plain gradient descent on the logits
 
 CASES = {
     "two answers": ((0.6, 0.4), (1.0, 0.0), (0.917243, 0.082757)),

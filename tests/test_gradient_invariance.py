@@ -149,9 +149,7 @@ def gradients_and_updates(learner: Any, folder: str) -> dict[str, Any]:
             configure(learner, algorithm, token_budget, share)
             found[f"{name}/{token_budget}/{share}"] = learner.gradients(groups)
     configure(learner, ALGORITHMS["grpo"], 30, True)
-    skip, module.contributing = module.contributing, lambda members, weights, *_: [
-        i for k, i in enumerate(members) if weights[k] > 0
-    ]
+    skip, module.contributing = module.contributing, everyone
     found["without skipping"] = learner.gradients(groups)
     module.contributing = skip
     configure(learner, ALGORITHMS["grpo"], 30, True)
@@ -167,6 +165,11 @@ def gradients_and_updates(learner: Any, folder: str) -> dict[str, Any]:
     learner.load(f"{folder}/state")
     found["next update again"] = learner.update(groups, 2).metrics, learner.weights.whole_state(torch.float32)
     return found
+
+
+def everyone(members: Sequence[int], weights: np.ndarray, *_: Any) -> list[int]:
+    """``contributing`` without its skipping: all samples that weigh anything."""
+    return [i for k, i in enumerate(members) if weights[k] > 0]
 
 
 def resume(learner: Any, folder: str) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,15 @@ from trainers.batching import Piece, SampleShape, plan_microbatches
 FP32_TOLERANCE = 2e-5  # nats, for log-probs near -6
 CHUNK = 7
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Matrices this small only lose by a second thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -61,14 +71,23 @@ def sample_rows(
     return prompts, completions, index
 
 
+@functools.cache
+def own_model(path: str) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()
+
+
+@functools.cache
+def packed_policy(path: str) -> PackedPolicy:
+    return load_policy(path, CHUNK)
+
+
 @torch.no_grad()
 def own_logprobs(path: str, prompt: np.ndarray, completion: np.ndarray, temperature: float = 1.0) -> np.ndarray:
     """transformers' model, transformers' eager attention, one unpacked row."""
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()
     ids = torch.from_numpy(np.concatenate([prompt, completion]).astype(np.int64))
-    logits = model(ids[None]).logits[0, len(prompt) - 1 : -1] / temperature
+    logits = own_model(path)(ids[None]).logits[0, len(prompt) - 1 : -1] / temperature
     return logits.log_softmax(-1).gather(1, ids[len(prompt) :, None])[:, 0].numpy()
 
 
@@ -87,7 +106,7 @@ GROUPS = [(9, (5, 1, 14)), (3, (2, 2)), (1, (8,)), (20, (3, 11, 6, 6))]
 @pytest.mark.parametrize("share", [True, False])
 def test_packed_scoring_equals_the_model_s_own(tiny: str, share: bool, token_budget: int, temperature: float) -> None:
     rows = sample_rows(GROUPS)
-    found = packed_logprobs(load_policy(tiny, CHUNK), rows, token_budget, share, temperature)
+    found = packed_logprobs(packed_policy(tiny), rows, token_budget, share, temperature)
     assert sorted(found) == list(range(len(rows[0])))
     for i, (prompt, completion) in enumerate(zip(rows[0], rows[1], strict=True)):
         np.testing.assert_allclose(
@@ -96,7 +115,7 @@ def test_packed_scoring_equals_the_model_s_own(tiny: str, share: bool, token_bud
 
 
 def test_an_empty_completion_has_an_empty_row(tiny: str) -> None:
-    found = packed_logprobs(load_policy(tiny, CHUNK), sample_rows([(4, (0, 3))]), 64, True)
+    found = packed_logprobs(packed_policy(tiny), sample_rows([(4, (0, 3))]), 64, True)
     assert found[0].shape == (0,) and found[1].shape == (3,)
 
 
@@ -106,7 +125,7 @@ def test_a_block_beyond_the_dense_limit_is_scored_the_same(tiny: str) -> None:
     microbatch = (Piece((0, 1, 2, 3), 441),)
     pack = build_pack(microbatch, rows[0], rows[1])
     with torch.no_grad():
-        found = load_policy(tiny, CHUNK)(pack, 1.0)[0].split(pack.lengths)
+        found = packed_policy(tiny)(pack, 1.0)[0].split(pack.lengths)
     for i in range(4):
         expected = own_logprobs(tiny, rows[0][i], rows[1][i])
         np.testing.assert_allclose(found[i].numpy(), expected, rtol=0, atol=FP32_TOLERANCE)
@@ -115,7 +134,7 @@ def test_a_block_beyond_the_dense_limit_is_scored_the_same(tiny: str) -> None:
 @pytest.mark.parametrize("share", [True, False])
 def test_a_sliding_window_is_respected(mistral: str, share: bool) -> None:
     rows = sample_rows([(9, (5, 1, 14)), (3, (2, 20)), (1, (8,))], seed=1)
-    found = packed_logprobs(load_policy(mistral, CHUNK), rows, 4096, share)
+    found = packed_logprobs(packed_policy(mistral), rows, 4096, share)
     for i, (prompt, completion) in enumerate(zip(rows[0], rows[1], strict=True)):
         np.testing.assert_allclose(found[i], own_logprobs(mistral, prompt, completion), rtol=0, atol=FP32_TOLERANCE)
 
@@ -125,7 +144,7 @@ def test_beyond_its_window_a_token_sees_nothing(mistral: str) -> None:
     prompts, completions, groups = sample_rows([(2, (30, 30))], seed=2)
     completions[1] = completions[0].copy()
     completions[1][0] = 5 if completions[0][0] != 5 else 6
-    found = packed_logprobs(load_policy(mistral, CHUNK), (prompts, completions, groups), 4096, True)
+    found = packed_logprobs(packed_policy(mistral), (prompts, completions, groups), 4096, True)
     assert np.abs(found[0][1:10] - found[1][1:10]).max() > 1e-4
     np.testing.assert_array_equal(found[0][12:], found[1][12:])
 
@@ -133,36 +152,25 @@ def test_beyond_its_window_a_token_sees_nothing(mistral: str) -> None:
 @settings(deadline=None, max_examples=15)
 @given(data=st.data(), share=st.booleans())
 def test_neighbours_and_row_order_never_change_a_logprob(tiny: str, data: st.DataObject, share: bool) -> None:
-    policy = _policy(tiny)
     prompts, completions, _ = sample_rows(GROUPS)
     order = data.draw(st.permutations(range(len(prompts))))
     kept = order[: data.draw(st.integers(1, len(order)))]
     groups = [next(g for g, p in enumerate(prompts) if p is prompts[i]) for i in kept]
     rows = ([prompts[i] for i in kept], [completions[i] for i in kept], groups)
-    found = packed_logprobs(policy, rows, data.draw(st.integers(31, 200)), share)
-    everyone = _alone(tiny)
+    found = packed_logprobs(packed_policy(tiny), rows, data.draw(st.integers(31, 200)), share)
+    everyone = alone(tiny)
     for k, i in enumerate(kept):
         np.testing.assert_allclose(found[k], everyone[i], rtol=0, atol=FP32_TOLERANCE)
 
 
-_CACHE: dict[str, Any] = {}
-
-
-def _policy(tiny: str) -> PackedPolicy:
-    if "policy" not in _CACHE:
-        _CACHE["policy"] = load_policy(tiny, CHUNK)
-    return _CACHE["policy"]
-
-
-def _alone(tiny: str) -> list[np.ndarray]:
+@functools.cache
+def alone(path: str) -> list[np.ndarray]:
     """Each sample of GROUPS in a pack of its own."""
-    if "alone" not in _CACHE:
-        prompts, completions, _ = sample_rows(GROUPS)
-        _CACHE["alone"] = [
-            packed_logprobs(_policy(tiny), ([p], [c], [0]), 100, False)[0]
-            for p, c in zip(prompts, completions, strict=True)
-        ]
-    return _CACHE["alone"]
+    prompts, completions, _ = sample_rows(GROUPS)
+    return [
+        packed_logprobs(packed_policy(path), ([p], [c], [0]), 100, False)[0]
+        for p, c in zip(prompts, completions, strict=True)
+    ]
 
 
 def test_gradient_checkpointing_gives_the_same_gradient(tiny: str) -> None:
