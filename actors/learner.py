@@ -86,7 +86,7 @@ class DeepSpeedLearner:
                 norms.append(self.engine.step(lr))
         metrics = totals.reduced()
         if not self.algorithm.needs_reference:
-            del metrics["kl"]  # nothing was compared: no number rather than a 0
+            del metrics["kl"]  # not measured is not 0
         scored = advantages[np.isfinite(advantages)]
         lengths = np.array([s.num_completion for s in batch.shapes])
         metrics |= {

@@ -1,6 +1,6 @@
 """``make demo``: the shipped CPU recipe, then what it has learned.
 
-    python -m scripts.demo [--recipe NAME] [--directory runs] [--seeds 0 1 2] [key=value ...]
+    python -m scripts.demo [--recipe NAME] [--directory runs] [--seeds 0,1,2] [key=value ...]
 
 A run of the same name that exists already is not touched: the new one gets the next free number.
 May import: the launch room.
@@ -41,13 +41,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="demo")
     parser.add_argument("--recipe", default="cpu-demo")
     parser.add_argument("--directory", default="runs")
-    parser.add_argument("--seeds", type=int, nargs="*", default=[0])
+    parser.add_argument("--seeds", default="0", help="run.seed of each run, for instance 0,1,2")
     parser.add_argument("overrides", nargs="*")
     arguments = parser.parse_args()
     console, directory, folders = Console(), Path(arguments.directory), []
     try:
-        for seed in arguments.seeds:
-            base = f"{arguments.recipe}" if len(arguments.seeds) == 1 else f"{arguments.recipe}-seed{seed}"
+        seeds = [int(seed) for seed in arguments.seeds.split(",")]
+        for seed in seeds:
+            base = arguments.recipe if len(seeds) == 1 else f"{arguments.recipe}-seed{seed}"
             name = free_name(directory, base)
             overrides = [f"run.directory={directory}", f"run.name={name}", f"run.seed={seed}", *arguments.overrides]
             started = time.perf_counter()

@@ -346,7 +346,8 @@ def test_after_updates_the_parameters_agree_across_ranks_and_zero_stages(zero_st
     difference = max(float((parameters[n] - expected[n]).abs().max()) for n in expected)
     assert difference <= 1e-3 * LR  # an update moves an element by up to LR
     for name in ("loss", "entropy", "kl", "grad_norm", "ratio/mean", "clip_ratio/region_mean"):
-        assert metrics[name] == pytest.approx(expected_metrics[name], rel=1e-4, abs=1e-6), name
+        if name != "kl" or what != "one update":  # which has no KL term, so none is measured
+            assert metrics[name] == pytest.approx(expected_metrics[name], rel=1e-4, abs=1e-6), name
 
 
 @pytest.mark.parametrize("where", [(1, 0), *((2, stage) for stage in SHARDED)])
