@@ -34,7 +34,7 @@ DEADLINE_S, COMPILED_DEADLINE_S = 300.0, 900.0
 
 
 def measure_ours(job: Job, repeats: int, record: Path | None, gpu_memory: float, compiled: bool) -> dict[str, Any]:
-    """Our generator as a plain object.  Every repeat after the first finds its prompts in the prefix cache."""
+    """Our generator as a plain object.  Only the first repeat finds its prompts uncached: compare one a process."""
     from actors.generator import VLLMGenerator
     from actors.settings import GeneratorSettings
     from launch.model_facts import check_model_folder
@@ -90,10 +90,14 @@ def measure_raw(
     )  # fmt: skip
     requests = make_requests(job)
     runs = [_sized_inputs(path) for path in samples] or [_inputs(requests)] * repeats
-    llm.generate(*_inputs(make_requests(job, warm_up=True)), use_tqdm=False)
+    warm_up = _inputs(make_requests(job, warm_up=True))
+    llm.generate(*warm_up, use_tqdm=False)
     seconds, tokens = [], []
-    for prompts, parameters in runs:
-        llm.reset_prefix_cache()
+    for i, (prompts, parameters) in enumerate(runs):
+        if samples or i > 0:
+            llm.reset_prefix_cache()  # a step's first prompt finds nothing cached under its new weights
+        if not samples and i > 0:
+            llm.generate(*warm_up, use_tqdm=False)  # as for our first call: only what prompts share is cached
         started = time.perf_counter()
         outputs = llm.generate(prompts, parameters, use_tqdm=False)
         seconds.append(time.perf_counter() - started)

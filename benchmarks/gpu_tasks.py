@@ -180,7 +180,8 @@ def mfu(device: str, model: str) -> Outcome:
     peak = next((flops for known, flops in PEAK_FLOPS if known in name), None)
     share = "peak rate of this device unknown" if peak is None else f"MFU {6 * facts.num_params * rate / peak:.1%}"
     memory = f", peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if device == "cuda" else ""
-    return rate > 0, f"{share}, {rate:,.0f} tokens/s (prompts included), {facts.num_params / 1e9:.2f}B parameters{memory}"
+    size_text = f"{facts.num_params / 1e9:.2f}B parameters"
+    return rate > 0, f"{share}, {rate:,.0f} tokens/s (prompts included), {size_text}{memory}"
 
 
 def generation(device: str, model: str) -> Outcome:
@@ -192,7 +193,10 @@ def generation(device: str, model: str) -> Outcome:
     benchmark.DEADLINE_S = 600.0  # the engine compiles itself and captures graphs
     found = benchmark.compare(job, 1, False, None)
     rates = found["tokens_per_s"]
-    detail = f"ratio {found['ratio']:.2f} (at least {MIN_GENERATION_RATIO}): {rates['ours']:,.0f} of {rates['raw']:,.0f} tokens/s"
+    detail = (
+        f"ratio {found['ratio']:.2f} (at least {MIN_GENERATION_RATIO}): "
+        f"{rates['ours']:,.0f} of {rates['raw']:,.0f} tokens/s"
+    )
     return found["ratio"] >= MIN_GENERATION_RATIO or device == "cpu", detail
 
 

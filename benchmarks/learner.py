@@ -193,7 +193,8 @@ def compare_memory(job: Job) -> dict[str, Any]:
             side: run("benchmarks.learner", [*job.arguments(), f"--side={side}", "--memory", *flags], DEADLINE_S)
             for side in ("ours", "plain")
         }
-        found[name] = {s: sides[s]["bytes"] for s in sides} | {"ratio": sides["ours"]["bytes"] / sides["plain"]["bytes"]}
+        sizes = {side: numbers["bytes"] for side, numbers in sides.items()}
+        found[name] = sizes | {"ratio": sizes["ours"] / sizes["plain"]}
         found["vocabulary"] = sides["ours"]["vocabulary"]
     return found
 

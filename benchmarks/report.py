@@ -53,11 +53,11 @@ class Row:
         if self.target not in TARGETS:
             return self.what, self.ours, self.baseline, ratio, "", self.note
         way, limit = TARGETS[self.target]
-        if self.ratio is None:
-            met = "not measured"
-        else:
+        met = "not measured"
+        if self.ratio is not None:
             met = "met" if (self.ratio <= limit if way == "at most" else self.ratio >= limit) else "not met"
-        return self.what, self.ours, self.baseline, ratio, f"{way} {limit:g}", ", ".join(x for x in (met, self.note) if x)
+        verdict = ", ".join(x for x in (met, self.note) if x)
+        return self.what, self.ours, self.baseline, ratio, f"{way} {limit:g}", verdict
 
 
 class Report:

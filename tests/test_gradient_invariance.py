@@ -41,7 +41,7 @@ from trainers.losses import token_weights
 from trainers.protocols import LearnerGroup
 
 MODEL = "builtin:tiny-llama"
-DEADLINE_S = 120.0  # for the ranks of one task, and for each of their collectives
+DEADLINE_S = 240.0  # for the ranks of one task, and for each of their collectives; idle, they take seconds
 TOLERANCE = 1e-5  # relative to a parameter's largest gradient element
 MAX_TOKENS = 32
 TEMPERATURE = 0.7

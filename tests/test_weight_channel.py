@@ -317,13 +317,13 @@ def stall(port: int, results: Any, finished: Any) -> None:
 
 
 def start(target: Callable[..., None], *args: Any) -> Any:
-    process = multiprocessing.get_context("forkserver").Process(target=target, args=args, daemon=True)
+    process = multiprocessing.get_context("spawn").Process(target=target, args=args, daemon=True)
     process.start()
     return process
 
 
 def test_every_bucket_arrives() -> None:
-    port, results = free_port(), multiprocessing.get_context("forkserver").Queue()
+    port, results = free_port(), multiprocessing.get_context("spawn").Queue()
     process = start(receive, port, results)
     group = TransferGroup("engine-0", "127.0.0.1", port, SENDER, 2, CPU, 60.0)
     for i in range(BUCKETS):
@@ -343,7 +343,7 @@ def test_a_member_that_never_comes_is_a_deadline_error_that_names_the_group(rank
 
 
 def test_a_receiver_that_stalls_is_a_deadline_error_that_names_bucket_and_group() -> None:
-    processes = multiprocessing.get_context("forkserver")
+    processes = multiprocessing.get_context("spawn")
     port, results, finished = free_port(), processes.Queue(), processes.Event()
     process = start(stall, port, results, finished)
     group = TransferGroup("engine-0", "127.0.0.1", port, SENDER, 2, CPU, 60.0)
