@@ -76,15 +76,14 @@ def attention(device: str, model: str) -> Outcome:
                     tie_word_embeddings=False, bos_token_id=1, eos_token_id=2, pad_token_id=0),
         device,
     ))  # fmt: skip
-    groups = random_groups(4, 4, 96, [200, 61, 128, 7], 4096)
+    # Emulated bfloat16 is slow: a rehearsal makes do with little.
+    groups = random_groups(4, 4, 96, [200, 61, 128, 7], 4096) if device == "cuda" else random_groups(2, 2, 8, [9, 5], 99)
     truth = _padded(folder, groups, device, "float32")
     padded = _padded(folder, groups, device, "bfloat16")
     packed = _packed(folder, groups, device, "bfloat16")
     used = device == "cpu" or "torch.nn.attention.varlen" in sys.modules
     errors = {name: _errors(found, truth) for name, found in (("SDPA", padded), ("packed", packed))}
-    passed = used and all(
-        errors["packed"][i] <= NOISE * errors["SDPA"][i] + FLOOR for i in range(2)
-    )
+    passed = used and all(errors["packed"][i] <= NOISE * errors["SDPA"][i] + FLOOR for i in range(2))
     said = "; ".join(f"{n}: log-probs {e[0]:.1e}, gradient {e[1]:.1e}" for n, e in errors.items())
     kernel = "" if used else "; the variable-length kernel was NOT used (torch.nn.attention.varlen is not imported)"
     return passed, f"largest difference from float32, relative for gradients: {said}{kernel}"

@@ -36,7 +36,9 @@ def environment(preload: bool = True, **more: str) -> dict[str, str]:
     if preload:
         variables |= worker_environment(num_cpus(), None)
     paths = [str(ROOT), *(p for p in variables.get("PYTHONPATH", "").split(os.pathsep) if p and p != str(ROOT))]
-    quiet = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "VLLM_LOGGING_LEVEL": "ERROR"}
+    quiet = {
+        "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "VLLM_LOGGING_LEVEL": "ERROR", "TQDM_DISABLE": "1",
+    }  # fmt: skip
     return variables | quiet | {"PYTHONPATH": os.pathsep.join(paths)} | more
 
 
@@ -70,7 +72,8 @@ def run(
             finally:
                 _end(process)
         if code != 0 or (wants_output and not output.exists()):
-            raise MeasurementError(f"{module} ended with {code}: {_last_lines(log)}")
+            how = f"was ended by signal {-code}, which it was not sent here" if code < 0 else f"ended with {code}"
+            raise MeasurementError(f"{module} {how}: {_last_lines(log)}")
         return dict(json.loads(output.read_text())) if wants_output else {}
 
 

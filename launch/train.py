@@ -237,7 +237,8 @@ class _Run:
             if last:
                 self._write_samples("samples-after.jsonl", report)
         if fresh:
-            self.telemetry.step(0, metrics)
+            if metrics:
+                self.telemetry.step(0, metrics)
             return {}
         if self.checkpoint_s is not None:
             metrics["time/checkpoint_s"], self.checkpoint_s = self.checkpoint_s, None
