@@ -8,6 +8,7 @@ May import: torch, transformers, actors.packing.
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 from typing import Any, cast
 
@@ -47,7 +48,7 @@ def packed_attention(
         raise ValueError(f"attention {NAME!r} needs pack_layout; call the model through actors.modeling")
     if kwargs.get("softcap") is not None:
         raise NotImplementedError("models with attention soft-capping are not supported by packed attention")
-    if query.is_cuda and hasattr(torch.nn.attention, "varlen"):
+    if query.is_cuda and importlib.util.find_spec("torch.nn.attention.varlen") is not None:
         return _variable_length(query, key, value, pack_layout, scaling, sliding_window), None
     out = torch.cat(
         [
@@ -81,9 +82,12 @@ def _variable_length(
             raise NotImplementedError("sliding windows on CUDA need torch 2.11 or later")
         del options["window_size"]
         options["is_causal"] = True
-    q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))  # [L, heads, head_dim]
+    # Under autocast rotary embeddings leave queries and keys in float32 beside bfloat16 values, and the kernel takes
+    # neither a mixture nor float32.
+    low = value.dtype if value.dtype != torch.float32 else torch.bfloat16
+    q, k, v = (t[0].transpose(0, 1).to(low) for t in (query, key, value))  # [L, heads, head_dim]
     out: Any = varlen_attn(q, k, v, bounds, bounds, longest, longest, **options)
-    return cast(torch.Tensor, out)[None]
+    return cast(torch.Tensor, out)[None].to(query.dtype)
 
 
 def _block(

@@ -77,7 +77,8 @@ def attention(device: str, model: str) -> Outcome:
         device,
     ))  # fmt: skip
     # Emulated bfloat16 is slow: a rehearsal makes do with little.
-    groups = random_groups(4, 4, 96, [200, 61, 128, 7], 4096) if device == "cuda" else random_groups(2, 2, 8, [9, 5], 99)
+    size = (4, 4, 96, [200, 61, 128, 7], 4096) if device == "cuda" else (2, 2, 8, [9, 5], 99)
+    groups = random_groups(*size)
     truth = _padded(folder, groups, device, "float32")
     padded = _padded(folder, groups, device, "bfloat16")
     packed = _packed(folder, groups, device, "bfloat16")

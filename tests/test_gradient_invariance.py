@@ -190,8 +190,9 @@ def configure(learner: Any, algorithm: AlgorithmSettings, token_budget: int, sha
 
 
 @functools.cache
-def folder_of(ranks: int, zero_stage: int) -> str:
-    return tempfile.mkdtemp(prefix=f"burnish-{ranks}x{zero_stage}-")
+def folder_of(ranks: int, zero_stage: int) -> tempfile.TemporaryDirectory[str]:
+    """Kept, with its checkpoint, as long as this process."""
+    return tempfile.TemporaryDirectory(prefix=f"burnish-{ranks}x{zero_stage}-")
 
 
 def run(ranks: int, zero_stage: int, task: str = "laws") -> dict[str, Any]:
@@ -208,7 +209,7 @@ def _run(ranks: int, zero_stage: int, task: str) -> dict[str, Any] | str:
     resolve_model(MODEL)
     processes = multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload(["actors.learner", "deepspeed", "transformers.models.llama.modeling_llama"])
-    folder, port = folder_of(ranks, zero_stage), free_port()
+    folder, port = folder_of(ranks, zero_stage).name, free_port()
     started = [
         processes.Process(target=learner_rank, args=(rank, ranks, zero_stage, port, task, folder), daemon=True)
         for rank in range(ranks)
