@@ -59,7 +59,7 @@ def test_print_config_shows_where_every_value_came_from(capsys: pytest.CaptureFi
     assert main(["train", "cpu-demo", "run.seed=7", "--print-config"]) == 0
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     assert "seed: 7 # command line" in lines
-    assert "num_steps: 30 # recipe cpu-demo.yaml" in lines
+    assert "groups_per_step: 8 # recipe cpu-demo.yaml" in lines
     assert "max_staleness: 0 # default" in lines
 
 
