@@ -41,7 +41,7 @@ def test_the_format_trap_is_the_demo_with_one_more_reward() -> None:
     demo, trap = load_config("cpu-demo").config, load_config("cpu-format-trap").config
     assert trap.rewards[0] == demo.rewards[0]
     assert [(reward.name, reward.weight) for reward in trap.rewards[1:]] == [("format", 0.5)]
-    same = {"run": demo.run, "rewards": demo.rewards}
+    same = {"run": demo.run, "rewards": demo.rewards, "evaluation": demo.evaluation, "checkpoint": demo.checkpoint}
     assert trap.model_copy(update=same) == demo
 
 
