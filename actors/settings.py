@@ -35,11 +35,12 @@ class SamplingSettings(Settings):
 
     @model_validator(mode="after")
     def _no_truncated_support(self) -> Self:
-        if self.top_p != 1.0 or self.top_k not in (0, -1):
-            raise ValueError(
-                f"top_p={self.top_p}, top_k={self.top_k}: the learner cannot score a truncated distribution "
-                "without the sampler's own support set; use top_p=1.0 and top_k=0"
-            )
+        for name, value, off in (("top_p", self.top_p, (1.0,)), ("top_k", self.top_k, (0, -1))):
+            if value not in off:
+                raise ValueError(
+                    f"{name}={value}: the learner cannot score a truncated distribution without the sampler's own "
+                    f"support set; use {name}={off[0]}"
+                )
         return self
 
 

@@ -120,6 +120,10 @@ CASES: dict[str, Case] = {
         ("run.num_steps = 'many'", "valid integer", "give a whole number, at least 1"),
     ),
     "an override without a value": (lambda s: ["run.seed"], ("override = 'run.seed'", "write for instance run.seed=1")),
+    "top_k set": (
+        lambda s: ["generator.sampling.top_k=5"],
+        ("generator.sampling.top_k = 5", "truncated distribution", "use top_k=0"),
+    ),
     "top_p below 1": (
         lambda s: ["generator.sampling.top_p=0.9"],
         ("generator.sampling.top_p = 0.9", "truncated distribution", "use top_p=1.0"),
