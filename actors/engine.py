@@ -65,6 +65,9 @@ class TrainingEngine:
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         import deepspeed
 
+        # On CPU DeepSpeed compiles a shared-memory all-reduce for inference, which training never calls.  The
+        # build is guarded by a lock file without a deadline: a process killed during it would hang all later ones.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self._deepspeed = deepspeed
         self.device, self.zero_stage = device, settings.zero_stage
         optimizer = settings.optimizer
