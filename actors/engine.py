@@ -122,7 +122,7 @@ class TrainingEngine:
     def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """Parameters by the name they have in a Hugging Face checkpoint, each once, in a fixed order."""
         module = cast(nn.Module, self.engine.module)
-        prefix = "causal_lm."
+        prefix = "hf_model."
         return [(n.removeprefix(prefix), p) for n, p in module.named_parameters() if n.startswith(prefix)]
 
     def shape_of(self, parameter: nn.Parameter) -> tuple[int, ...]:

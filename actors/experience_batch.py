@@ -80,9 +80,7 @@ class ExperienceBatch:
     def minibatches(self) -> list[list[int]]:
         """Sample indices of each optimizer step of one epoch; whole groups stay together."""
         n = self.algorithm.num_minibatches
-        return [
-            [i for i, s in enumerate(self.shapes) if s.group * n // len(self.groups) == m] for m in range(n)
-        ]
+        return [[i for i, s in enumerate(self.shapes) if s.group * n // len(self.groups) == m] for m in range(n)]
 
     def weights(self, members: Sequence[int], trainable: np.ndarray) -> np.ndarray:
         """Token weights of one minibatch, float64 [members]."""

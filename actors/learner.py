@@ -7,26 +7,23 @@ May import: numpy, torch, actors.*, trainers.*, cluster.{rendezvous, transport, 
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import nn
 
-from actors.engine import TrainingEngine
 from actors.experience_batch import ExperienceBatch, contributing
-from actors.modeling import load_policy, load_tokenizer
+from actors.modeling import load_policy
 from actors.objective import MAXIMA, SUMS, TokenTerms, pack_loss
 from actors.packing import Pack, build_pack
-from actors.publishing import WeightSource
+from actors.rank import EngineRank
 from actors.scoring import filler_microbatch, score_samples
 from actors.settings import LearnerSettings, SamplingSettings
-from cluster.rendezvous import Rendezvous, free_port, join, node_address
+from cluster.rendezvous import Rendezvous
 from trainers.algorithms import AlgorithmSettings
 from trainers.batching import plan_microbatches
 from trainers.losses import kl_estimate
@@ -34,7 +31,7 @@ from trainers.protocols import LearnerGroup, UpdateReport
 from trainers.schedules import learning_rate
 
 
-class DeepSpeedLearner:
+class DeepSpeedLearner(EngineRank):
     """A rank.  Constructed on every rank at once, because DeepSpeed's set-up is a collective."""
 
     def __init__(
@@ -51,19 +48,13 @@ class DeepSpeedLearner:
         seed: int,
         payload_deadline_s: float = 300.0,
     ) -> None:
-        self.rank, self.settings, self.algorithm, self.sampling = rank, settings, algorithm, sampling
-        self.model_path, self.num_steps, self.payload_deadline_s = model_path, num_steps, payload_deadline_s
-        self.device = torch.device(device)
-        if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)
-        torch.manual_seed(seed)
-        join(rendezvous, rank, "nccl" if self.device.type == "cuda" else "gloo", settings.start_deadline_s)
-        model = load_policy(model_path, settings.logprob_chunk, checkpointing=settings.gradient_checkpointing)
-        model.to(self.device)
-        model.train()
-        self.dtype = getattr(torch, dtype)
-        self.engine = TrainingEngine(model, settings, self.dtype, self.device)
-        self.weights = WeightSource(self.engine)
+        self.algorithm, self.sampling = algorithm, sampling
+        self.num_steps, self.payload_deadline_s = num_steps, payload_deadline_s
+
+        def load() -> nn.Module:
+            return load_policy(model_path, settings.logprob_chunk, checkpointing=settings.gradient_checkpointing)
+
+        super().__init__(rank, rendezvous, load, settings, dtype, device, seed, tokenizer_path=model_path)
         self.share_prompts = self.device.type != "cuda" if settings.share_prompts is None else settings.share_prompts
 
     # --- one lap ------------------------------------------------------------------------------
@@ -143,9 +134,9 @@ class DeepSpeedLearner:
         if not shapes:
             raise ValueError(f"no completion in this minibatch of {len(members)} samples has any token")
         index_of = chosen or [i for i in members if batch.shapes[i].num_completion > 0]
-        plan = plan_microbatches(
-            shapes, self.engine.world_size, self.settings.token_budget, self.share_prompts
-        )[self.rank]
+        plan = plan_microbatches(shapes, self.engine.world_size, self.settings.token_budget, self.share_prompts)[
+            self.rank
+        ]
         if not chosen:
             plan = [()]
         for i, microbatch in enumerate(plan):
@@ -180,22 +171,17 @@ class DeepSpeedLearner:
     ) -> TokenTerms:
         samples = [index_of[m] for m in pack.members]
         tokens = [batch.tokens(i, self.payload_deadline_s) for i in samples]
-        per_token = lambda values: self._tensor(np.repeat(values, pack.lengths))  # noqa: E731
+        per_token = lambda values: self.tensor(np.repeat(values, pack.lengths))  # noqa: E731
         references = [t.reference_logprobs for t in tokens]
         return TokenTerms(
             weights=per_token([0.0 if filler else weight_of[i] for i in samples]),
             advantages=per_token([advantages[i] for i in samples]),
-            behavior_logprobs=self._tensor(np.concatenate([t.behavior_logprobs for t in tokens])),
-            proximal_logprobs=None
-            if proximal is None
-            else self._tensor(np.concatenate([proximal[i] for i in samples])),
+            behavior_logprobs=self.tensor(np.concatenate([t.behavior_logprobs for t in tokens])),
+            proximal_logprobs=None if proximal is None else self.tensor(np.concatenate([proximal[i] for i in samples])),
             reference_logprobs=None
             if any(r is None for r in references)
-            else self._tensor(np.concatenate([r for r in references if r is not None])),
+            else self.tensor(np.concatenate([r for r in references if r is not None])),
         )
-
-    def _tensor(self, values: Any) -> torch.Tensor:
-        return torch.as_tensor(np.asarray(values, dtype=np.float32), device=self.device)
 
     # --- log-probs before the update ------------------------------------------------------------
 
@@ -217,9 +203,7 @@ class DeepSpeedLearner:
             self.engine.world_size,
             self.rank,
         )
-        everyone: list[Any] = [None] * self.engine.world_size
-        dist.all_gather_object(everyone, mine)
-        return {index: row for part in everyone for index, row in part.items()}
+        return self.everyone(mine)
 
     def _score(self, pack: Pack) -> torch.Tensor:
         logprobs: torch.Tensor = self.engine.forward(pack, self.sampling.temperature, with_entropy=False)[0]
@@ -245,54 +229,6 @@ class DeepSpeedLearner:
             self.settings.token_budget, False, self.device,
         )  # fmt: skip
         return [rows[i] for i in range(len(prompts))]
-
-    # --- weights, state -------------------------------------------------------------------------
-
-    def weights_call(self, method: str, *args: Any) -> Any:
-        """A method of this rank's :class:`actors.publishing.WeightSource`."""
-        return getattr(self.weights, method)(*args)
-
-    def stage_weights(self, serves: bool, version: str, dtype: str, bucket_bytes: int) -> dict[str, Any] | None:
-        """See :meth:`actors.publishing.WeightSource.stage`; a collective."""
-        return self.weights.stage(version, dtype, bucket_bytes, serves)
-
-    def meeting_point(self) -> tuple[str, int]:
-        """(address, free port) of this rank's node."""
-        address = node_address()
-        return address, free_port(address)
-
-    def save(self, directory: str) -> None:
-        """This rank's shard of weights, optimizer and RNG below ``directory``."""
-        self.engine.save(directory, {"torch_rng": torch.get_rng_state()})
-
-    def load(self, directory: str) -> None:
-        """Inverse of :meth:`save`."""
-        state = self.engine.load(directory)
-        torch.set_rng_state(state["torch_rng"])
-
-    def export(self, directory: str) -> None:
-        """A Hugging Face folder (safetensors, config, tokenizer) that vLLM and transformers load."""
-        state = self.weights.whole_state(self.dtype)  # a collective
-        if self.rank == 0 and state is not None:
-            model = self.engine.engine.module.causal_lm
-            Path(directory).mkdir(parents=True, exist_ok=True)
-            model.config.dtype = self.dtype
-            model.save_pretrained(directory, state_dict=state)
-            load_tokenizer(self.model_path).save_pretrained(directory)
-        dist.barrier()
-
-    def peak_memory_bytes(self) -> int:
-        """Highest memory of this rank so far: the device's on CUDA, else the process's resident set."""
-        if self.device.type == "cuda":
-            return int(torch.cuda.max_memory_allocated(self.device))
-        unit = 1 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-    def close(self) -> None:
-        self.weights.close()
-        self.engine.close()
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 class _Totals:

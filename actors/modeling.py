@@ -47,20 +47,18 @@ class PackedPolicy(nn.Module):
     scoring_head: ScoringHead
     chunk: int
 
-    def __init__(self, causal_lm: nn.Module, chunk: int) -> None:
+    def __init__(self, hf_model: nn.Module, chunk: int) -> None:
         super().__init__()
-        self.causal_lm = causal_lm
-        output = cast(nn.Linear, cast(Any, causal_lm).get_output_embeddings())
+        self.hf_model = hf_model
+        output = cast(nn.Linear, cast(Any, hf_model).get_output_embeddings())
         if output.bias is not None:
             raise NotImplementedError("an output embedding with a bias is not supported")
         self.scoring_head = ScoringHead(cast(nn.Parameter, output.weight))
         self.chunk = chunk
 
-    def forward(
-        self, pack: Pack, temperature: float, with_entropy: bool = True
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, pack: Pack, temperature: float, with_entropy: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
         """(log-probs, entropies), float32 [N], of ``pack.targets`` under the model at ``temperature``."""
-        backbone = cast(Any, self.causal_lm).base_model
+        backbone = cast(Any, self.hf_model).base_model
         hidden = backbone(
             input_ids=pack.input_ids,
             position_ids=pack.position_ids,

@@ -134,9 +134,7 @@ class Publisher:
             )  # fmt: skip
         self._connected = True
 
-    async def probe(
-        self, prompts: list[np.ndarray], max_tokens: int, seed: int, tolerance: float
-    ) -> dict[str, float]:
+    async def probe(self, prompts: list[np.ndarray], max_tokens: int, seed: int, tolerance: float) -> dict[str, float]:
         """Do generator and learner mean the same by the same weights?  Log-probs of the same tokens.
 
         Raises:

@@ -113,7 +113,7 @@ def _packed(folder: str, groups: list[TrajectoryGroup], device: str, dtype: str)
             logprobs, _ = policy(pack, 1.0)
         (logprobs.sum() / total).backward()
         rows |= dict(zip(pack.members, logprobs.detach().split(pack.lengths), strict=True))
-    gradients = {n.removeprefix("causal_lm."): p.grad for n, p in policy.named_parameters() if p.grad is not None}
+    gradients = {n.removeprefix("hf_model."): p.grad for n, p in policy.named_parameters() if p.grad is not None}
     return torch.cat([rows[i] for i in range(len(rows))]), gradients
 
 

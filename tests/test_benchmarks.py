@@ -72,7 +72,7 @@ def test_padding_equals_packing(tiny: str) -> None:
         found |= dict(zip(members, logprobs.detach().split(pack.lengths), strict=True))
 
     torch.testing.assert_close(torch.cat([found[i] for i in range(len(samples))]), expected, rtol=0, atol=2e-5)
-    packed = {n.removeprefix("causal_lm."): p.grad for n, p in policy.named_parameters()}
+    packed = {n.removeprefix("hf_model."): p.grad for n, p in policy.named_parameters()}
     for name, parameter in trainer.model.named_parameters():
         torch.testing.assert_close(packed[name], parameter.grad, rtol=1e-4, atol=1e-6)
 

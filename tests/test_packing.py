@@ -180,7 +180,7 @@ def test_gradient_checkpointing_gives_the_same_gradient(tiny: str) -> None:
     gradients = []
     for checkpointing in (False, True):
         policy = load_policy(tiny, CHUNK, checkpointing=checkpointing).train()
-        assert policy.causal_lm.is_gradient_checkpointing == checkpointing
+        assert policy.hf_model.is_gradient_checkpointing == checkpointing
         logprobs, entropy = policy(pack, 0.9)
         (logprobs.sum() + 0.1 * entropy.sum()).backward()
         gradients.append({n: p.grad for n, p in policy.named_parameters()})

@@ -101,3 +101,17 @@ def _fill(pieces: Sequence[Piece], num_bins: int) -> list[list[Piece]]:
         bins[b].append(piece)
         heapq.heappush(heap, (load + piece.num_tokens, b))
     return bins
+
+
+def plan_whole(costs: Sequence[int], num_ranks: int, token_budget: int) -> list[list[tuple[int, ...]]]:
+    """``plan[rank][i]``: indices of units that must not be split (texts, or all answers to one prompt).
+
+    Like :func:`plan_microbatches`, for units of ``costs`` tokens: equally many micro-batches on every rank, each
+    within the budget; one may be empty.
+
+    Raises:
+        ValueError: a unit costs more than ``token_budget``.
+    """
+    shapes = [SampleShape(i, 0, 0, cost) for i, cost in enumerate(costs)]
+    plan = plan_microbatches(shapes, num_ranks, token_budget, share_prompts=False)
+    return [[tuple(m for piece in microbatch for m in piece.members) for microbatch in rank] for rank in plan]

@@ -1,0 +1,121 @@
+"""EngineRank: what every trained model has, policy, critic, reward model or SFT student.
+
+One data-parallel rank of a DeepSpeed engine: it joins its process group, holds the weights, and saves, loads
+and exports them.  Every method is called on all ranks at once.  What is learned stands in the subclasses.
+May import: torch, actors.{engine, modeling, publishing, settings}, cluster.rendezvous.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from actors.engine import TrainingEngine
+from actors.modeling import load_tokenizer
+from actors.publishing import WeightSource
+from actors.settings import LearnerSettings
+from cluster.rendezvous import Rendezvous, free_port, join, node_address
+
+
+class EngineRank:
+    """A rank.  Constructed on every rank at once, because DeepSpeed's set-up is a collective.
+
+    Args:
+        load: builds the model on the CPU in float32 (master weights); its Hugging Face model is the attribute
+            ``hf_model``.
+        dtype: the compute dtype's name.
+        device: ``cpu`` or ``cuda:N``.
+        tokenizer_path: folder whose tokenizer goes into an export.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        rendezvous: Rendezvous,
+        load: Callable[[], nn.Module],
+        settings: LearnerSettings,
+        dtype: str,
+        device: str,
+        seed: int,
+        tokenizer_path: str,
+    ) -> None:
+        self.rank, self.settings, self.tokenizer_path = rank, settings, tokenizer_path
+        self.device = torch.device(device)
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        torch.manual_seed(seed)
+        join(rendezvous, rank, "nccl" if self.device.type == "cuda" else "gloo", settings.start_deadline_s)
+        model = load().to(self.device).train()
+        self.dtype = cast(torch.dtype, getattr(torch, dtype))
+        self.engine = TrainingEngine(model, settings, self.dtype, self.device)
+        self.weights = WeightSource(self.engine)
+
+    # --- weights ------------------------------------------------------------------------------
+
+    def weights_call(self, method: str, *args: Any) -> Any:
+        """A method of this rank's :class:`actors.publishing.WeightSource`."""
+        return getattr(self.weights, method)(*args)
+
+    def stage_weights(self, serves: bool, version: str, dtype: str, bucket_bytes: int) -> dict[str, Any] | None:
+        """See :meth:`actors.publishing.WeightSource.stage`; a collective."""
+        return self.weights.stage(version, dtype, bucket_bytes, serves)
+
+    def meeting_point(self) -> tuple[str, int]:
+        """(address, free port) of this rank's node."""
+        address = node_address()
+        return address, free_port(address)
+
+    def export(self, directory: str) -> None:
+        """A Hugging Face folder (safetensors, config, tokenizer) in the compute dtype."""
+        state = self.weights.whole_state(self.dtype)  # a collective
+        if self.rank == 0 and state is not None:
+            model = cast(Any, self.engine.engine.module.hf_model)
+            Path(directory).mkdir(parents=True, exist_ok=True)
+            model.config.dtype = self.dtype
+            model.save_pretrained(directory, state_dict=state)
+            load_tokenizer(self.tokenizer_path).save_pretrained(directory)
+        dist.barrier()
+
+    # --- state --------------------------------------------------------------------------------
+
+    def save(self, directory: str) -> None:
+        """This rank's shard of weights, optimizer and RNG below ``directory``."""
+        self.engine.save(directory, {"torch_rng": torch.get_rng_state()})
+
+    def load(self, directory: str) -> None:
+        """Inverse of :meth:`save`."""
+        state = self.engine.load(directory)
+        torch.set_rng_state(state["torch_rng"])
+
+    def peak_memory_bytes(self) -> int:
+        """Highest memory of this rank so far: the device's on CUDA, else the process's resident set."""
+        if self.device.type == "cuda":
+            return int(torch.cuda.max_memory_allocated(self.device))
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+    def close(self) -> None:
+        self.weights.close()
+        self.engine.close()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    # --- for subclasses -----------------------------------------------------------------------
+
+    def tensor(self, values: Any) -> torch.Tensor:
+        """float32, on this rank's device."""
+        return torch.as_tensor(np.asarray(values, dtype=np.float32), device=self.device)
+
+    def everyone(self, mine: dict[int, Any]) -> dict[int, Any]:
+        """The union of every rank's ``mine``; a collective."""
+        parts: list[Any] = [None] * self.engine.world_size
+        dist.all_gather_object(parts, mine)
+        return {index: row for part in parts for index, row in part.items()}
