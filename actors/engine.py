@@ -21,11 +21,13 @@ from torch import nn
 from actors.settings import LearnerSettings
 
 NEVER = 10**9  # steps between DeepSpeed's own prints
+# Elements of a gradient bucket: 80 MB.  DeepSpeed's default of 5e8 makes a buffer as large as the gradients.
+REDUCE_BUCKET = 20_000_000
 
 
 def deepspeed_config(settings: LearnerSettings, dtype: torch.dtype) -> dict[str, Any]:
     """DeepSpeed's configuration; ``settings.deepspeed`` is merged over it, section by section."""
-    zero: dict[str, Any] = {"stage": settings.zero_stage}
+    zero: dict[str, Any] = {"stage": settings.zero_stage, "reduce_bucket_size": REDUCE_BUCKET}
     for section, where in (
         ("offload_optimizer", settings.offload_optimizer),
         ("offload_param", settings.offload_param),

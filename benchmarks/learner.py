@@ -28,19 +28,21 @@ SIDES = ("ours", "plain", "reference")
 LR = 1e-8  # weights stay what they are: every repeat does the same work
 PAD_ID = 0
 DEADLINE_S = 900.0
+CPU_SETTINGS = {"token_budget": 512, "logprob_chunk": 256}  # of launch/recipes/cpu-demo.yaml
 # 32 samples of 32 + 96 tokens: 4,096.  No prompt is shared, so that both sides compute every one of them.
 MEMORY_GROUPS, MEMORY_SAMPLES, MEMORY_PROMPT, MEMORY_COMPLETION = 4, 8, 32, 96
 
 
 def make_learner(job: Job, checkpointing: bool, share_prompts: bool | None, **settings: Any) -> Any:
-    """A single-rank DeepSpeedLearner in this process, with the recipe's defaults."""
+    """A single-rank DeepSpeedLearner in this process, with the settings of the CPU recipes on a CPU."""
     from actors.learner import DeepSpeedLearner
     from actors.settings import LearnerSettings, SamplingSettings
     from cluster.rendezvous import Rendezvous, free_port
     from trainers.algorithms import AlgorithmSettings
 
     values = {"gradient_checkpointing": checkpointing, "share_prompts": share_prompts,
-              "optimizer": {"lr": LR, "betas": (0.9, 0.99)}} | settings  # fmt: skip
+              "optimizer": {"lr": LR, "betas": (0.9, 0.99)}}  # fmt: skip
+    values |= (CPU_SETTINGS if job.torch_device == "cpu" else {}) | settings
     return DeepSpeedLearner(
         rank=0, rendezvous=Rendezvous("127.0.0.1", free_port(), 1), model_path=job.model_path,
         settings=LearnerSettings.model_validate(values),

@@ -324,11 +324,15 @@ class Telemetry:
             self.event("wandb_fallback", mode=doing, reason=redact(reason[:500]))
         return error is not None
 
-    def _log_wandb(self, row: dict[str, Any]) -> None:
+    def _wandb_takes_more(self) -> bool:
+        """Whether W&B is there and not too far behind; what earlier calls raised ends it here."""
         while self._run is not None and self._pending and self._pending[0].done():
             if self._failed(self._pending.popleft(), "running", 0):
                 self._run = None
-        if self._run is None or len(self._pending) >= WANDB_MAX_PENDING:
+        return self._run is not None and len(self._pending) < WANDB_MAX_PENDING
+
+    def _log_wandb(self, row: dict[str, Any]) -> None:
+        if self._run is None or not self._wandb_takes_more():
             return
         # W&B's own counter only ever grows; the axis of every chart is the logged `step`.
         counter = max(row["step"], self._next_wandb_step)
@@ -361,6 +365,14 @@ class Telemetry:
         self._events.append({"time_unix": time.time(), "kind": kind, "step": step, **fields})
         if self._watcher is not None and kind in SHOWN_EVENTS:
             self._watcher.note(f"{kind}: " + ", ".join(f"{k}={v}" for k, v in fields.items()))
+
+    def alert(self, title: str, text: str) -> None:
+        """A W&B alert, which its users may have sent to mail or chat; nothing waits for it.
+
+        Its place in the files and on the terminal is the event that goes with it.
+        """
+        if self._run is not None and self._wandb_takes_more():
+            self._pending.append(self._aside.submit(self._run.alert, title[:63], redact(text), level="WARN"))
 
     def phase(self, name: str, done: int, total: int) -> None:
         """Passed on to the watcher."""
