@@ -17,7 +17,7 @@ from cluster.transport import fetch
 from trainers.advantages import group_relative
 from trainers.algorithms import AlgorithmSettings
 from trainers.batching import SampleShape
-from trainers.experience import decode_group, decode_logprobs
+from trainers.experience import decode_group, decode_logprobs, may_train
 from trainers.losses import token_weights
 from trainers.protocols import LearnerGroup
 
@@ -30,6 +30,7 @@ class SampleTokens:
     completion_ids: np.ndarray  # int32 [T]
     behavior_logprobs: np.ndarray  # float32 [T]
     reference_logprobs: np.ndarray | None  # float32 [T]
+    values: np.ndarray | None = None  # float32 [T], by the critic
 
 
 class ExperienceBatch:
@@ -51,14 +52,8 @@ class ExperienceBatch:
 
     def trainable(self) -> np.ndarray:
         """bool [samples]: has a reward, has tokens, and was not cut off where that masks a sample."""
-        flags: list[bool] = []
-        for group in self.groups:
-            reasons = group.summary.finish_reasons
-            lengths = group.summary.num_completion_tokens
-            for ok, reason, length in zip(group.rewards.valid, reasons, lengths, strict=True):
-                cut = reason == "abort" or (reason == "length" and self.algorithm.mask_truncated)
-                flags.append(bool(ok) and length > 0 and not cut)
-        return np.array(flags, dtype=bool)
+        mask = self.algorithm.mask_truncated
+        return np.concatenate([may_train(g.summary, g.rewards, mask) for g in self.groups])
 
     def advantages(self, penalties: np.ndarray | None = None) -> np.ndarray:
         """float64 [samples], NaN where a sample has no reward or was aborted: it is no part of its group's baseline.
@@ -97,12 +92,14 @@ class ExperienceBatch:
         if shape.group not in self._opened:
             group = self.groups[shape.group]
             decoded = decode_group(fetch(group.payload, deadline_s))
-            references: list[np.ndarray] | list[None] = [None] * len(decoded.trajectories)
-            if group.reference_payload is not None:
-                references = decode_logprobs(fetch(group.reference_payload, deadline_s))
+            absent: list[np.ndarray | None] = [None] * len(decoded.trajectories)
+            references, values = (
+                absent if payload is None else decode_logprobs(fetch(payload, deadline_s))
+                for payload in (group.reference_payload, group.values_payload)
+            )
             self._opened[shape.group] = [
-                SampleTokens(decoded.prompt.token_ids, t.completion_ids, t.behavior_logprobs, r)
-                for t, r in zip(decoded.trajectories, references, strict=True)
+                SampleTokens(decoded.prompt.token_ids, t.completion_ids, t.behavior_logprobs, r, v)
+                for t, r, v in zip(decoded.trajectories, references, values, strict=True)
             ]
         return self._opened[shape.group][shape.sample]
 

@@ -6,12 +6,25 @@ May import: actors.*, trainers.protocols, cluster.worker_group.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
 
 from actors.dispatch import Dispatcher
 from cluster.worker_group import WorkerGroup
 from trainers.experience import GroupRewards
-from trainers.protocols import GeneratedGroup, GroupRequest, LearnerGroup, Payload, UpdateReport
+from trainers.protocols import (
+    CriticReport,
+    GeneratedGroup,
+    GroupRequest,
+    LearnerGroup,
+    Payload,
+    PreparedBatch,
+    UpdateReport,
+)
 
 
 class GeneratorFleet:
@@ -72,16 +85,20 @@ class ReferencePool:
         return payload
 
 
-class LearnerGang:
-    """All learner ranks as one ``Learner``; every call is made on all of them at once."""
+class Gang:
+    """All ranks of one trained model; every call is made on all of them at once."""
 
     def __init__(self, workers: WorkerGroup, deadline_s: float) -> None:
         self.workers, self.deadline_s = workers, deadline_s
 
-    async def update(self, groups: Sequence[LearnerGroup], step: int) -> UpdateReport:
-        reports = await self.workers.call_all("update", list(groups), step, deadline_s=self.deadline_s)
-        first: UpdateReport = reports[0]
-        return first
+    async def _first_with_payload(self, method: str, *args: Any) -> tuple[Any, Payload]:
+        """``call_split`` on rank 0 while the others, who have no result, make the same call."""
+        workers, deadline_s = self.workers, self.deadline_s
+        found, *_ = await asyncio.gather(
+            workers.call_split(0, method, *args, deadline_s=deadline_s),
+            *(workers.call(rank, method, *args, deadline_s=deadline_s) for rank in range(1, len(workers))),
+        )
+        return found
 
     async def save(self, directory: str) -> None:
         await self.workers.call_all("save", directory, deadline_s=self.deadline_s)
@@ -89,5 +106,42 @@ class LearnerGang:
     async def load(self, directory: str) -> None:
         await self.workers.call_all("load", directory, deadline_s=self.deadline_s)
 
+
+class LearnerGang(Gang):
+    """All learner ranks as one ``Learner``, and one ``PolicyLearner``."""
+
+    async def prepare(
+        self, groups: Sequence[LearnerGroup], scores: Sequence[np.ndarray], kl_coef: float
+    ) -> PreparedBatch:
+        prepared, payload = await self._first_with_payload("prepare", list(groups), list(scores), kl_coef)
+        return replace(prepared, payload=payload)
+
+    async def update(
+        self, groups: Sequence[LearnerGroup], step: int, targets: Payload | None = None, kl_coef: float | None = None
+    ) -> UpdateReport:
+        reports = await self.workers.call_all(
+            "update", list(groups), step, None if targets is None else [targets], kl_coef, deadline_s=self.deadline_s
+        )
+        first: UpdateReport = reports[0]
+        return first
+
     async def export(self, directory: str) -> None:
         await self.workers.call_all("export", directory, deadline_s=self.deadline_s)
+
+
+class CriticGang(Gang):
+    """All critic ranks as one ``Critic``."""
+
+    def __init__(self, workers: WorkerGroup, deadline_s: float) -> None:
+        super().__init__(workers, deadline_s)
+        self._turn = asyncio.Lock()  # a forward pass may be a collective: groups reach every rank in one order
+
+    async def values(self, group: GeneratedGroup) -> Payload:
+        async with self._turn:
+            _, payload = await self._first_with_payload("values", [group.payload], self.deadline_s)
+        return payload
+
+    async def update(self, groups: Sequence[LearnerGroup], step: int, targets: Payload) -> CriticReport:
+        reports = await self.workers.call_all("update", list(groups), step, [targets], deadline_s=self.deadline_s)
+        first: CriticReport = reports[0]
+        return first

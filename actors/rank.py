@@ -52,7 +52,12 @@ class EngineRank:
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         torch.manual_seed(seed)
-        join(rendezvous, rank, "nccl" if self.device.type == "cuda" else "gloo", settings.start_deadline_s)
+        # One process is in one group: in the in-process twin policy and critic share it.
+        if not dist.is_initialized():
+            join(rendezvous, rank, "nccl" if self.device.type == "cuda" else "gloo", settings.start_deadline_s)
+        elif (dist.get_rank(), dist.get_world_size()) != (rank, rendezvous.world_size):
+            there = f"{dist.get_rank()} of {dist.get_world_size()}"
+            raise ValueError(f"rank {rank} of {rendezvous.world_size}: this process is rank {there} already")
         model = load().to(self.device).train()
         self.dtype = cast(torch.dtype, getattr(torch, dtype))
         self.engine = TrainingEngine(model, settings, self.dtype, self.device)
@@ -105,7 +110,8 @@ class EngineRank:
     def close(self) -> None:
         self.weights.close()
         self.engine.close()
-        if dist.is_initialized():
+        # A group of one has nobody to leave; in the in-process twin the critic and vLLM may still be in it.
+        if dist.is_initialized() and dist.get_world_size() > 1:
             dist.destroy_process_group()
 
     # --- for subclasses -----------------------------------------------------------------------

@@ -138,3 +138,34 @@ class PushSettings(Settings):
     probe_tolerance: float = Field(
         0.15, gt=0, description="largest mean |log-prob difference| of generator and learner at start, in nats"
     )
+
+
+class CriticSettings(LearnerSettings):
+    """The value function's ranks, with algorithm.name=ppo; keys as in learner."""
+
+    path: str | None = Field(
+        None, description="a reward model or a causal language model with the policy's tokenizer; default: the first "
+        "reward model that has it, else model.path"
+    )  # fmt: skip
+    overlap: bool | None = Field(
+        None, description="update at the same time as the policy; default: where both have GPUs of their own"
+    )
+
+
+class RewardModelSettings(Settings):
+    """A learned reward: a sequence classifier with one label, in processes of its own."""
+
+    name: str = Field(pattern=r"^[^/<>]+$", description="in metrics and errors")
+    path: str = Field(description="folder of a reward model, such as the export of a run with algorithm.name=reward")
+    weight: float = Field(1.0, allow_inf_nan=False, description="the total is the weighted sum of all rewards")
+    normalize: bool = Field(
+        False, description="to mean 0 and deviation 1 over the reference samples stored with it (reward_stats.json)"
+    )
+    clip: float | None = Field(None, gt=0, description="bound on the size of the (normalised) score")
+    retokenize: bool = Field(
+        False, description="its tokenizer is another one than the policy's: read the text again with its own"
+    )
+    token_budget: Positive = Field(8192, description="tokens scored at once")
+    num_workers: Positive = Field(1, description="replicas; groups go to the least loaded")
+    gpus_per_worker: float | None = Field(None, ge=0, description="default: 1 on GPU, 0 on CPU")
+    deadline_s: float = Field(900.0, gt=0, description="for one group")

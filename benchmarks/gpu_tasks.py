@@ -226,8 +226,8 @@ def _system(device: str, model: str, backend: str, colocate: bool) -> tuple[dict
     """Two steps of `burnish train`; (its "ready" event, its last row of metrics)."""
     from rich.console import Console
 
+    from launch.journal import read_rows
     from launch.overrides import load_config
-    from launch.telemetry import read_rows
     from launch.train import train
 
     with tempfile.TemporaryDirectory(prefix="burnish-gpu-check-") as folder:

@@ -6,7 +6,7 @@ metrics.jsonl.  The ideals, measured on the very samples of those steps:
     raw vLLM generation (each sample to its recorded length) + plain reference forward
     + plain padded forward and backward + fused AdamW + plain push loop
 
-May import: numpy, pyarrow, benchmarks.*, launch.telemetry.
+May import: numpy, pyarrow, benchmarks.*, launch.journal.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 from benchmarks import push
 from benchmarks.job import Job, describe_lengths, job_parser, load_samples
 from benchmarks.process import environment, median, run, write_output
-from launch.telemetry import read_rows
+from launch.journal import read_rows
 
 RECIPE = "cpu-demo"
 DEADLINE_S = 900.0

@@ -186,7 +186,8 @@ class _RayWorker(_Worker):
         slot: WorkerSlot, concurrency: int,
     ) -> None:
         super().__init__(factory)
-        hosted: Any = ray.remote(_hosted(factory, f"burnish-{group}-{index}"))
+        # Ray shows what stands behind the last dot of a class's name.
+        hosted: Any = ray.remote(_hosted(factory, f"burnish-{group.replace('.', '-')}-{index}"))
         options = {**placement.options(slot), "max_restarts": 0, "max_concurrency": concurrency}
         cpu_ids = slot.cpu_ids if slot.gpus == 0 else ()
         self._handle: Any = hosted.options(**options).remote(cpu_ids, dict(kwargs))

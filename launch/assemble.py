@@ -11,25 +11,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from actors.fleet import GeneratorFleet, LearnerGang, ReferencePool, RewardPool
+from actors.critic import CriticLearner
+from actors.fleet import CriticGang, GeneratorFleet, LearnerGang, ReferencePool
 from actors.generator import VLLMGenerator
 from actors.learner import DeepSpeedLearner
+from actors.mixed_scorer import MixedScorer
 from actors.modeling import compute_dtype
 from actors.publisher import Publisher, Transport
 from actors.reference import ReferenceModel
-from actors.reward_worker import RewardWorker
 from cluster.host import native_bfloat16, num_cpus
 from cluster.layout import Layout, NodeSupply, plan_layout
 from cluster.placement import Placement, RayHandle, nodes_of_cluster, start_or_join
-from cluster.rendezvous import Rendezvous, free_port, node_address
+from cluster.rendezvous import Rendezvous, node_address
 from cluster.weight_channel import free_bytes
 from cluster.worker_group import WorkerGroup
 from launch.config import RunConfig
-from launch.demands import num_gpus_asked, role_demands
+from launch.demands import num_gpus_asked, other_port, role_demands
 from launch.prepare import Prepared
+from launch.reward_pools import reward_pools
 from launch.scratch import make_scratch
 from trainers.errors import InputError
 from trainers.experience import WeightVersion
+from trainers.protocols import Scorer
 
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - mkdtemp makes a private folder in it
 
@@ -66,15 +69,20 @@ def push_directory(config: RunConfig, run_folder: Path, num_bytes: int, one_host
 
 
 def meeting_point(
-    layout: Layout, nodes: Sequence[NodeSupply], facts: Sequence[Mapping[str, Any]]
-) -> tuple[str, int]:
-    """Address and free port on the node of learner rank 0, which may not be this one (a head without GPUs)."""
-    node = layout.nodes[layout.of("learner")[0].node].node_id
+    layout: Layout, nodes: Sequence[NodeSupply], facts: Sequence[Mapping[str, Any]], role: str = "learner",
+    taken: int = 0,
+) -> tuple[str, int]:  # fmt: skip
+    """Address and free port on the node of a role's rank 0, which may not be this one (a head without GPUs).
+
+    ``taken``: a port of this node that was given to another role and is not listened on yet.
+    """
+    node = layout.nodes[layout.of(role)[0].node].node_id
     if node != nodes[0].node_id:
-        address, port = next(fact["rendezvous"] for fact in facts if fact.get("node_id") == node)
+        name = "rendezvous" if role == "learner" else f"{role}_rendezvous"
+        address, port = next(fact[name] for fact in facts if fact.get("node_id") == node)
         return address, port
     address = node_address()
-    return address, free_port(address)
+    return address, other_port(address, taken)
 
 
 @dataclass
@@ -83,11 +91,13 @@ class Fleet:
 
     generators: WorkerGroup
     learners: WorkerGroup
-    rewards: WorkerGroup
+    critics: WorkerGroup | None
+    rewards: tuple[WorkerGroup, ...]  # reward functions, then each reward model
     references: WorkerGroup | None
     generator: GeneratorFleet
     learner: LearnerGang
-    scorer: RewardPool
+    critic: CriticGang | None
+    scorer: Scorer
     reference: ReferencePool | None
     publisher: Publisher
     layout: Layout
@@ -99,7 +109,7 @@ class Fleet:
 
     async def close(self) -> None:
         """End every worker, generators first: nobody then waits for a dead learner."""
-        for group in (self.generators, self.rewards, self.references, self.learners):
+        for group in (self.generators, *self.rewards, self.references, self.critics, self.learners):
             if group is not None:
                 await group.shutdown()
         if self._placement is not None:
@@ -182,11 +192,24 @@ async def assemble(
         concurrency=1,
         deadline=config.learner.start_deadline_s,
     )  # fmt: skip
-    rewards = launch(
-        "reward_workers", RewardWorker,
-        [{"rewards": config.rewards, "settings": config.reward_workers}] * config.reward_workers.num_workers,
-        concurrency=64, deadline=config.cluster.start_deadline_s,
-    )  # fmt: skip
+    critics = None
+    if prepared.critic_path is not None:
+        meeting = Rendezvous(
+            *meeting_point(layout, nodes, facts, "critic", rendezvous.port), config.critic.num_workers
+        )
+        critics = launch(
+            "critic", CriticLearner,
+            [
+                {
+                    "rank": rank, "rendezvous": meeting, "model_path": prepared.critic_path,
+                    "settings": config.critic, "algorithm": config.algorithm, "dtype": dtype,
+                    "device": _torch_device(device), "num_steps": config.run.num_steps, "seed": config.run.seed,
+                }
+                for rank in range(config.critic.num_workers)
+            ],
+            concurrency=1, deadline=config.critic.start_deadline_s,
+        )  # fmt: skip
+    pools = reward_pools(config, prepared.model_path, dtype, _torch_device(device), launch)
     references = None
     if config.algorithm.needs_reference:
         references = launch(
@@ -206,11 +229,13 @@ async def assemble(
     fleet = Fleet(
         generators=generators,
         learners=learners,
-        rewards=rewards,
+        critics=critics,
+        rewards=tuple(pool.workers for pool in pools),
         references=references,
         generator=GeneratorFleet(generators, config.generator.group_deadline_s),
         learner=LearnerGang(learners, config.learner.update_deadline_s),
-        scorer=RewardPool(rewards, _reward_deadline(config)),
+        critic=None if critics is None else CriticGang(critics, config.critic.update_deadline_s),
+        scorer=pools[0] if len(pools) == 1 else MixedScorer(pools),
         reference=None if references is None else ReferencePool(references, config.reference.deadline_s),
         publisher=Publisher(
             learners, generators, transport, directory, dtype, config.push.bucket_bytes,
@@ -225,7 +250,7 @@ async def assemble(
     )  # fmt: skip
     try:
         # Learners first: in the in-process twin constructors run one after the other.
-        for group in (learners, generators, rewards, references):
+        for group in (learners, critics, generators, *fleet.rewards, references):
             if group is not None:
                 await group.ready()
     except BaseException:
@@ -236,11 +261,3 @@ async def assemble(
 
 def _torch_device(device: str) -> str:
     return "cuda:0" if device == "cuda" else "cpu"  # Ray shows each worker its own GPUs only
-
-
-def _reward_deadline(config: RunConfig) -> float:
-    """Every try of a function, and as long again for a queue of groups before it."""
-    workers = config.reward_workers
-    return 2 * workers.timeout_s * (workers.num_retries + 1) + 60.0
-
-

@@ -110,10 +110,26 @@ def _train(arguments: argparse.Namespace) -> int:
     if arguments.print_config:
         print_config(resolved)
         return 0
+    from launch.tuning_config import TuningConfig
+
+    _refuse_labelling(resolved.config, arguments.recipe)
+    if isinstance(resolved.config, TuningConfig):
+        from launch.tune import tune
+
+        tune(resolved, arguments.resume, _console())
+        return 0
     from launch.train import train
 
     train(resolved, arguments.resume, _console())
     return 0
+
+
+def _refuse_labelling(config: object, recipe: str) -> None:
+    from launch.label_config import LabelConfig
+    from trainers.errors import InputError
+
+    if isinstance(config, LabelConfig):
+        raise InputError("recipe", recipe, "labels; nothing is trained", "run it by `burnish label`")
 
 
 def _validate(arguments: argparse.Namespace) -> int:
@@ -126,6 +142,7 @@ def _validate(arguments: argparse.Namespace) -> int:
     if not arguments.config_only:
         from launch.validate import validate
 
+        _refuse_labelling(resolved.config, arguments.recipe)
         return validate(resolved.config, _console())
     print(f"{arguments.recipe}: the configuration is valid")
     return 0

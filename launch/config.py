@@ -12,15 +12,18 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from actors.settings import (
+    CriticSettings,
     GeneratorSettings,
     LearnerSettings,
     ModelSettings,
     PushSettings,
     ReferenceSettings,
+    RewardModelSettings,
     RewardWorkerSettings,
 )
 from cluster.settings import ClusterSettings
 from trainers.algorithms import AlgorithmSettings
+from trainers.kl_controller import MAX_ERROR
 from trainers.rewards import RewardSettings
 from trainers.settings import Settings
 
@@ -28,19 +31,22 @@ Positive = Annotated[int, Field(ge=1)]
 
 
 class DatasetSettings(Settings):
-    """One stream of prompts: a file, a folder, or a procedural generator."""
+    """One stream of prompts: a file, a folder, a procedural generator, or a function."""
 
     path: str | None = Field(None, description="Parquet, JSONL or Arrow file, or a Hugging Face dataset folder")
     split: str | None = Field(None, description="of a dataset folder")
     procedural: str | None = Field(None, description="a reasoning-gym dataset, for instance chain_sum")
-    args: dict[str, Any] = Field(default_factory=dict, description="arguments of the procedural dataset")
+    function: str | None = Field(
+        None, description="package.module:function or path/to/file.py:function that returns rows (a list of mappings)"
+    )
+    args: dict[str, Any] = Field(default_factory=dict, description="arguments of the procedural dataset or function")
     size: Positive | None = Field(None, description="distinct prompts to use; needed for procedural ones")
     prompt_column: str = Field("prompt", description="the column that holds the prompt, text or messages")
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
-        if (self.path is None) == (self.procedural is None):
-            raise ValueError("give exactly one of path and procedural")
+        if sum(source is not None for source in (self.path, self.procedural, self.function)) != 1:
+            raise ValueError("give exactly one of path and procedural and function")
         if self.procedural is not None and self.size is None:
             raise ValueError("size is needed with procedural: how many distinct prompts to use")
         return self
@@ -110,10 +116,12 @@ class RunConfig(Settings):
     run: RunSettings
     model: ModelSettings
     prompts: PromptSettings
-    rewards: tuple[RewardSettings, ...] = Field(min_length=1)
+    rewards: tuple[RewardSettings, ...] = ()
+    reward_models: tuple[RewardModelSettings, ...] = ()
     algorithm: AlgorithmSettings = AlgorithmSettings()
     generator: GeneratorSettings = GeneratorSettings()
     learner: LearnerSettings = LearnerSettings()
+    critic: CriticSettings = CriticSettings()
     reference: ReferenceSettings = ReferenceSettings()
     reward_workers: RewardWorkerSettings = RewardWorkerSettings()
     push: PushSettings = PushSettings()
@@ -129,7 +137,7 @@ class RunConfig(Settings):
             raise ValueError(
                 f"run.max_staleness={run.max_staleness}: only synchronous runs are built so far; use 0"
             )
-        if run.samples_per_prompt < 2:
+        if run.samples_per_prompt < 2 and not alg.needs_critic:
             raise ValueError(
                 f"run.samples_per_prompt={run.samples_per_prompt}: a group-relative advantage needs at least 2 samples"
             )
@@ -139,28 +147,39 @@ class RunConfig(Settings):
                 f"algorithm.num_minibatches={alg.num_minibatches}"
             )
         per_update = run.groups_per_step // alg.num_minibatches * run.samples_per_prompt
-        if per_update < self.learner.num_workers:
-            raise ValueError(
-                f"learner.num_workers={self.learner.num_workers} ranks but only {per_update} samples an update; "
-                "raise run.groups_per_step or lower learner.num_workers"
-            )
+        trained = {"learner": self.learner} | ({"critic": self.critic} if alg.needs_critic else {})
+        for role, ranks in trained.items():
+            if per_update < ranks.num_workers:
+                raise ValueError(
+                    f"{role}.num_workers={ranks.num_workers} ranks but only {per_update} samples an update; "
+                    f"raise run.groups_per_step or lower {role}.num_workers"
+                )
         longest = self.model.max_length
         if longest is not None and self.generator.sampling.max_tokens >= longest:
             raise ValueError(
                 f"generator.sampling.max_tokens={self.generator.sampling.max_tokens} leaves no room for a prompt in "
                 f"model.max_length={longest}"
             )
-        if longest is not None and self.learner.token_budget < longest:
+        for role, ranks in trained.items():
+            if longest is not None and ranks.token_budget < longest:
+                raise ValueError(
+                    f"{role}.token_budget={ranks.token_budget} is below model.max_length={longest}: "
+                    "the longest sample would fit no micro-batch"
+                )
+            if self.cluster.backend == "in_process" and ranks.num_workers > 1:
+                raise ValueError(
+                    f"{role}.num_workers={ranks.num_workers}: one process holds one rank of a process group; "
+                    f"use {role}.num_workers=1 or cluster.backend=ray"
+                )
+        num_samples = run.groups_per_step * run.samples_per_prompt
+        if alg.ppo.kl_target is not None and MAX_ERROR * num_samples >= alg.ppo.kl_horizon:
             raise ValueError(
-                f"learner.token_budget={self.learner.token_budget} is below model.max_length={longest}: "
-                "the longest sample would fit no micro-batch"
+                f"algorithm.ppo.kl_horizon={alg.ppo.kl_horizon} is too short for steps of {num_samples} samples: one "
+                f"step could bring kl_coef to 0; use more than {MAX_ERROR * num_samples:g}"
             )
-        if self.cluster.backend == "in_process" and self.learner.num_workers > 1:
-            raise ValueError(
-                f"learner.num_workers={self.learner.num_workers}: one process holds one rank of a process group; "
-                "use learner.num_workers=1 or cluster.backend=ray"
-            )
-        names = [r.name for r in self.rewards]
+        names = self.reward_names
+        if not names:
+            raise ValueError("rewards is empty and so is reward_models: nothing would be learned; give one of them")
         if len(set(names)) != len(names):
             raise ValueError(f"rewards: names must differ, got {names}; give each a name")
         if self.evaluation.reward is not None and self.evaluation.reward not in names:
@@ -168,3 +187,8 @@ class RunConfig(Settings):
         if self.evaluation.every and self.prompts.eval is None:
             raise ValueError("evaluation.every is set but prompts.eval is missing; add it or set evaluation.every=0")
         return self
+
+    @property
+    def reward_names(self) -> list[str]:
+        """Parts of the reward: the functions', then the models'."""
+        return [r.name for r in (*self.rewards, *self.reward_models)]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import re
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -48,11 +48,9 @@ def _alternatives(annotation: Any) -> list[tuple[Any, tuple[Any, ...]]]:
     return [(annotation, ())]
 
 
-def _model(annotation: Any) -> type[BaseModel] | None:
-    for member, _ in _alternatives(annotation):
-        if isinstance(member, type) and issubclass(member, BaseModel):
-            return member
-    return None
+def models_of(annotation: Any) -> list[type[BaseModel]]:
+    """The models in an annotation; several where a section has kinds (``algorithm`` by its ``name``)."""
+    return [m for m, _ in _alternatives(annotation) if isinstance(m, type) and issubclass(m, BaseModel)]
 
 
 def _item(annotation: Any) -> Any:
@@ -69,9 +67,10 @@ def slot_at(model: type[BaseModel], key: Key) -> Slot | None:
     for part in key:
         if slot.free:
             continue
-        section, item = _model(slot.annotation), _item(slot.annotation)
-        if section is not None and str(part) in section.model_fields:
-            slot = _slot(section.model_fields[str(part)])
+        item = _item(slot.annotation)
+        fields = [m.model_fields[str(part)] for m in models_of(slot.annotation) if str(part) in m.model_fields]
+        if fields:
+            slot = _slot(fields)
         elif item is not None and str(part).isdigit():
             slot = Slot(annotation=item, description=slot.description)
         elif any(get_origin(a) is dict or a in (dict, Any) for a, _ in _alternatives(slot.annotation)):
@@ -81,26 +80,39 @@ def slot_at(model: type[BaseModel], key: Key) -> Slot | None:
     return slot
 
 
-def _slot(info: FieldInfo) -> Slot:
+def _slot(fields: Sequence[FieldInfo]) -> Slot:
+    """The slot of a field, or of the fields of one name in the kinds of a section."""
+    info = fields[0]
     default = None if info.is_required() else info.get_default(call_default_factory=True)
     default = None if default is PydanticUndefined else default
-    return Slot(info.annotation, tuple(info.metadata), info.description or "", default)
+    annotation = Union[tuple(field.annotation for field in fields)] if len(fields) > 1 else info.annotation  # noqa: UP007
+    return Slot(annotation, tuple(info.metadata), info.description or "", default)
+
+
+def choices(model: type[BaseModel], key: Key) -> list[str]:
+    """The words that may stand at ``key``, where only certain words may."""
+    slot = slot_at(model, key)
+    found = [] if slot is None else [a for a, _ in _alternatives(slot.annotation) if get_origin(a) is Literal]
+    return list(dict.fromkeys(str(word) for literal in found for word in get_args(literal)))
 
 
 def all_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
     """Every dotted key, sections included; items of lists appear under index 0."""
     for name, info in model.model_fields.items():
         yield f"{prefix}{name}"
-        section, item = _model(info.annotation), _item(info.annotation)
-        if section is not None:
+        for section in models_of(info.annotation):
             yield from all_keys(section, f"{prefix}{name}.")
-        elif item is not None and _model(item) is not None:
+        for section in models_of(_item(info.annotation)):
             yield f"{prefix}{name}.0"
-            yield from all_keys(_model(item) or model, f"{prefix}{name}.0.")
+            yield from all_keys(section, f"{prefix}{name}.0.")
 
 
 def nearest_key(model: type[BaseModel], key: Key) -> str:
-    """The existing key most like ``key``: likeness of the whole plus likeness of the last part."""
+    """The existing key most like ``key``: likeness of the whole plus likeness of the last part.
+
+    Where ``key`` names no section like the found one, the first section with such a key is meant: ``lr`` is the
+    learner's and not the critic's.
+    """
     wanted = dotted(tuple("0" if str(part).isdigit() else part for part in key))
 
     def likeness(candidate: str) -> float:
@@ -108,7 +120,12 @@ def nearest_key(model: type[BaseModel], key: Key) -> str:
         last = difflib.SequenceMatcher(None, wanted.rsplit(".", 1)[-1], candidate.rsplit(".", 1)[-1]).ratio()
         return whole + last
 
-    best = max(all_keys(model), key=likeness).split(".")
+    known = list(all_keys(model))
+    nearest = max(known, key=likeness)
+    section, _, below = nearest.partition(".")
+    if below and not difflib.get_close_matches(wanted.split(".")[0], [section]):
+        nearest = next(candidate for candidate in known if candidate.partition(".")[2] == below)
+    best = nearest.split(".")
     indices = [str(part) for part in key if str(part).isdigit()]
     return ".".join(indices.pop(0) if part == "0" and indices else part for part in best)
 
@@ -137,7 +154,7 @@ def expected(slot: Slot) -> str:
             items = [a for a in get_args(member) if a is not Ellipsis]
             count = f"{len(items)} items" if Ellipsis not in get_args(member) and len(items) > 1 else "items"
             text = f"a list of {count}, each {expected(Slot(items[0]))}"
-        elif get_origin(member) is dict or _model(member) is not None:
+        elif get_origin(member) is dict or models_of(member):
             text = "a mapping of keys to values"
         else:
             text = _PLAIN.get(member, "a value")
@@ -146,11 +163,23 @@ def expected(slot: Slot) -> str:
                 if isinstance(bound, kind) and member in (int, float):
                     text += f", {phrase} {getattr(bound, attribute):g}"
         words.append(text)
-    return ", or ".join(words)
+    return ", or ".join(dict.fromkeys(words))
 
 
 def unknown_key(model: type[BaseModel], key: Key, value: object) -> InputError:
     return InputError(dotted(key), value, "there is no such key", f"the nearest one is {nearest_key(model, key)}")
+
+
+def _without_kinds(model: type[BaseModel], key: Key) -> Key:
+    """``key`` without the words that pydantic puts behind a section to say which of its kinds was checked."""
+    kept: Key = ()
+    for part in key:
+        slot = slot_at(model, kept)
+        kinds = models_of(slot.annotation) if slot is not None else []
+        words = {word for m in kinds[1:] and kinds for name in m.model_fields for word in choices(m, (name,))}
+        if part not in words or any(str(part) in m.model_fields for m in kinds):
+            kept = (*kept, part)
+    return kept
 
 
 def explain(model: type[BaseModel], error: ValidationError, source: str, raw: Mapping[str, Any]) -> InputError:
@@ -158,7 +187,7 @@ def explain(model: type[BaseModel], error: ValidationError, source: str, raw: Ma
     errors = error.errors(include_url=False)
     # A misspelt required key is two errors; the misspelling is the one to mend.
     first = min(errors, key=lambda e: e["type"] != "extra_forbidden")
-    key: Key = tuple(first["loc"])
+    key: Key = _without_kinds(model, tuple(first["loc"]))
     while key and slot_at(model, key) is None and first["type"] != "extra_forbidden":
         key = key[:-1]  # pydantic appends the names of union members
     slot = slot_at(model, key) or Slot()

@@ -15,7 +15,8 @@ from typing import Any, get_args
 from pydantic import BaseModel
 
 from launch.config import RunConfig
-from launch.config_keys import Slot, expected, slot_at
+from launch.config_keys import Slot, expected, models_of, slot_at
+from launch.tuning_config import TuningConfig
 
 PAGE = "docs/configuration.md"
 BEGIN = "<!-- begin of the table written by `python -m launch.config_reference` -->"
@@ -32,29 +33,32 @@ class Entry:
     description: str
 
 
-def entries(model: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[Entry]:
+def entries() -> list[Entry]:
+    """Every key of a run that samples, then those that only a run of SFT or of a reward model has."""
+    found = list(_entries(RunConfig, RunConfig))
+    known = {entry.key for entry in found}
+    return found + [entry for entry in _entries(TuningConfig, TuningConfig) if entry.key not in known]
+
+
+def _entries(root: type[BaseModel], model: type[BaseModel], prefix: str = "") -> Iterator[Entry]:
     """Every key of ``model`` and of the models below it, in the order of their fields."""
     for name, info in model.model_fields.items():
         key = f"{prefix}{name}"
-        section = section_of(info.annotation)
-        if section is not None:
-            yield from entries(section, f"{key}.0." if info.annotation not in _plain(section) else f"{key}.")
-            continue
-        slot = slot_at(RunConfig, _parts(key)) or Slot()
-        default = "required" if info.is_required() else json.dumps(info.get_default(call_default_factory=True))
-        yield Entry(key, expected(slot), default, slot.description)
+        sections = sections_of(info.annotation)
+        for section in sections:
+            plain = section in models_of(info.annotation)
+            yield from _entries(root, section, f"{key}." if plain else f"{key}.0.")
+        if not sections:
+            slot = slot_at(root, _parts(key)) or Slot()
+            default = "required" if info.is_required() else json.dumps(info.get_default(call_default_factory=True))
+            yield Entry(key, expected(slot), default, slot.description)
 
 
-def section_of(annotation: Any) -> type[BaseModel] | None:
-    """The model in ``annotation``: itself, the one of ``Model | None``, or that of a list's items."""
+def sections_of(annotation: Any) -> list[type[BaseModel]]:
+    """The models in ``annotation``: itself, those of a union, or those of a list's items."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    return next((found for found in map(section_of, get_args(annotation)) if found is not None), None)
-
-
-def _plain(section: type[BaseModel]) -> tuple[Any, ...]:
-    """The annotations under which ``section`` is one section and not a list of them."""
-    return section, section | None
+        return [annotation]
+    return list(dict.fromkeys(found for part in get_args(annotation) for found in sections_of(part)))
 
 
 def _parts(key: str) -> tuple[str | int, ...]:
@@ -64,14 +68,16 @@ def _parts(key: str) -> tuple[str | int, ...]:
 def markdown() -> str:
     """The table: a heading for each top-level section, a row for each key."""
     lines: list[str] = []
+    sampled = {entry.key for entry in _entries(RunConfig, RunConfig)}
     heading = ""
     for entry in entries():
         section = entry.key.split(".")[0]
-        if section != heading:
-            heading = section
-            found = section_of(RunConfig.model_fields[section].annotation)
-            summary = " ".join(((found.__doc__ if found else "") or "").split("\n\n")[0].split()).replace("``", "`")
-            lines += ["", f"### {section}", "", summary, ""]
+        model, title = (RunConfig, section) if entry.key in sampled else (TuningConfig, f"{section} (sft, reward)")
+        if title != heading:
+            heading = title
+            text = " ".join(found.__doc__ or "" for found in sections_of(model.model_fields[section].annotation)[:1])
+            summary = " ".join(text.split("\n\n")[0].split()).replace("``", "`")
+            lines += ["", f"### {title}", "", summary, ""]
             lines += ["| key | takes | default | meaning |", "| --- | --- | --- | --- |"]
         default = entry.default if entry.default == "required" else f"`{entry.default}`"
         cells = (f"`{entry.key}`", entry.accepts, default, entry.description)
@@ -91,4 +97,4 @@ def renewed(page: str) -> str:
 if __name__ == "__main__":
     target = Path(__file__).parent.parent / PAGE
     target.write_text(renewed(target.read_text(encoding="utf-8")), encoding="utf-8")
-    print(f"wrote {PAGE}: {sum(1 for _ in entries())} keys")
+    print(f"wrote {PAGE}: {len(entries())} keys")

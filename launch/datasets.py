@@ -2,7 +2,7 @@
 
 A row is a dict whose ``prompt`` is a non-empty string or a list of messages; everything that is wrong
 with a row is said here, where its file and line are known.
-May import: pyarrow, reasoning_gym (inside a function), trainers.errors, launch.config.
+May import: pyarrow, reasoning_gym (inside a function), trainers.errors, launch.{config, made_rows}.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import difflib
 import hashlib
 import json
 import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from launch.config import DatasetSettings
+from launch.made_rows import made_rows
 from trainers.errors import InputError
 
 Row = dict[str, Any]
@@ -37,10 +38,16 @@ def load_rows(settings: DatasetSettings, seed: int, field: str, exclude: Collect
     """
     if settings.procedural is not None:
         return _procedural(settings, seed, field, frozenset(exclude))
-    path = Path(settings.path or "").expanduser()
-    rows = [row for file in _files(path, settings.split, field) for row in _file_rows(file, settings, field)]
+    if settings.function is not None:
+        made = made_rows(settings.function, settings.args, field)
+        located = [(f"{field} row {i}", row) for i, row in enumerate(made, start=1)]
+        rows = list(_checked_rows(located, settings, field))
+    else:
+        path = Path(settings.path or "").expanduser()
+        rows = [row for file in _files(path, settings.split, field) for row in _file_rows(file, settings, field)]
     if not rows:
-        raise InputError(f"{field}.path", str(path), "has no rows", "give a dataset that has some")
+        name, value = ("function", settings.function) if settings.function is not None else ("path", str(path))
+        raise InputError(f"{field}.{name}", value, "has no rows", "give a dataset that has some")
     return rows if settings.size is None else _first_distinct(rows, settings.size, field)
 
 
@@ -132,6 +139,11 @@ def _loose_files(folder: Path, split: str | None, field: str) -> list[Path]:
 def _file_rows(file: Path, settings: DatasetSettings, field: str) -> Iterator[Row]:
     column = settings.prompt_column
     located = list(_jsonl(file, field) if file.suffix in (".jsonl", ".ndjson") else _arrow(file, column, field))
+    return _checked_rows(located, settings, field)
+
+
+def _checked_rows(located: Sequence[tuple[str, Row]], settings: DatasetSettings, field: str) -> Iterator[Row]:
+    column = settings.prompt_column
     names = {name for _, row in located for name in row}
     if located and column not in names:
         raise _missing_column(column, names, field)

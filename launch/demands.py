@@ -1,6 +1,6 @@
 """What a run asks of the machines: workers and GPUs by role, memory of each worker, and the facts of a node.
 
-May import: the configuration, launch.estimate, launch.model_facts, cluster.host, cluster.layout, cluster.rendezvous.
+May import: the configuration, actors.settings, launch.{estimate, model_facts}, cluster.{host, layout, rendezvous}.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from actors.settings import LearnerSettings
 from cluster.host import host_facts
 from cluster.layout import RoleDemand
 from cluster.rendezvous import free_port, node_address
@@ -19,12 +20,14 @@ from launch.model_facts import ModelFacts
 def node_facts(model_path: str | None = None) -> dict[str, Any]:
     """host_facts() of this node, whether the model folder can be read here, and where ranks could meet.
 
-    Run it on every node.  ``rendezvous`` is (address, a free port there), the port None when none can be bound.
+    Run it on every node.  ``rendezvous`` is (address, a free port there), the port None when none can be bound;
+    ``critic_rendezvous`` has another port, for ranks 0 of policy and critic on one node.
     """
     facts = host_facts()
     address = node_address()
     try:
         facts["rendezvous"] = (address, free_port(address))
+        facts["critic_rendezvous"] = (address, other_port(address, facts["rendezvous"][1]))
     except OSError:
         facts["rendezvous"] = (address, None)
     if model_path is not None:
@@ -32,8 +35,16 @@ def node_facts(model_path: str | None = None) -> dict[str, Any]:
     return facts
 
 
+def other_port(address: str, taken: int) -> int:
+    """A free port that is not ``taken``, which nobody listens on yet."""
+    port = free_port(address)
+    while port == taken:
+        port = free_port(address)
+    return port
+
+
 def role_demands(config: RunConfig, on_gpu: bool) -> list[RoleDemand]:
-    """What each role of a run asks for; a reference is there only when a KL term needs it."""
+    """What each role of a run asks for; a reference is there only when a KL term needs it, a critic with PPO."""
 
     def gpus(setting: float | None, default: float) -> float:
         return (default if setting is None else setting) if on_gpu else 0.0
@@ -43,10 +54,16 @@ def role_demands(config: RunConfig, on_gpu: bool) -> list[RoleDemand]:
         RoleDemand("generator", config.generator.num_workers, gpus(config.generator.gpus_per_worker, width)),
         RoleDemand("learner", config.learner.num_workers, gpus(config.learner.gpus_per_worker, 1.0)),
     ]
+    if config.algorithm.needs_critic:
+        demands.append(RoleDemand("critic", config.critic.num_workers, gpus(config.critic.gpus_per_worker, 1.0)))
     if config.algorithm.needs_reference:
         wanted = gpus(config.reference.gpus_per_worker, 1.0)
         demands.append(RoleDemand("reference", config.reference.num_workers, wanted))
-    return [*demands, RoleDemand("reward_workers", config.reward_workers.num_workers, 0.0)]
+    for index, model in enumerate(config.reward_models):
+        demands.append(RoleDemand(f"reward_models.{index}", model.num_workers, gpus(model.gpus_per_worker, 1.0)))
+    if config.rewards:
+        demands.append(RoleDemand("reward_workers", config.reward_workers.num_workers, 0.0))
+    return demands
 
 
 def num_gpus_asked(config: RunConfig) -> float:
@@ -56,9 +73,35 @@ def num_gpus_asked(config: RunConfig) -> float:
 
 
 def estimates(config: RunConfig, facts: ModelFacts, on_gpu: bool, compute_bytes: int) -> dict[str, MemoryEstimate]:
-    """Memory of one worker (a generator: of one of its GPUs) of each role that holds a model."""
-    learner, generator = config.learner, config.generator
-    shape = {"hidden": facts.hidden, "intermediate": facts.intermediate, "vocab": facts.vocab}
+    """Memory of one worker (a generator: of one of its GPUs) of each role that holds a model.
+
+    The critic and the reward models are taken to be of the policy's shape.
+    """
+    generator = config.generator
+    shape = {"hidden": facts.hidden, "intermediate": facts.intermediate}
+
+    def trained(settings: LearnerSettings, vocab: int) -> MemoryEstimate:
+        return estimate_learner(
+            facts.num_params,
+            settings.zero_stage,
+            settings.num_workers,
+            token_budget=settings.token_budget,
+            layers=facts.layers,
+            logprob_chunk=settings.logprob_chunk,
+            vocab=vocab,
+            checkpointing=settings.gradient_checkpointing,
+            compute_bytes=compute_bytes,
+            offload_optimizer=settings.offload_optimizer != "none",
+            offload_param=settings.offload_param != "none",
+            **shape,
+        )
+
+    def frozen(token_budget: int, vocab: int) -> MemoryEstimate:
+        return estimate_reference(
+            facts.num_params, token_budget=token_budget, vocab=vocab, logprob_chunk=config.learner.logprob_chunk,
+            compute_bytes=compute_bytes, **shape,
+        )  # fmt: skip
+
     found = {
         "generator": estimate_generator(
             facts.num_params,
@@ -71,26 +114,12 @@ def estimates(config: RunConfig, facts: ModelFacts, on_gpu: bool, compute_bytes:
             compute_bytes=compute_bytes,
             kv_cache_bytes=None if on_gpu else int(generator.kv_cache_gib * 2**30),
         ),
-        "learner": estimate_learner(
-            facts.num_params,
-            learner.zero_stage,
-            learner.num_workers,
-            token_budget=learner.token_budget,
-            layers=facts.layers,
-            logprob_chunk=learner.logprob_chunk,
-            checkpointing=learner.gradient_checkpointing,
-            compute_bytes=compute_bytes,
-            offload_optimizer=learner.offload_optimizer != "none",
-            offload_param=learner.offload_param != "none",
-            **shape,
-        ),
+        "learner": trained(config.learner, facts.vocab),
     }
+    if config.algorithm.needs_critic:
+        found["critic"] = trained(config.critic, 0)
     if config.algorithm.needs_reference:
-        found["reference"] = estimate_reference(
-            facts.num_params,
-            token_budget=config.reference.token_budget,
-            logprob_chunk=learner.logprob_chunk,
-            compute_bytes=compute_bytes,
-            **shape,
-        )
+        found["reference"] = frozen(config.reference.token_budget, facts.vocab)
+    for index, model in enumerate(config.reward_models):
+        found[f"reward_models.{index}"] = frozen(model.token_budget, 0)
     return found

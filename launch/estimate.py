@@ -77,7 +77,8 @@ def estimate_learner(
     partition    4 P / R, DeepSpeed's flat copy that the optimizer updates, stages 1 and 2
     optimizer    8 P, over R from stage 1 on
     activations  see activation_bytes
-    logits       2 * 4 * chunk * V, and V h (4 + c) for the head's gradient and cast
+    logits       2 * 4 * chunk * V, and V h (4 + c) for the head's gradient and cast; nothing with V = 0, a head
+                 of one number (a critic)
     """
     ranks = max(1, num_ranks)
     layer_params = -(-num_params // max(1, layers))

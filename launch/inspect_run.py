@@ -1,6 +1,6 @@
 """``burnish inspect RUN``: what a run folder says, as tables.  Reads only; works while the run goes on.
 
-May import: rich, pyarrow, trainers.errors, trainers.metrics, launch.telemetry.
+May import: rich, pyarrow, trainers.errors, trainers.metrics, launch.journal.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from launch.telemetry import read_rows
+from launch.journal import read_rows
 from trainers.errors import InputError
 from trainers.metrics import check
 

@@ -1,8 +1,10 @@
-"""From a recipe and ``dotted.key=value`` overrides to a checked RunConfig that knows where each value came from.
+"""From a recipe and ``dotted.key=value`` overrides to a checked configuration that knows where each value came from.
 
-    recipe file -> raw mapping -> overrides applied -> RunConfig
+    recipe file -> raw mapping -> overrides applied -> RunConfig, TuningConfig, LabelConfig or EvalConfig
                                                    \\-> origins: default | recipe FILE | command line
 
+A recipe with a section ``label`` labels, one with ``eval`` evaluates; else ``algorithm.name`` says which it is: runs
+that sample (the default) have other sections than those that learn from files.
 Whatever is wrong leaves as one InputError that names the key, the value, the reason and the remedy.
 May import: pydantic, yaml, rich, trainers.errors, launch.config and the other configuration files of this room.
 """
@@ -20,8 +22,11 @@ from rich.console import Console
 from rich.text import Text
 
 from launch.config import RunConfig
-from launch.config_keys import Key, dotted, expected, explain, slot_at, takes_only_text, unknown_key
+from launch.config_keys import Key, choices, dotted, expected, explain, slot_at, takes_only_text, unknown_key
+from launch.eval_config import EvalConfig
+from launch.label_config import LabelConfig
 from launch.recipe_files import locate_recipe, parse_yaml
+from launch.tuning_config import TUNING, TuningConfig
 from trainers.errors import InputError
 
 DEFAULT, COMMAND_LINE = "default", "command line"
@@ -32,7 +37,7 @@ COMMENT_COLUMN = 56  # where the origin starts in a listing, unless the value is
 class ResolvedConfig:
     """A checked configuration, the origin of each of its leaves, and the recipe's text as it was read."""
 
-    config: RunConfig
+    config: Any  # RunConfig, TuningConfig, LabelConfig or EvalConfig
     origins: Mapping[str, str] = field(default_factory=dict)  # dotted key of a leaf -> where it came from
     source_text: str = ""
 
@@ -49,27 +54,42 @@ def load_config(recipe: str, overrides: Sequence[str] = ()) -> ResolvedConfig:
         raise InputError("recipe", label, f"is not valid YAML: {error}", "mend the line that is named") from error
     if not isinstance(raw, dict):
         raise InputError("recipe", label, "is not a mapping of sections", "start from one of `burnish recipes ls`")
+    model = _model_of(raw, overrides)
     touched: list[Key] = []
     for override in overrides:
-        touched.append(_apply(raw, override))
+        touched.append(_apply(model, raw, override))
     try:
-        config = RunConfig.model_validate(raw)
+        config = model.model_validate(raw)
     except ValidationError as error:
-        raise explain(RunConfig, error, label, raw) from error
+        raise explain(model, error, label, raw) from error
     origins = {dotted(key): _origin(raw, key, touched, label) for key, _ in leaves(config)}
     return ResolvedConfig(config, origins, text)
 
 
-def _apply(raw: dict[Any, Any], override: str) -> Key:
+def _model_of(raw: Mapping[Any, Any], overrides: Sequence[str]) -> type[BaseModel]:
+    """The configuration that a section ``label`` or ``eval``, or ``algorithm.name`` asks for."""
+    if "label" in raw or "eval" in raw:
+        return LabelConfig if "label" in raw else EvalConfig
+    section = raw.get("algorithm")
+    name = section.get("name") if isinstance(section, dict) else None
+    for key, _, value in (override.partition("=") for override in overrides):
+        name = value.strip() if key.strip() == "algorithm.name" else name
+    known = [*choices(RunConfig, ("algorithm", "name")), *TUNING]
+    if isinstance(name, str) and name not in known:
+        raise InputError("algorithm.name", name, "there is no such algorithm", f"use one of {', '.join(known)}")
+    return TuningConfig if name in TUNING else RunConfig
+
+
+def _apply(model: type[BaseModel], raw: dict[Any, Any], override: str) -> Key:
     """Set one ``dotted.key=value`` in ``raw``; returns the key."""
     name, equals, text = override.partition("=")
     if not equals or not name.strip():
         raise InputError("override", override, "is not of the form dotted.key=value", "write for instance run.seed=1")
     parts = name.strip().split(".")
     key: Key = tuple(int(part) if part.isdigit() else part for part in parts)
-    slot = slot_at(RunConfig, key)
+    slot = slot_at(model, key)
     if slot is None or "" in parts:
-        raise unknown_key(RunConfig, key, text)
+        raise unknown_key(model, key, text)
     try:
         value = parse_yaml(text)
     except yaml.YAMLError as error:
@@ -78,11 +98,11 @@ def _apply(raw: dict[Any, Any], override: str) -> Key:
         value = text
     if takes_only_text(slot) and value is not None and not isinstance(value, str):
         value = text  # run.name=007 and prompts.template="Q: {prompt}" are meant as written
-    _put(raw, key, value)
+    _put(model, raw, key, value)
     return key
 
 
-def _put(raw: dict[Any, Any], key: Key, value: Any) -> None:
+def _put(model: type[BaseModel], raw: dict[Any, Any], key: Key, value: Any) -> None:
     """Set ``raw[key] = value``; a section or list that the recipe leaves out starts from the default."""
     below: Any = raw
     for depth, part in enumerate(key):
@@ -103,7 +123,7 @@ def _put(raw: dict[Any, Any], key: Key, value: Any) -> None:
         if depth == len(key) - 1:
             below[part] = value
         elif below[part] is None:
-            slot = slot_at(RunConfig, key[: depth + 1])
+            slot = slot_at(model, key[: depth + 1])
             default = slot.default if slot is not None else None
             below[part] = list(default) if isinstance(default, (tuple, list)) else {}
         below = below[part]
@@ -181,7 +201,7 @@ def _lines(value: Any, key: Key, origins: Mapping[str, str]) -> Iterator[tuple[s
 
 
 def dump_yaml(resolved: ResolvedConfig) -> str:
-    """The whole configuration as YAML, one origin comment a value.  Loading it gives an equal RunConfig."""
+    """The whole configuration as YAML, one origin comment a value.  Loading it gives an equal configuration."""
     text = "# Resolved configuration. The comment says where each value came from.\n"
     for line, origin in _lines(resolved.config, (), resolved.origins):
         text += f"{line:<{COMMENT_COLUMN}}  # {origin}\n" if origin else f"{line}\n"

@@ -1,6 +1,6 @@
 """Pictures and before/after tables of runs, for READMEs and reports.
 
-May import: matplotlib (in the function that draws), rich, trainers.errors, launch.telemetry.
+May import: matplotlib (in the function that draws), rich, trainers.errors, launch.journal.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 from rich.text import Text
 
-from launch.telemetry import read_rows
+from launch.journal import read_rows
 from trainers.errors import InputError
 
 if TYPE_CHECKING:

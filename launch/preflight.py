@@ -161,7 +161,7 @@ def _check_host_memory(
     on_gpu: bool,
 ) -> None:
     """Host memory: everything on a CPU, only processes and offloaded states with GPUs."""
-    offloads = (config.learner.offload_optimizer, config.learner.offload_param)
+    offloads = [w for s in (config.learner, config.critic) for w in (s.offload_optimizer, s.offload_param)]
     for index, node in enumerate(nodes):
         roles = Counter(slot.role for slot in layout.slots if slot.node == index)
         needed = sum(roles.values()) * PROCESS_BYTES
@@ -222,8 +222,11 @@ def _check_gpu_memory(
                 elif "generator" in group:
                     problem = InputError("generator.gpu_memory_utilization", share, reason, "lower it or free the GPU")
                 else:
-                    budget = config.reference.token_budget
-                    problem = InputError("reference.token_budget", budget, reason, "lower it or free the GPU")
+                    role = min(group)
+                    name, _, number = role.partition(".")
+                    section = getattr(config, name)[int(number)] if number else getattr(config, name)
+                    budget = section.token_budget
+                    problem = InputError(f"{role}.token_budget", budget, reason, "lower it or free the GPU")
             there = f"{show_bytes(free)} free"
             report.add(f"GPU memory of {names}", node["hostname"], show_bytes(needed), there, problem)
 

@@ -1,7 +1,7 @@
 """Everything that can be checked before anything is allocated: model, data, rewards, run folder.
 
 What passes here is what ``burnish validate`` accepts and ``burnish train`` starts with.
-May import: actors.{model_folders, modeling}, trainers.*, launch.*.
+May import: actors.{model_folders, modeling, reward_model}, trainers.*, launch.*.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from actors.model_folders import resolve_model
 from launch.config import RunConfig
@@ -31,6 +32,7 @@ class Prepared:
     train: list[Prompt]
     held_out: list[Prompt]
     report: DatasetReport
+    critic_path: str | None = None  # with PPO
 
 
 def check_run_folder(config: RunConfig, resume: bool) -> Path:
@@ -62,6 +64,7 @@ def prepare(config: RunConfig) -> Prepared:
         InputError: the first thing that cannot be used, in one line.
     """
     from actors.modeling import load_tokenizer
+    from actors.reward_model import check_reward_model
 
     path = resolve_model(config.model.path)
     facts = check_model_folder(path)
@@ -79,6 +82,8 @@ def prepare(config: RunConfig) -> Prepared:
         )  # fmt: skip
     rewards = [load_reward(r) for r in config.rewards]
     budget = min(config.learner.token_budget, config.reference.token_budget)
+    if config.algorithm.needs_critic:
+        budget = min(budget, config.critic.token_budget)
     max_prompt = min(max_length, budget) - max_tokens
     if max_prompt < 1:
         raise InputError(
@@ -89,11 +94,33 @@ def prepare(config: RunConfig) -> Prepared:
     if config.reference.path is not None and config.algorithm.needs_reference:
         reference = resolve_model(config.reference.path)
         check_model_folder(reference, "reference.path")
-        if load_tokenizer(reference).get_vocab() != tokenizer.get_vocab():
-            raise InputError(
-                "reference.path", config.reference.path, "its tokenizer is not that of model.path",
-                "use a reference of the same model family, or leave it unset",
-            )  # fmt: skip
+        _same_tokenizer(tokenizer, reference, "reference.path", config.reference.path)
+    for model in config.reward_models:
+        check_reward_model(model, tokenizer, max_prompt + max_tokens)
+    critic = _critic_path(config, path, tokenizer) if config.algorithm.needs_critic else None
     train, held_out, report = load_prompts(config.prompts, tokenizer, max_prompt, config.run.seed)
     probe_rewards(rewards, train, PROBE_TIMEOUT_S)
-    return Prepared(path, facts, max_length, train, held_out, report)
+    return Prepared(path, facts, max_length, train, held_out, report, critic)
+
+
+def _critic_path(config: RunConfig, model_path: str, tokenizer: Any) -> str:
+    """The folder the critic starts from; it reads the policy's token ids, so its tokenizer must be the policy's.
+
+    Default: the first reward model that reads the policy's tokens, else the policy.
+    """
+    own = next((model.path for model in config.reward_models if not model.retokenize), config.model.path)
+    given = config.critic.path or own
+    path = resolve_model(given)
+    if path != model_path:
+        check_model_folder(path, "critic.path")
+        _same_tokenizer(tokenizer, path, "critic.path", given)
+    return path
+
+
+def _same_tokenizer(tokenizer: Any, path: str, field: str, value: str) -> None:
+    from actors.modeling import load_tokenizer
+
+    if load_tokenizer(path).get_vocab() != tokenizer.get_vocab():
+        raise InputError(
+            field, value, "its tokenizer is not that of model.path", "use a model of the same family, or leave it unset"
+        )

@@ -3,34 +3,31 @@
 The files are the truth and W&B a view of them: a row is on disk before W&B hears of it, and whatever W&B
 does, the run goes on (online -> offline -> disabled, each fall an event).  A step occurs once in
 metrics.jsonl: a resume from step N moves the rows after N to metrics.superseded.jsonl.
-May import: trainers, launch.config; wandb inside the constructor's call only.
+May import: trainers, launch.{config, journal, redaction, trajectory_files}; wandb inside the constructor's call only.
 """
 
 from __future__ import annotations
 
-import json
 import logging
-import math
-import netrc
 import os
-import re
 import secrets
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
-from urllib.parse import urlparse
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 from rich.table import Table
 
 from launch.config import TelemetrySettings
-from trainers.experience import VERSION_SPAN, GroupRewards, TrajectoryGroup
+from launch.journal import Journal, cut_after, read_rows, strict
+from launch.redaction import command_line_has_secrets, redact, wandb_key_is_there
+from launch.trajectory_files import trajectory_table
+from trainers.experience import GroupRewards, TrajectoryGroup
 from trainers.metrics import METRICS, check
 
 if TYPE_CHECKING:
@@ -57,172 +54,6 @@ class Watcher(Protocol):
     def note(self, text: str) -> None: ...
 
 
-# --- secrets ----------------------------------------------------------------------------------
-
-REDACTED = "<redacted>"
-_SECRET_NAME = re.compile(r"token(?!iz)|key|secret|password", re.IGNORECASE)
-_COUNT_NAME = re.compile(r"tokens|token_", re.IGNORECASE)  # max_tokens, token_budget: names of numbers
-_SECRET_VALUE = re.compile(
-    r"\b[0-9a-f]{40}\b|\bwandb_v\d+_\w{20,}|\bhf_\w{20,}|\bsk-[\w-]{20,}|\bgh[pousr]_\w{20,}|://[^/\s@]+:[^/\s@]+@"
-)
-_SECRET_ARGUMENT = re.compile(r"(token(?!s|_|iz)|key|secret|password)[\w.-]*(=|$)", re.IGNORECASE)
-
-
-def redact(value: Any, name: str = "") -> Any:
-    """``value`` with everything that could be a secret replaced, at any depth.
-
-    A value goes when its key matches token, key, secret or password, or when it looks like a credential.
-    Numbers whose key counts tokens (max_tokens, token_budget) stay, as do booleans and null.
-    """
-    if value is None or isinstance(value, bool):
-        return value
-    if _SECRET_NAME.search(name) and not (isinstance(value, int | float) and _COUNT_NAME.search(name)):
-        return REDACTED
-    if isinstance(value, Mapping):
-        return {str(k): redact(v, str(k)) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [redact(v) for v in value]
-    if isinstance(value, str):
-        return REDACTED if _SECRET_VALUE.search(value) else value
-    return value
-
-
-def _wandb_key_is_there() -> bool:
-    """Whether W&B would find a key without asking: its variables, or the netrc file."""
-    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
-        return True
-    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
-    places = [os.environ["NETRC"]] if "NETRC" in os.environ else ["~/.netrc", "~/_netrc"]
-    for place in (Path(p).expanduser() for p in places):
-        try:
-            if place.is_file() and netrc.netrc(str(place)).authenticators(host):
-                return True
-        except (OSError, netrc.NetrcParseError):
-            continue
-    return False
-
-
-# --- JSON lines -------------------------------------------------------------------------------
-
-
-def read_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """Rows of a JSONL file, oldest first; none when it is missing.  Torn lines (a kill mid-write) are dropped."""
-    if not path.is_file():
-        return
-    with path.open(encoding="utf-8", errors="replace") as lines:
-        for line in lines:
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError:
-                continue
-            if isinstance(row, dict):
-                yield row
-
-
-def _strict(value: Any) -> Any:
-    """``value`` as strict JSON: NaN and infinities become null, arrays lists, the unknown its ``str``."""
-    if isinstance(value, np.ndarray | np.generic):
-        value = value.tolist()
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if value is None or isinstance(value, bool | int | str):
-        return value
-    if isinstance(value, Mapping):
-        return {str(k): _strict(v) for k, v in value.items()}
-    if isinstance(value, list | tuple | set | frozenset):
-        return [_strict(v) for v in value]
-    return str(value)
-
-
-class _Journal:
-    """An append-only JSONL file; every row is one write, so a kill loses at most the row being written."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._fd = os.open(path, os.O_CREAT | os.O_RDWR | os.O_APPEND, 0o644)
-        size = os.fstat(self._fd).st_size
-        self._torn = size > 0 and os.pread(self._fd, 1, size - 1) != b"\n"
-
-    def append(self, row: Mapping[str, Any]) -> bool:
-        """Write one row; False (and one line in the log) when the disk refuses it."""
-        line = json.dumps(_strict(row), allow_nan=False).encode() + b"\n"
-        data = b"\n" + line if self._torn else line  # a torn line before it must not swallow this one
-        try:
-            self._torn = os.write(self._fd, data) < len(data)
-        except OSError as error:
-            LOGGER.error("a row of %s is lost: %s", self._path, error)
-            return False
-        return not self._torn
-
-    def close(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
-
-
-def cut_after(folder: Path, step: int) -> int:
-    """Move what was recorded after ``step`` out of the way; returns the number of metric rows moved.
-
-    Metric rows go to metrics.superseded.jsonl (copied there before they leave, so a kill in between repeats
-    rows in that file and loses none); later trajectory files get the suffix ``.superseded``.
-    """
-    path = folder / "metrics.jsonl"
-    rows = list(read_rows(path))
-    late = [row for row in rows if row["step"] > step]
-    if late:
-        with (folder / "metrics.superseded.jsonl").open("a", encoding="utf-8") as out:
-            out.writelines(json.dumps(row) + "\n" for row in late)
-    if path.exists():  # rewritten even without late rows: a torn last line goes
-        fresh = path.with_suffix(".tmp")
-        fresh.write_text("".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step), encoding="utf-8")
-        os.replace(fresh, path)
-    for file in (folder / "trajectories").glob("step-*.parquet"):
-        if int(file.stem.removeprefix("step-")) > step:
-            os.replace(file, file.with_name(file.name + ".superseded"))
-    return len(late)
-
-
-def trajectory_table(groups: Sequence[TrajectoryGroup], rewards: Sequence[GroupRewards],
-                     advantages: Mapping[str, np.ndarray]) -> pa.Table:
-    """One row a sample, in group and sample order; a masked reward or advantage is null.
-
-    ``rewards`` is parallel to ``groups`` (ValueError otherwise); ``advantages``: group id -> float [G].
-    """
-    ids = [g.group_id for g in groups]
-    if ids != [r.group_id for r in rewards]:
-        raise ValueError(f"groups and rewards do not belong together: {ids[:4]} against others")
-    samples = [(g, t) for g in groups for t in g.trajectories]
-    sizes = [len(g.trajectories) for g in groups]
-
-    def column(per_group: Sequence[np.ndarray | None]) -> pa.Array:
-        parts = [np.full(n, np.nan) if a is None else np.asarray(a, np.float64)
-                 for a, n in zip(per_group, sizes, strict=True)]
-        return pa.array(np.concatenate(parts) if parts else np.zeros(0), pa.float64(), from_pandas=True)
-
-    ints = pa.list_(pa.int32())
-    columns: dict[str, pa.Array] = {
-        "group_id": pa.array([g.group_id for g, _ in samples], pa.string()),
-        "sample_index": pa.array([t.sample_index for _, t in samples], pa.int32()),
-        "seed": pa.array([t.seed for _, t in samples], pa.int64()),
-        "prompt": pa.array([g.prompt.text for g, _ in samples], pa.string()),
-        "completion": pa.array([t.text for _, t in samples], pa.string()),
-        "prompt_ids": pa.array([g.prompt.token_ids for g, _ in samples], ints),
-        "completion_ids": pa.array([t.completion_ids for _, t in samples], ints),
-        "behavior_logprobs": pa.array([t.behavior_logprobs for _, t in samples], pa.list_(pa.float32())),
-        "version_spans": pa.array(
-            [[{"incarnation": s.version.incarnation, "step": s.version.step, "num_tokens": s.num_tokens}
-              for s in t.version_spans] for _, t in samples], pa.list_(VERSION_SPAN)),
-        "finish_reason": pa.array([t.finish_reason for _, t in samples], pa.string()),
-        "reward": column([r.totals for r in rewards]),
-        "advantage": column([advantages.get(i) for i in ids]),
-    }
-    for part in dict.fromkeys(name for r in rewards for name in r.parts):
-        columns[f"rewards/{part}"] = column([r.parts.get(part) for r in rewards])
-    return pa.table(columns)
-
-
-# --- the recorder -----------------------------------------------------------------------------
-
 
 class Telemetry:
     """Implements ``trainers.protocols.Recorder``; call :meth:`trajectories` before :meth:`step` of the same step.
@@ -241,7 +72,7 @@ class Telemetry:
         self._rows = list(read_rows(folder / "metrics.jsonl"))
         self._last_step = self._rows[-1]["step"] if self._rows else -1
         before = list(read_rows(folder / "events.jsonl")) if resume_step is not None else []
-        self._metrics, self._events = _Journal(folder / "metrics.jsonl"), _Journal(folder / "events.jsonl")
+        self._metrics, self._events = Journal(folder / "metrics.jsonl"), Journal(folder / "events.jsonl")
         known = [e["wandb_id"] for e in before if e.get("kind") == "recording" and e.get("wandb_id")]
         self._wandb_id = wandb_id or (known[-1] if known else secrets.token_hex(4))
         self._table: wandb.Table | None = None
@@ -277,9 +108,9 @@ class Telemetry:
         if asked == "auto":
             said = os.environ.get("WANDB_MODE", "")
             asked = said if said in ("online", "offline", "disabled") else "online"
-            if asked == "online" and not _wandb_key_is_there():
+            if asked == "online" and not wandb_key_is_there():
                 asked = "offline"
-        elif asked == "online" and not _wandb_key_is_there():  # wandb would stop and ask on the terminal
+        elif asked == "online" and not wandb_key_is_there():  # wandb would stop and ask on the terminal
             self.event("wandb_fallback", mode="online", reason="no key: set WANDB_API_KEY or run `wandb login`")
             asked = "offline"
         return {"online": ("online", "offline"), "offline": ("offline",)}.get(asked, ())
@@ -294,7 +125,7 @@ class Telemetry:
             init_timeout=WANDB_INIT_TIMEOUT_S, login_timeout=WANDB_INIT_TIMEOUT_S,
             finish_timeout=WANDB_FINISH_TIMEOUT_S, reinit="create_new", silent=True, disable_code=True,
             console="off",  # the live display is no log, and what is printed may hold secrets
-            x_disable_meta=any(_SECRET_ARGUMENT.search(a) or _SECRET_VALUE.search(a) for a in sys.argv),
+            x_disable_meta=command_line_has_secrets(sys.argv),
         )
 
         def start() -> wandb.Run:
@@ -348,7 +179,7 @@ class Telemetry:
         if step <= self._last_step:
             raise ValueError(f"step {step} comes after step {self._last_step}: a step is recorded once, in order")
         self._last_step = step
-        row: dict[str, Any] = {"step": step, "time_unix": time.time(), **_strict(metrics)}
+        row: dict[str, Any] = {"step": step, "time_unix": time.time(), **strict(metrics)}
         self._metrics.append(row)
         self._rows.append(row)
         shown = {k: v for k, v in row.items() if v is not None and k != "time_unix"}

@@ -20,13 +20,12 @@ from typing import Any
 
 from rich.console import Console
 
+from actors.settings import LearnerSettings
 from cluster.checkpoints import Checkpoint, CheckpointStore
-from cluster.errors import DamagedError
 from cluster.layout import NodeSupply
 from cluster.placement import RayHandle
 from cluster.transport import fetch
 from launch.assemble import Fleet, assemble, connect
-from launch.config import RunConfig
 from launch.demands import node_facts
 from launch.node_probe import gather_facts, local_nodes
 from launch.overrides import ResolvedConfig, dump_yaml
@@ -34,12 +33,13 @@ from launch.plots import before_after, before_after_table, reward_plot
 from launch.prepare import Prepared, check_run_folder, prepare
 from launch.progress import Progress
 from launch.prompts import PromptStream
-from launch.telemetry import Telemetry, read_rows
+from launch.resuming import earlier_attempts, newest_checkpoint
+from launch.telemetry import Telemetry
 from launch.validate import refuse_problems, refuse_shortfall
-from trainers.errors import InputError
 from trainers.evaluation import EvaluationReport, evaluate
 from trainers.experience import WeightVersion, decode_group
 from trainers.loop import LoopParts, LoopSettings, TrainingLoop
+from trainers.ppo_lap import PPOLap, PPOState
 from trainers.protocols import LearnerGroup, UpdateReport
 
 logger = logging.getLogger("burnish.launch")
@@ -67,42 +67,6 @@ def train(resolved: ResolvedConfig, resume: bool, console: Console) -> Path:
         f"{report.num_train_distinct} distinct training questions, {report.num_eval_distinct} held out"
     )
     return asyncio.run(run.go())
-
-
-def newest_checkpoint(config: RunConfig, folder: Path) -> Checkpoint | None:
-    """The checkpoint to continue from, its bytes verified; None when the run ended before its first one.
-
-    Raises:
-        InputError: it is damaged, or was made by another number of ranks or another ZeRO stage.
-    """
-    try:
-        checkpoint = CheckpointStore(folder / "checkpoints", config.checkpoint.keep).latest()
-    except DamagedError as error:
-        reason, _, remedy = str(error).partition("; ")
-        raise InputError("--resume", config.run.name, reason, remedy) from error
-    if checkpoint is None:
-        return None
-    for name, made_with in dict(checkpoint.metadata.get("learner", {})).items():
-        value = getattr(config.learner, name)
-        if value != made_with:
-            reason = f"the checkpoint of step {checkpoint.step} is in shards of {made_with}"
-            raise InputError(f"learner.{name}", value, reason, f"resume with learner.{name}={made_with}")
-    return checkpoint
-
-
-def earlier_attempts(folder: Path) -> tuple[int, str | None]:
-    """(highest incarnation that served, last W&B run id) of this run folder; (-1, None) for a new one.
-
-    A checkpoint alone cannot tell: a run that was resumed and killed before its next checkpoint left
-    samples of an incarnation which no checkpoint mentions, and versions are never used twice.
-    """
-    incarnation, wandb_id = -1, None
-    for event in read_rows(folder / "events.jsonl"):
-        if event.get("kind") == "ready":
-            incarnation = max(incarnation, int(str(event["version"]).split(".")[0]))
-        elif event.get("kind") == "recording":
-            wandb_id = event.get("wandb_id") or wandb_id
-    return incarnation, wandb_id
 
 
 class _Run:
@@ -136,6 +100,7 @@ class _Run:
         self.checkpoint_s: float | None = None  # of the last step's checkpoint, for the next step's row
         self.saved_step = self.first_step if checkpoint is not None else -1
         self.fleet: Fleet
+        self.ppo: PPOLap | None = None
 
     async def go(self) -> Path:
         handle, nodes = connect(self.config)
@@ -185,6 +150,8 @@ class _Run:
         fleet, config = self.fleet, self.config
         if self.checkpoint is not None:
             await fleet.learner.load(str(self.checkpoint.path / "learner"))
+            if fleet.critic is not None:
+                await fleet.critic.load(str(self.checkpoint.path / "critic"))
         pushed = await fleet.publisher.push(self.version)
         probe = await fleet.publisher.probe(
             [p.token_ids for p in self.prepared.train[:PROBE_PROMPTS]],
@@ -205,11 +172,12 @@ class _Run:
             seed=run.seed,
         )  # fmt: skip
         fleet = self.fleet
+        self.ppo = self._ppo_lap()
         parts = LoopParts(
             prompts=self.stream, generator=fleet.generator, scorer=fleet.scorer, reference=fleet.reference,
             learner=fleet.learner, publisher=fleet.publisher, recorder=self.telemetry,
             between_steps=self._between_steps, on_update=self._record,
-            after_record=self._after_record,
+            after_record=self._after_record, ppo=self.ppo,
         )  # fmt: skip
         self.loop = TrainingLoop(settings, parts, self.first_step, self.version, self.num_tokens)
         with _stop_on_signals(self.loop, self.telemetry):
@@ -221,6 +189,19 @@ class _Run:
             await fleet.learner.export(str(target))
             self.telemetry.event("export", path=str(target))
         self.telemetry.event("stopped" if self.loop.stopping else "finished", step=self.loop.step)
+
+    def _ppo_lap(self) -> PPOLap | None:
+        """With a critic: the lap that updates both, with the state of the checkpoint if there is one."""
+        fleet, algorithm = self.fleet, self.config.algorithm
+        if fleet.critic is None:
+            return None
+        state = PPOState.initial(algorithm)
+        if self.checkpoint is not None:
+            state = PPOState.restored(algorithm, self.checkpoint.metadata["ppo"])
+        overlap = self.config.critic.overlap
+        if overlap is None:
+            overlap = fleet.device == "cuda" and not self.config.cluster.colocate
+        return PPOLap(fleet.learner, fleet.critic, algorithm, state, overlap)
 
     # --- between steps --------------------------------------------------------------------------
 
@@ -255,7 +236,7 @@ class _Run:
             self.prepared.held_out, fleet.generator, fleet.scorer, version=version, step=step,
             num_samples=settings.num_samples, temperature=settings.temperature,
             max_tokens=self.config.generator.sampling.max_tokens,
-            reward=settings.reward or self.config.rewards[0].name, seed=self.config.run.seed,
+            reward=settings.reward or self.config.reward_names[0], seed=self.config.run.seed,
             progress=lambda done, total: self.telemetry.phase("evaluate", done, total),
         )  # fmt: skip
 
@@ -267,11 +248,14 @@ class _Run:
             # The consumption frontier, not the read cursor: prompts taken but not trained on come again.
             trained = (step - self.first_step) * self.config.run.groups_per_step
             prompts = self.stream.state_dict() | {"position": self.first_position + trained}
-            learner = {name: getattr(self.config.learner, name) for name in ("num_workers", "zero_stage")}
+            shards = {"learner": _shards(self.config.learner)}
+            if self.fleet.critic is not None and self.ppo is not None:
+                await self.fleet.critic.save(str(directory / "critic"))
+                shards |= {"critic": _shards(self.config.critic), "ppo": self.ppo.state.state_dict()}
             metadata = {
                 "incarnation": version.incarnation, "prompts": prompts, "wandb_id": self.telemetry.wandb_id,
                 "num_tokens": self.loop.num_tokens, "seed": self.config.run.seed,
-                "learner": learner,
+                **shards,
             }  # fmt: skip
             # In this thread: the run must not go on while its frontier is being written down.
             self.store.commit(step, metadata)
@@ -314,6 +298,11 @@ class _Run:
         if (self.folder / "metrics.jsonl").exists():
             reward_plot([self.folder], self.folder / "reward.png")
             self.console.print(f"plot: {self.folder / 'reward.png'}")
+
+
+def _shards(settings: LearnerSettings) -> dict[str, int]:
+    """What a resumed run must have in common with the one that saved."""
+    return {"num_workers": settings.num_workers, "zero_stage": settings.zero_stage}
 
 
 def _number(value: float) -> float | None:

@@ -7,24 +7,30 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from cluster.layout import Layout, NodeSupply, plan_layout
+from cluster.placement import RayHandle
+from launch import tuning_place
 from launch.assemble import check_num_nodes, choose_device, connect
 from launch.config import RunConfig
 from launch.demands import node_facts, role_demands
 from launch.node_probe import gather_facts, local_nodes
 from launch.preflight import PreflightReport, preflight_report
 from launch.prepare import Prepared, prepare
+from launch.tuning_config import TuningConfig
+from launch.tuning_place import shared
+from launch.tuning_prepare import prepare_tuning
 
 REFUSED = 2
+Joined = tuple[RayHandle | None, list[NodeSupply]]
 
 
-def validate(config: RunConfig, console: Console) -> int:
+def validate(config: RunConfig | TuningConfig, console: Console) -> int:
     """Print where every worker would be and what was checked; 0 when all is well, else 2 with a line a problem.
 
     Joins the cluster a run would join; where a run would start Ray on this machine alone, nothing is started.
@@ -32,24 +38,33 @@ def validate(config: RunConfig, console: Console) -> int:
     Raises:
         InputError: the model folder, the data or a reward cannot be used.
     """
-    prepared = prepare(config)
-    nodes = local_nodes(config)
-    if nodes is not None:
-        facts = [node_facts(prepared.model_path)]
+    if isinstance(config, TuningConfig):
+        tuning = prepare_tuning(config)
+        console.print(tuning.task.summary, markup=False, highlight=False, soft_wrap=True)
+        facts = _facts(shared(config), tuning.base.path, lambda: tuning_place.connect(config))
+        report = tuning_place.tuning_report(config, tuning.base.facts, facts)
     else:
-        handle, nodes = connect(config)
-        try:
-            facts = asyncio.run(gather_facts(config, prepared.model_path, nodes))
-        finally:
-            if handle is not None:
-                handle.stop()
-    report = preflight_report(config, prepared.facts, facts)
+        prepared = prepare(config)
+        facts = _facts(config, prepared.model_path, lambda: connect(config))
+        report = preflight_report(config, prepared.facts, facts)
     if report.layout is not None:
         console.print(layout_table(report.layout))
     console.print(report.table())
     for problem in report.problems:
         print(f"burnish: {problem}", file=sys.stderr)
     return 0 if report.passed else REFUSED
+
+
+def _facts(config: RunConfig, model_path: str, join: Callable[[], Joined]) -> list[dict[str, Any]]:
+    """What this machine is like, or every node of the cluster that a run would ``join``."""
+    if local_nodes(config) is not None:
+        return [node_facts(model_path)]
+    handle, nodes = join()
+    try:
+        return asyncio.run(gather_facts(config, model_path, nodes))
+    finally:
+        if handle is not None:
+            handle.stop()
 
 
 def layout_table(layout: Layout) -> Table:

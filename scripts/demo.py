@@ -16,9 +16,9 @@ from pathlib import Path
 from rich.console import Console
 
 from launch.cli import REFUSED
+from launch.journal import read_rows
 from launch.overrides import load_config
 from launch.plots import reward_plot
-from launch.telemetry import read_rows
 from launch.train import train
 from trainers.errors import InputError
 

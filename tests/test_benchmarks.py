@@ -28,7 +28,7 @@ from benchmarks.job import (
 )
 from benchmarks.plain import PlainTrainer, pad_groups, token_logprobs
 from launch.overrides import load_config
-from launch.telemetry import trajectory_table
+from launch.trajectory_files import trajectory_table
 from trainers.advantages import group_relative
 from trainers.algorithms import AlgorithmSettings
 from trainers.experience import decode_group, decode_logprobs

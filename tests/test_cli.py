@@ -15,7 +15,8 @@ import pytest
 from launch.cli import main
 from launch.config import TelemetrySettings
 from launch.recipe_files import list_recipes, read_recipe
-from launch.telemetry import Telemetry, trajectory_table
+from launch.telemetry import Telemetry
+from launch.trajectory_files import trajectory_table
 from trainers.experience import GroupRewards, Prompt, Trajectory, TrajectoryGroup, VersionSpan, WeightVersion
 
 REPOSITORY = Path(__file__).resolve().parent.parent

@@ -17,6 +17,7 @@ from launch.config import RunConfig
 from launch.config_keys import slot_at
 from launch.config_reference import BEGIN, END, PAGE, entries, renewed
 from launch.recipe_files import list_recipes, parse_yaml
+from launch.tuning_config import TuningConfig
 from trainers.experience import Prompt
 from trainers.rewards import RewardSettings, load_reward, probe_rewards
 
@@ -71,7 +72,7 @@ def page_and_text(pattern: str) -> Iterator[tuple[Path, str]]:
 def check_override(override: str) -> None:
     key = override.partition("=")[0]
     parts = tuple(int(part) if part.isdigit() else part for part in key.split("."))
-    assert slot_at(RunConfig, parts) is not None, f"there is no key {key}"
+    assert any(slot_at(model, parts) is not None for model in (RunConfig, TuningConfig)), f"there is no key {key}"
 
 
 # --- commands ---------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from cluster.checkpoints import CheckpointStore
 from launch.overrides import load_config
 from launch.prepare import prepare
 from launch.prompts import PromptStream
-from launch.telemetry import read_rows
+from launch.journal import read_rows
 from launch.train import _Run, earlier_attempts
 from trainers.experience import WeightVersion
 

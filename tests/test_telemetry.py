@@ -21,9 +21,11 @@ from rich.console import Console
 
 from launch.config import TelemetrySettings
 from launch.inspect_run import inspect_run, thin
+from launch.journal import read_rows
 from launch.plots import before_after, before_after_table, reward_plot, smooth
 from launch.progress import Progress, duration
-from launch.telemetry import REDACTED, Telemetry, read_rows, redact
+from launch.redaction import REDACTED, redact
+from launch.telemetry import Telemetry
 from trainers.errors import InputError
 from trainers.experience import (
     GroupRewards,

@@ -8,12 +8,17 @@ What sets them apart is a handful of choices, so they are data and not classes:
 GRPO           group mean      std     token, .2/.2     sequence (mean of means)
 Dr. GRPO       group mean      none    token, .2/.2     constant (max tokens)
 RLOO           leave one out   none    token, .2/.2     sequence
+PPO            critic (GAE)    batch   token, .2/.2     token
 =============  ==============  ======  ===============  =====================
+
+The defaults are GRPO's; a recipe for PPO says ``aggregation: token`` itself, and usually
+``kl_placement: reward`` with ``kl_estimator: k1``.
 
 GRPO: Shao et al. 2024 (arXiv:2402.03300).  Dr. GRPO: Liu et al. 2025 (arXiv:2503.20783).
 RLOO: Ahmadian et al. 2024 (arXiv:2402.14740).  Asymmetric clip: Yu et al. 2025 (arXiv:2503.14476).
+PPO: Schulman et al. 2017 (arXiv:1707.06347), as RLHF uses it: Ouyang et al. 2022 (arXiv:2203.02155).
 
-May import: pydantic, trainers.settings.
+May import: pydantic, trainers.{reward_shaping, settings}.
 """
 
 from __future__ import annotations
@@ -22,15 +27,43 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from trainers.reward_shaping import RewardShaping
 from trainers.settings import Settings
 
 NonNegative = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class PPOSettings(Settings):
+    """What only PPO with a critic has."""
+
+    gamma: Share = Field(1.0, description="discount of a reward one token later; 1: an episode is one completion")
+    gae_lambda: Share = Field(
+        0.95, description="of generalised advantage estimation (arXiv:1506.02438): 1 return minus value, 0 TD error"
+    )
+    value_clip: float | None = Field(
+        0.2, gt=0, description="how far, in reward, an update may move a value (arXiv:2005.12729, section 3); "
+        "null: unbounded"
+    )  # fmt: skip
+    whiten_advantages: bool = Field(
+        True, description="to mean 0 and deviation 1 over all tokens of the global batch (arXiv:2005.12729)"
+    )
+    value_warmup_steps: int = Field(0, ge=0, description="first steps that train the critic only")
+    kl_target: float | None = Field(
+        None, gt=0, description="nats a sequence: kl_coef is steered towards it (arXiv:1909.08593, section 2.2); "
+        "null: kl_coef is fixed"
+    )  # fmt: skip
+    kl_horizon: int = Field(10_000, ge=1, description="samples in which an error of 1 would double kl_coef")
+    reward_shaping: RewardShaping = RewardShaping()
 
 
 class AlgorithmSettings(Settings):
     """How rewards become gradients.  The defaults are GRPO as published."""
 
-    name: Literal["grpo"] = Field("grpo", description="the family; its members differ in the choices below")
+    name: Literal["grpo", "ppo"] = Field(
+        "grpo", description="grpo: advantages from the group, its members differ in baseline and scale; "
+        "ppo: advantages from a critic"
+    )  # fmt: skip
     baseline: Literal["group_mean", "leave_one_out"] = Field(
         "group_mean", description="what is subtracted from a sample's reward"
     )
@@ -45,6 +78,7 @@ class AlgorithmSettings(Settings):
     clip_low: NonNegative = Field(0.2, lt=1, description="ratio is clipped below at 1 - clip_low")
     clip_high: NonNegative = Field(0.2, description="ratio is clipped above at 1 + clip_high")
     kl_coef: NonNegative = Field(0.0, description="beta; 0 needs no reference and starts none")
+    measure_kl: bool = Field(False, description="start the reference with kl_coef 0 too, only to measure the KL")
     kl_estimator: Literal["k1", "k2", "k3"] = Field(
         "k3", description="k3 in the loss is the usual GRPO form; its fixed point is not that of k1/k2"
     )
@@ -53,6 +87,7 @@ class AlgorithmSettings(Settings):
     num_epochs: int = Field(1, ge=1, description="passes over one batch")
     num_minibatches: int = Field(1, ge=1, description="optimizer steps in one pass")
     mask_truncated: bool = Field(False, description="give samples that hit max_tokens no gradient")
+    ppo: PPOSettings = PPOSettings()
 
     @model_validator(mode="after")
     def _kl_in_loss_needs_a_gradient(self) -> Self:
@@ -62,9 +97,31 @@ class AlgorithmSettings(Settings):
             )
         return self
 
+    @model_validator(mode="after")
+    def _nothing_is_ignored(self) -> Self:
+        if self.name == "grpo":
+            if self.ppo != PPOSettings():
+                raise ValueError("ppo: its keys do nothing with name=grpo; set name=ppo or leave them out")
+            return self
+        for field in ("baseline", "scale"):
+            value, default = getattr(self, field), type(self).model_fields[field].default
+            if value != default:
+                raise ValueError(
+                    f"{field}={value} does nothing with name=ppo, where the critic is the baseline; leave it out"
+                )
+        if self.ppo.kl_target is not None and self.kl_coef == 0:
+            raise ValueError("ppo.kl_target multiplies kl_coef, and kl_coef=0 stays 0; give kl_coef its first value")
+        if self.mask_truncated and self.ppo.reward_shaping.missing_eos_penalty > 0:
+            raise ValueError("mask_truncated leaves out the samples that missing_eos_penalty is for; use one of them")
+        return self
+
     @property
     def needs_reference(self) -> bool:
-        return self.kl_coef > 0
+        return self.kl_coef > 0 or self.measure_kl
+
+    @property
+    def needs_critic(self) -> bool:
+        return self.name == "ppo"
 
     @property
     def num_updates(self) -> int:

@@ -124,6 +124,14 @@ class GroupRewards:
         return finite
 
 
+def may_train(summary: GroupSummary, rewards: GroupRewards, mask_truncated: bool) -> np.ndarray:
+    """bool [G]: has a reward, has tokens, and was not cut off where that masks a sample."""
+    reasons = summary.finish_reasons
+    cut = np.array([r == "abort" or (r == "length" and mask_truncated) for r in reasons], dtype=bool)
+    kept: np.ndarray = rewards.valid & (np.array(summary.num_completion_tokens) > 0) & ~cut
+    return kept
+
+
 def summarize(group: TrajectoryGroup, generator: str, generate_s: float) -> GroupSummary:
     """The controller's view of ``group``."""
     versions = [span.version for t in group.trajectories for span in t.version_spans]

@@ -1,15 +1,15 @@
 """The loop: one asynchronous lap after another, from prompts to pushed weights.
 
     prompts --> [gate] --> _group: generate --> score      \\
-                  ^                        \\--> reference --> finished --> _step: update
-                  |                                                           |
+                  ^                        |--> reference --> finished --> _step: update
+                  |                        \\--> values    /                   |
                   |                                                        version + 1
                   |                                                           |
                   `------------- slots <-- evaluate, checkpoint <-- push <----'
 
 What wakes each task:
     _feed    a free slot: the gate advanced, or a group gave its slot back
-    _group   its generator, then its scorer and its reference (these two at the same time)
+    _group   its generator, then its scorer, its reference and its critic (these at the same time)
     _step    ``groups_per_step`` finished groups, or the wish to stop
 
 Synchronous training is ``max_staleness`` 0: the gate then opens for one step's groups and stays shut
@@ -27,11 +27,14 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from trainers.experience import Prompt, WeightVersion
+from trainers.ppo_lap import PPOLap
 from trainers.protocols import (
+    GeneratedGroup,
     Generator,
     GroupRequest,
     Learner,
     LearnerGroup,
+    Payload,
     Recorder,
     Reference,
     Scorer,
@@ -80,6 +83,7 @@ class LoopParts:
     on_update: Callable[[int, list[LearnerGroup], UpdateReport], None]
     # After the row of this step: its checkpoint.  In this order a kill in between loses no row of the lineage.
     after_record: Callable[[int, WeightVersion, bool], Awaitable[None]] | None = None
+    ppo: PPOLap | None = None  # with a critic: its values of each group, and its update in place of the learner's
 
 
 class TrainingLoop:
@@ -163,16 +167,19 @@ class TrainingLoop:
         self._generated += 1
         self._generate_ended = time.perf_counter()
         parts.recorder.phase("generate", self._generated, s.groups_per_step)
-        if parts.reference is None:
-            rewards, reference = await parts.scorer.score(generated), None
-        else:
-            rewards, reference = await asyncio.gather(
-                parts.scorer.score(generated), parts.reference.logprobs(generated)
-            )
-        self._finished.append(LearnerGroup(generated.summary, rewards, generated.payload, reference))
+        rewards, reference, values = await asyncio.gather(
+            parts.scorer.score(generated), self._reference(generated), self._values(generated)
+        )
+        self._finished.append(LearnerGroup(generated.summary, rewards, generated.payload, reference, values))
         self._gate.accept()
         parts.recorder.phase("score", len(self._finished), s.groups_per_step)
         self._arrived.set()
+
+    async def _reference(self, generated: GeneratedGroup) -> Payload | None:
+        return None if self.parts.reference is None else await self.parts.reference.logprobs(generated)
+
+    async def _values(self, generated: GeneratedGroup) -> Payload | None:
+        return None if self.parts.ppo is None else await self.parts.ppo.critic.values(generated)
 
     # --- from finished groups to new weights --------------------------------------------------
 
@@ -192,7 +199,7 @@ class TrainingLoop:
         gathered = time.perf_counter()
         metrics = group_metrics(batch, self.version)
         parts.recorder.phase("learn", 0, 1)
-        report = await parts.learner.update(batch, self.step)
+        report = await (parts.learner if parts.ppo is None else parts.ppo).update(batch, self.step)
         parts.recorder.phase("learn", 1, 1)
         learned = time.perf_counter()
         self.step += 1

@@ -32,8 +32,10 @@ VALID = "samples with a valid reward"
 GROUPS = "groups with at least one valid reward"
 EVALUATED = "held-out prompts with a valid reward"
 RUN = "the whole step"
+PAIRS = "all pairs of the step"
 # Reducers, worded once.
 TOKEN_MEAN = "sum over all ranks and minibatches / number of tokens"  # noqa: S105 - a language token
+COMPARISON_MEAN = "mean over a comparison's pairs, then over comparisons"
 MEAN, MAX, MIN, SUM = "mean", "maximum", "minimum", "sum"
 CONTROLLER = "measured once, by the controller"
 LAST = "value at the end of the step; equal on all ranks"
@@ -137,6 +139,74 @@ _ROWS: tuple[Metric, ...] = (
            "all positions of all micro-batches", "sum of padding over ranks / sum of positions"),
     Metric("learner/shared_prompt_fraction", "prompt tokens not computed again thanks to sharing / all prompt tokens",
            "fraction", "prompt tokens of all trained samples", "sum over ranks / sum over ranks"),
+    # --- supervised training ------------------------------------------------------------------
+    # loss is the mean cross-entropy of the target tokens, num_tokens and epoch count examples' tokens and examples.
+    Metric("num_target_tokens", "tokens of the step that are learned: completions, assistant's turns, plain text",
+           "tokens", "all examples of the step, EOS included", SUM),
+    Metric("mixture/<name>", "share of the step's examples that come from dataset <name>", "fraction",
+           "all examples of the step", MEAN),
+    Metric("eval/loss", "mean cross-entropy of held-out target tokens", "nats per token",
+           "target tokens of all held-out examples", "sum over ranks / number of tokens"),
+    Metric("eval/num_target_tokens", "held-out tokens the loss is taken over", "tokens",
+           "target tokens of all held-out examples", SUM),
+    # --- PPO ----------------------------------------------------------------------------------
+    Metric("objective/scores", "total reward after normalisation, clipping and the missing-EOS penalty", "reward",
+           "samples that are trained on", MEAN),
+    Metric("objective/kl", "sum over a completion's tokens of proximal_ - reference_ log-prob (k1): policy against "
+           "reference before the update", "nats per completion", "samples that are trained on", MEAN),
+    Metric("objective/non_score_reward", "minus what the KL cost a sample in the reward; 0 with the KL in the loss",
+           "reward", "samples that are trained on", MEAN),
+    Metric("objective/rlhf_reward", "objective/scores + objective/non_score_reward: what PPO maximises", "reward",
+           "samples that are trained on", MEAN),
+    Metric("kl_coef", "coefficient beta of the KL in this step, fixed or steered to algorithm.ppo.kl_target",
+           "reward per nat", RUN, "value at the start of the step"),
+    Metric("critic/loss", "half the squared distance of values from returns, with the clipped one where it is larger",
+           "reward squared", "completion tokens trained on", "mean over tokens, then over updates of the step"),
+    Metric("critic/clip_ratio", "share of tokens whose value left its trust region towards the return: no gradient",
+           "fraction", "completion tokens trained on", TOKEN_MEAN),
+    Metric("critic/value_mean", "value of the state before a token, before the update", "reward",
+           "completion tokens trained on", MEAN),
+    Metric("critic/return_mean", "advantage + value: what the critic learns", "reward", "completion tokens trained on",
+           MEAN),
+    Metric("critic/explained_variance", "1 - variance(returns - values) / variance(returns), before the update",
+           "1", "completion tokens trained on", "over all tokens of the batch"),
+    Metric("critic/grad_norm", "L2 norm of the critic's whole gradient before clipping", "loss",
+           "all parameters of the critic", "norm over all ranks' shards, mean over updates of the step"),
+    Metric("critic/learning_rate", "learning rate of the critic's last update", "1", RUN, LAST),
+    Metric("critic/peak_memory_bytes", "as learner/peak_memory_bytes, of a critic rank", "bytes", RUN,
+           "maximum over ranks"),
+    Metric("time/learn_prepare_s", "proximal log-probs, KL, advantages, returns and their whitening", "s", RUN,
+           CONTROLLER),
+    Metric("time/learn_policy_s", "all updates of the policy on this batch; 0 in the value warm-up", "s", RUN,
+           CONTROLLER),
+    Metric("time/learn_critic_s", "all updates of the critic on this batch", "s", RUN, CONTROLLER),
+    Metric("time/learn_overlap_s", "time in which policy and critic were updating both", "s", RUN, CONTROLLER),
+    # --- reward model -------------------------------------------------------------------------
+    # loss is the Bradley-Terry loss with its options (algorithm.label_smoothing, margin_column, centering_coef).
+    Metric("accuracy", "pairs whose better answer has the higher score, before the update; ties count half", "fraction",
+           PAIRS, COMPARISON_MEAN),
+    Metric("margin", "score of the better answer minus that of the worse one", "reward", PAIRS, COMPARISON_MEAN),
+    Metric("center_rewards_loss", "squared sum of a pair's two scores, before algorithm.centering_coef", "reward^2",
+           PAIRS, COMPARISON_MEAN),
+    Metric("mean_reward", "score of an answer, before the update", "reward", "all answers of the step", MEAN),
+    Metric("min_reward", "lowest score", "reward", "all answers of the step", MIN),
+    Metric("max_reward", "highest score", "reward", "all answers of the step", MAX),
+    Metric("eval/pair_loss", "Bradley-Terry loss on held-out pairs, without smoothing, margin or centring", "nats",
+           "all held-out pairs", COMPARISON_MEAN),
+    Metric("eval/pair_accuracy", "held-out pairs whose better answer has the higher score; ties count half",
+           "fraction", "all held-out pairs", MEAN),
+    Metric("eval/pair_accuracy_low", "lower end of its 95 % interval (over prompts where they have several pairs)",
+           "fraction", "all held-out pairs", "Wilson, or wider"),
+    Metric("eval/pair_accuracy_high", "upper end of that interval", "fraction", "all held-out pairs",
+           "Wilson, or wider"),
+    Metric("eval/ece", "expected calibration error of P(preferred) = sigmoid(margin)", "fraction",
+           "all held-out pairs, in both orientations", "mean over algorithm.num_bins bins, weighted by their pairs"),
+    Metric("eval/margin", "held-out score of the better answer minus that of the worse one", "reward",
+           "all held-out pairs", MEAN),
+    Metric("eval/mean_reward", "score of a held-out answer", "reward", "all held-out answers, each once", MEAN),
+    Metric("eval/std_reward", "standard deviation of the scores of held-out answers", "reward",
+           "all held-out answers, each once", "standard deviation over answers"),
+    Metric("eval/num_pairs", "held-out pairs judged", "pairs", "all held-out pairs", SUM),
 )
 
 METRICS: dict[str, Metric] = {metric.name: metric for metric in _ROWS}

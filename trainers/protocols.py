@@ -47,6 +47,7 @@ class LearnerGroup:
     rewards: GroupRewards
     payload: Payload
     reference_payload: Payload | None  # log-probs by the reference, when a KL term asks for them
+    values_payload: Payload | None = None  # the critic's values before the update, with PPO
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +58,25 @@ class UpdateReport:
     advantages: Mapping[str, np.ndarray]  # group id -> float64 [G], NaN where masked
     learn_s: float
     num_tokens: int  # completion tokens trained on
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedBatch:
+    """What PPO fixes before it updates anything: the targets (trainers/ppo_targets.py), and what they tell."""
+
+    payload: Payload  # proximal log-probs, advantages, returns and values of every sample
+    metrics: Mapping[str, float]
+    advantages: Mapping[str, np.ndarray]  # group id -> float64 [G], mean over a sample's tokens, NaN where masked
+    kl_per_sequence: float  # nats, policy against reference, mean over valid samples; NaN without a reference
+    num_samples: int  # valid ones
+
+
+@dataclass(frozen=True, slots=True)
+class CriticReport:
+    """What one batch did to the critic."""
+
+    metrics: Mapping[str, float]
+    learn_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +117,30 @@ class Learner(Protocol):
     async def save(self, directory: str) -> None:
         """Write every rank's state below ``directory``; returns when all bytes are there."""
         ...
+
+
+class PolicyLearner(Protocol):
+    """A learner whose advantages come from a critic."""
+
+    async def prepare(
+        self, groups: Sequence[LearnerGroup], scores: Sequence[np.ndarray], kl_coef: float
+    ) -> PreparedBatch:
+        """Targets of one batch.  ``scores``: shaped rewards, float64 [G] a group, NaN where masked."""
+        ...
+
+    async def update(
+        self, groups: Sequence[LearnerGroup], step: int, targets: Payload, kl_coef: float
+    ) -> UpdateReport: ...
+
+
+class Critic(Protocol):
+    """Owns the value function's weights."""
+
+    async def values(self, group: GeneratedGroup) -> Payload:
+        """Value of the state before each completion token, under the present weights."""
+        ...
+
+    async def update(self, groups: Sequence[LearnerGroup], step: int, targets: Payload) -> CriticReport: ...
 
 
 class WeightPublisher(Protocol):

@@ -1,0 +1,199 @@
+"""RewardModel: a learned reward in a process of its own.
+
+It scores the very tokens that were sampled.  A model with another tokenizer may only score on the explicit wish to
+read the text again (``retokenize``): the same ids would mean other words to it.
+May import: numpy, torch, actors.*, trainers.{errors, experience, prompt_format}, cluster.transport.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from actors.end_scores import end_scores
+from actors.model_folders import resolve_model
+from actors.modeling import load_tokenizer
+from actors.scalar_model import load_scalar
+from actors.settings import RewardModelSettings
+from cluster.transport import fetch
+from trainers.errors import InputError
+from trainers.experience import GroupRewards, RewardFailure, Trajectory, TrajectoryGroup, decode_group
+from trainers.prompt_format import PromptFormat, close
+
+STATS = "reward_stats.json"
+
+
+class RewardStats(NamedTuple):
+    """Of the scores of ``num`` texts, which ``reference`` names."""
+
+    mean: float
+    std: float
+    num: int
+    reference: str
+
+
+def check_reward_model(settings: RewardModelSettings, policy_tokenizer: Any, max_length: int | None = None) -> None:
+    """Everything about a reward model that can be refused from its folder alone, before anything is allocated.
+
+    Args:
+        max_length: longest prompt with its completion that the policy can produce, in tokens.
+
+    Raises:
+        InputError: no reward model, more than one score, another tokenizer without ``retokenize``, texts longer
+            than it can read, or no statistics to normalise by.
+    """
+    from transformers import AutoConfig
+
+    field = f"reward_models.{settings.name}"
+    path = resolve_model(settings.path)
+    if not (Path(path) / "config.json").is_file():
+        raise InputError(f"{field}.path", settings.path, "has no config.json", "give the folder of a reward model")
+    config = AutoConfig.from_pretrained(path, local_files_only=True)
+    if not any("SequenceClassification" in name for name in config.architectures or ()):
+        raise InputError(
+            f"{field}.path", settings.path, f"is no reward model but {', '.join(config.architectures or ['unknown'])}",
+            "give a sequence classifier with one label, such as the export of a run with algorithm.name=reward",
+        )  # fmt: skip
+    if config.num_labels != 1:
+        raise InputError(f"{field}.path", settings.path, f"its head gives {config.num_labels} numbers",
+                         "use a reward model with one score per text")  # fmt: skip
+    if settings.normalize:
+        load_stats(path, f"{field}.normalize")
+    own = load_tokenizer(path)
+    if settings.retokenize:
+        if policy_tokenizer.chat_template and not own.chat_template:
+            raise InputError(f"{field}.retokenize", True, "the reward model's tokenizer has no chat template",
+                             "add one to its folder, or use a reward model that has it")  # fmt: skip
+    elif own.get_vocab() != policy_tokenizer.get_vocab():
+        raise InputError(f"{field}.path", settings.path, "its tokenizer is not the policy's",
+                         f"set {field}.retokenize=true to read every sample again as text, or use a reward model "
+                         "of the policy's family")  # fmt: skip
+    elif own.eos_token_id != policy_tokenizer.eos_token_id:
+        raise InputError(
+            f"{field}.path", settings.path,
+            f"its texts end with {own.eos_token}, the policy's with {policy_tokenizer.eos_token}",
+            f"set {field}.retokenize=true, or use a reward model of the policy's family",
+        )  # fmt: skip
+    if max_length is None or settings.retokenize:
+        return
+    if settings.token_budget < max_length:
+        raise InputError(f"{field}.token_budget", settings.token_budget, f"a sample may have {max_length} tokens",
+                         f"use at least {max_length}")  # fmt: skip
+    if config.max_position_embeddings < max_length:
+        raise InputError(
+            f"{field}.path", settings.path,
+            f"it was built for {config.max_position_embeddings} tokens and a sample may have {max_length}",
+            f"set model.max_length={config.max_position_embeddings}",
+        )  # fmt: skip
+
+
+def load_stats(path: str, field: str) -> RewardStats:
+    """The statistics stored with a reward model; InputError when there are none, or no deviation to divide by."""
+    file = Path(path) / STATS
+    remedy = f"put {STATS} with mean, std, num and reference into the folder, or leave normalize out"
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        stats = RewardStats(float(found["mean"]), float(found["std"]), int(found["num"]), str(found["reference"]))
+    except FileNotFoundError as error:
+        raise InputError(field, True, f"{file} is missing", remedy) from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(field, True, f"{file} cannot be read ({error!r})", remedy) from error
+    if not (math.isfinite(stats.mean) and math.isfinite(stats.std) and stats.std > 0):
+        raise InputError(field, True, f"{file} has mean {stats.mean} and deviation {stats.std}", remedy)
+    return stats
+
+
+class RewardModel:
+    """Scores group after group.
+
+    Args:
+        policy_path: folder whose tokenizer the samples' ids belong to.
+        form: how the policy's prompts were made of their source; needed with ``retokenize`` only.
+    """
+
+    def __init__(
+        self,
+        settings: RewardModelSettings,
+        policy_path: str,
+        dtype: str,
+        device: str,
+        form: PromptFormat | None = None,
+    ) -> None:
+        policy_tokenizer = load_tokenizer(policy_path)
+        check_reward_model(settings, policy_tokenizer)
+        self.settings, self.form = settings, form or PromptFormat()
+        self.device = torch.device(device)
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        path, field = resolve_model(settings.path), f"reward_models.{settings.name}"
+        self._stats = load_stats(path, f"{field}.normalize") if settings.normalize else None
+        self._tokenizer = load_tokenizer(path) if settings.retokenize else None
+        self._policy_eos = policy_tokenizer.eos_token_id
+        self._model = load_scalar(path, f"{field}.path", getattr(torch, dtype)).to(self.device).eval()
+        config: Any = self._model.hf_model.config
+        self._limit = min(int(config.max_position_embeddings), settings.token_budget)
+
+    def score(self, payload: list[Any], deadline_s: float) -> GroupRewards:
+        """Rewards of the one group in ``payload``: one part, under this model's name; failures are values in it."""
+        return self.score_group(decode_group(fetch(payload[0], deadline_s)))
+
+    def score_group(self, group: TrajectoryGroup) -> GroupRewards:
+        """See :meth:`score`."""
+        started = time.perf_counter()
+        prompt, texts = self._read(group)
+        failures: dict[int, RewardFailure] = {}
+        for i, (trajectory, text) in enumerate(zip(group.trajectories, texts, strict=True)):
+            if why := self._unscorable(trajectory, prompt, text):
+                failures[i] = RewardFailure(self.settings.name, "not_a_number", why)
+        chosen = [i for i in range(len(texts)) if i not in failures]
+        found = end_scores(
+            self._model, [prompt] * len(chosen), [texts[i] for i in chosen], [0] * len(chosen),
+            self.settings.token_budget, self.device.type != "cuda", self.device,
+        )  # fmt: skip
+        part = np.full(len(texts), np.nan)
+        for place, i in enumerate(chosen):
+            if math.isfinite(found[place]):
+                part[i] = self._shaped(float(found[place]))
+            else:
+                failures[i] = RewardFailure(self.settings.name, "nan", f"the model's score is {found[place]}")
+        return GroupRewards(
+            group_id=group.group_id,
+            totals=self.settings.weight * part,
+            parts={self.settings.name: part},
+            failures=tuple(sorted(failures.items())),
+            score_s=time.perf_counter() - started,
+        )
+
+    def _read(self, group: TrajectoryGroup) -> tuple[np.ndarray, list[np.ndarray]]:
+        """(prompt ids, ids of each completion), as this model reads them."""
+        if self._tokenizer is None:
+            return group.prompt.token_ids, [t.completion_ids for t in group.trajectories]
+        own, source = self._tokenizer, group.prompt.source
+        if source is None:  # made without a dataset: all there is is the rendered text
+            prompt = np.array(own.encode(group.prompt.text), dtype=np.int32)
+        else:
+            prompt = self.form.render(source, own, f"prompt {group.prompt.prompt_id}")[1]
+        # It ends for this model where it ended for the policy; a text that was cut off does not.
+        ended = [t.num_tokens > 0 and t.completion_ids[-1] == self._policy_eos for t in group.trajectories]
+        return prompt, [close(t.text, own, bool(end)) for t, end in zip(group.trajectories, ended, strict=True)]
+
+    def _unscorable(self, trajectory: Trajectory, prompt: np.ndarray, text: np.ndarray) -> str | None:
+        if trajectory.finish_reason == "abort":
+            return "the sample was aborted"
+        if text.shape[0] == 0:
+            return "an empty completion has no score"
+        if (length := prompt.shape[0] + text.shape[0]) > self._limit:
+            return f"{length} tokens, and the reward model reads {self._limit}"
+        return None
+
+    def _shaped(self, score: float) -> float:
+        if self._stats is not None:
+            score = (score - self._stats.mean) / self._stats.std
+        clip = self.settings.clip
+        return score if clip is None else min(max(score, -clip), clip)

@@ -1,0 +1,119 @@
+"""EvalConfig: which models ``burnish eval`` judges, on which prompts, by which instruments.
+
+May import: pydantic and the settings of the other rooms (never torch, ray, vllm or deepspeed).
+"""
+
+from __future__ import annotations
+
+import difflib
+from typing import Annotated, Self
+
+from pydantic import Field, model_validator
+
+from actors.settings import (
+    GeneratorSettings,
+    ModelSettings,
+    ReferenceSettings,
+    RewardModelSettings,
+    RewardWorkerSettings,
+)
+from cluster.settings import ClusterSettings
+from launch.config import PromptSettings, TelemetrySettings
+from trainers.rewards import RewardSettings
+from trainers.settings import Settings
+
+Positive = Annotated[int, Field(ge=1)]
+TOTAL = "total"  # the weighted sum, beside the parts
+
+
+class EvalRunSettings(Settings):
+    """Name, place and seed of an evaluation."""
+
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$", description="the run's folder below directory, its name in W&B"
+    )
+    directory: str = Field("runs", description="where run folders are made")
+    seed: int = Field(
+        0, ge=0, lt=2**31, description="of procedural prompts, sampling streams and resampling; the training run's "
+        "seed gives its held-out prompts"
+    )  # fmt: skip
+
+
+class BaseSettings(ReferenceSettings):
+    """What the policy is compared with, and how log-probs are taken for the KL."""
+
+    path: str | None = Field(
+        None, description="the model before training, with the policy's tokenizer; default: no comparison"
+    )
+    logprob_chunk: Positive = Field(1024, description="response positions scored at once")
+
+
+class EvalSettings(Settings):
+    """The instruments."""
+
+    num_samples: Positive = Field(1, description="completions of each prompt by each model, under the same seeds")
+    num_prompts: Positive | None = Field(None, description="use the first prompts only; default: all")
+    win_by: str = Field(TOTAL, description="the reward whose win rate stands first: a reward's name, or total")
+    gold: str | None = Field(
+        None, description="the reward that stands for the truth: its win rate is shown beside that of win_by"
+    )
+    correct: str | None = Field(
+        None, description="the reward that says, from 0 to 1, whether an answer is right; calibrates the policy"
+    )
+    suites: tuple[str, ...] = Field((), description="capability, refusal, over_refusal, sycophancy, red_team; or JSONL")
+    suite_max_tokens: Positive = Field(128, description="longest answer to a suite's question; decoded greedily")
+    preferences: str | None = Field(
+        None, description="held-out preference pairs (docs/data.md) on which every reward model is judged"
+    )
+    num_page_samples: int = Field(12, ge=0, description="prompts shown with both answers on the page")
+
+    @model_validator(mode="after")
+    def _suites_differ(self) -> Self:
+        if len(set(self.suites)) != len(self.suites):
+            raise ValueError(f"suites: each once, got {list(self.suites)}; leave the repetition out")
+        return self
+
+
+class EvalConfig(Settings):
+    """A complete evaluation; a recipe is one when it has the key ``eval``."""
+
+    run: EvalRunSettings
+    model: ModelSettings
+    base: BaseSettings = BaseSettings()
+    prompts: PromptSettings
+    eval: EvalSettings
+    rewards: tuple[RewardSettings, ...] = ()
+    reward_models: tuple[RewardModelSettings, ...] = ()
+    generator: GeneratorSettings = GeneratorSettings()
+    reward_workers: RewardWorkerSettings = RewardWorkerSettings()
+    telemetry: TelemetrySettings = TelemetrySettings()
+    cluster: ClusterSettings = ClusterSettings()
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> Self:
+        names = self.reward_names
+        if len({*names, TOTAL}) != len(names) + 1:
+            raise ValueError(f"rewards: names must differ and none may be {TOTAL}, got {names}; rename one")
+        if not names and self.base.path is not None:
+            raise ValueError("rewards: empty, and reward_models too: nothing decides who wins; give one of them")
+        for key in ("win_by", "gold", "correct"):
+            value = getattr(self.eval, key)
+            known = [*names, TOTAL] if key == "win_by" else names
+            if value is not None and value not in known:
+                near = difflib.get_close_matches(value, known, n=1, cutoff=0.0)
+                hint = f"did you mean {near[0]}?" if near else "give rewards"
+                raise ValueError(f"eval.{key}={value!r}: is none of the rewards {known}; {hint}")
+        if self.eval.preferences is not None and not self.reward_models:
+            raise ValueError("eval.preferences: there is no reward model to judge; give reward_models or leave it out")
+        longest, max_tokens = self.model.max_length, self.generator.sampling.max_tokens
+        if longest is not None and max(max_tokens, self.eval.suite_max_tokens if self.eval.suites else 0) >= longest:
+            raise ValueError(
+                f"generator.sampling.max_tokens={max_tokens}: it or eval.suite_max_tokens="
+                f"{self.eval.suite_max_tokens} leaves no room for a prompt in model.max_length={longest}; use less"
+            )
+        return self
+
+    @property
+    def reward_names(self) -> list[str]:
+        """Parts of the reward: the functions', then the models'."""
+        return [r.name for r in (*self.rewards, *self.reward_models)]

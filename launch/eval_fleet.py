@@ -1,0 +1,171 @@
+"""Where an evaluation runs: one stage of workers after the other, so that no two big models share memory.
+
+May import: actors.{generator, modeling, reference, reward_model, reward_worker}, cluster.*, launch.eval_config.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from actors.generator import VLLMGenerator
+from actors.model_folders import resolve_model
+from actors.modeling import compute_dtype
+from actors.reference import ReferenceModel
+from actors.reward_model import RewardModel
+from actors.reward_worker import RewardWorker
+from cluster.host import native_bfloat16, num_cpus
+from cluster.layout import Layout, NodeSupply, RoleDemand, plan_layout
+from cluster.placement import Placement, RayHandle, nodes_of_cluster, start_or_join
+from cluster.worker_group import WorkerGroup
+from launch.eval_config import EvalConfig
+from trainers.errors import InputError
+from trainers.prompt_format import PromptFormat
+
+MANY = 4096  # calls at once of an asyncio actor whose engine batches them
+GENERATOR, FUNCTIONS, LOGPROBS = "generator", "reward_workers", "logprobs"
+
+
+@dataclass(frozen=True)
+class Role:
+    """Workers of one kind: what they are made of, and the GPUs of each where there are GPUs."""
+
+    name: str
+    factory: type
+    kwargs: tuple[Mapping[str, Any], ...]
+    gpus: float
+    concurrency: int
+    deadline_s: float
+
+
+class EvalCluster:
+    """The machines of one evaluation; makes roles, and runs stages of them."""
+
+    def __init__(self, config: EvalConfig) -> None:
+        self._config = config
+        self._ray: RayHandle | None = None
+        if config.cluster.backend == "in_process":
+            import torch
+
+            self._nodes = [NodeSupply("this process", num_cpus(), torch.cuda.device_count())]
+        else:
+            engines = config.generator.num_workers
+            scorers = config.reward_workers.num_workers + sum(m.num_workers for m in config.reward_models)
+            self._ray = start_or_join(config.cluster, max(engines, scorers, config.base.num_workers))
+            self._nodes = nodes_of_cluster()
+        try:
+            self.device = self._device()
+        except BaseException:
+            self.close()
+            raise
+        native = self.device == "cuda" or native_bfloat16()
+        self.dtype = str(compute_dtype(config.model.dtype, native)).removeprefix("torch.")
+
+    def _device(self) -> str:
+        wanted, cluster = self._config.cluster.num_nodes, self._config.cluster
+        if wanted is not None and len(self._nodes) < wanted:
+            raise InputError("cluster.num_nodes", wanted, f"the Ray cluster has {len(self._nodes)} nodes",
+                             "start Ray on the missing nodes, or lower it")  # fmt: skip
+        has_gpus = any(node.num_gpus for node in self._nodes)
+        if cluster.device == "cuda" and not has_gpus:
+            raise InputError("cluster.device", "cuda", "the cluster has no GPU",
+                             "run it on a cluster with GPUs, or set cluster.device=cpu")  # fmt: skip
+        return "cuda" if has_gpus and cluster.device != "cpu" else "cpu"
+
+    def close(self) -> None:
+        if self._ray is not None:
+            self._ray.stop()
+
+    # --- roles --------------------------------------------------------------------------------
+
+    def engines(self, who: str, path: str, max_length: int) -> Role:
+        settings = self._config.generator
+        width = 1.0 if self._config.cluster.colocate else float(settings.tensor_parallel_size)
+        shared = {
+            "model_path": path, "settings": settings, "dtype": self.dtype, "device": self.device,
+            "max_length": max_length, "seed": self._config.run.seed,
+        }  # fmt: skip
+        kwargs = tuple({"name": f"{who}-{i}", **shared} for i in range(settings.num_workers))
+        gpus = width if settings.gpus_per_worker is None else settings.gpus_per_worker
+        return Role(GENERATOR, VLLMGenerator, kwargs, gpus, MANY, settings.start_deadline_s)
+
+    def logprobs(self, path: str) -> Role:
+        """A frozen model that scores completions at the sampling temperature."""
+        base = self._config.base
+        kwargs = {
+            "model_path": path, "settings": base.model_copy(update={"path": None}), "chunk": base.logprob_chunk,
+            "temperature": self._config.generator.sampling.temperature,
+            "dtype": self.dtype, "device": self._torch_device,
+        }  # fmt: skip
+        return self._scorer(LOGPROBS, ReferenceModel, kwargs, base.num_workers, base.gpus_per_worker)
+
+    def scorers(self, policy_path: str) -> list[Role]:
+        """The reward functions, if there are any, then each reward model under its number."""
+        config, roles = self._config, []
+        if config.rewards:
+            kwargs = {"rewards": config.rewards, "settings": config.reward_workers}
+            count = config.reward_workers.num_workers
+            deadline_s = config.cluster.start_deadline_s
+            roles.append(Role(FUNCTIONS, RewardWorker, (kwargs,) * count, 0.0, 64, deadline_s))
+        return roles + self._reward_models(policy_path, judged=False)
+
+    def judged_models(self, policy_path: str) -> list[Role]:
+        """The reward models as they score pairs: bare scores, of tokens that are already their own."""
+        return self._reward_models(policy_path, judged=True)
+
+    def _reward_models(self, policy_path: str, judged: bool) -> list[Role]:
+        prompts, roles = self._config.prompts, []
+        form = PromptFormat(system=prompts.system, template=prompts.template, chat=prompts.chat)
+        for index, model in enumerate(self._config.reward_models):
+            own = resolve_model(model.path) if judged and model.retokenize else policy_path
+            bare = {"normalize": False, "clip": None, "retokenize": False} if judged else {}
+            kwargs = {
+                "settings": model.model_copy(update=bare), "policy_path": own, "form": form,
+                "dtype": self.dtype, "device": self._torch_device,
+            }  # fmt: skip
+            role = f"reward_models.{index}"
+            roles.append(self._scorer(role, RewardModel, kwargs, model.num_workers, model.gpus_per_worker))
+        return roles
+
+    def _scorer(self, name: str, factory: type, kwargs: Mapping[str, Any], count: int, gpus: float | None) -> Role:
+        deadline_s = self._config.cluster.start_deadline_s
+        return Role(name, factory, (kwargs,) * count, 1.0 if gpus is None else gpus, 1, deadline_s)
+
+    @property
+    def _torch_device(self) -> str:
+        return "cuda:0" if self.device == "cuda" else "cpu"  # Ray shows each worker its own GPUs only
+
+    # --- stages -------------------------------------------------------------------------------
+
+    def layout(self, roles: Sequence[Role]) -> Layout:
+        """A place for every worker.  ShortfallError where there is none."""
+        on_gpu = self.device == "cuda"
+        demands = [RoleDemand(r.name, len(r.kwargs), r.gpus if on_gpu else 0.0) for r in roles]
+        return plan_layout(demands, self._nodes, self._config.cluster.colocate)
+
+    @asynccontextmanager
+    async def stage(self, roles: Sequence[Role]) -> AsyncIterator[dict[str, WorkerGroup]]:
+        """The workers of ``roles`` by name, ready; gone, with their memory, when the block ends."""
+        layout = self.layout(roles)
+        placement = None
+        if self._ray is not None:
+            placement = Placement.create(layout, self._config.cluster.placement_deadline_s)
+        groups: dict[str, WorkerGroup] = {}
+        try:
+            for role in roles:
+                groups[role.name] = WorkerGroup.launch(
+                    role.name, role.factory, role.kwargs, placement=placement, slots=layout.of(role.name),
+                    concurrency=role.concurrency, start_deadline_s=role.deadline_s,
+                )  # fmt: skip
+            for group in groups.values():
+                await group.ready()
+            yield groups
+        finally:
+            for group in groups.values():
+                await group.shutdown()
+            if placement is not None:
+                placement.remove()
+            gc.collect()  # in process: an engine that was closed is a cycle of references, and the next one is as big

@@ -1,0 +1,232 @@
+"""``burnish eval``: one policy against its base, by every instrument there is.
+
+    prompts + suites -> policy's engines -> base's engines -> rewards -> log-probs by both -> report
+                                                              pairs  -> reward models     ->
+
+Everything that can be refused is refused before Ray starts; models follow each other, so each has the memory alone.
+May import: everything.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from rich.console import Console
+
+from actors.fleet import GeneratorFleet, ReferencePool, RewardPool
+from actors.mixed_scorer import MixedScorer
+from cluster.transport import fetch, put
+from launch.eval_config import EvalConfig
+from launch.eval_files import write_results
+from launch.eval_fleet import FUNCTIONS, GENERATOR, LOGPROBS, EvalCluster, Role
+from launch.eval_prepare import REPORT, PreparedEval, check_eval_folder, prepare_eval
+from launch.eval_report import BASE, POLICY, Answers, Measured, build_report
+from trainers.comparisons import Comparison
+from trainers.errors import InputError
+from trainers.experience import (
+    Prompt,
+    Trajectory,
+    TrajectoryGroup,
+    VersionSpan,
+    WeightVersion,
+    decode_group,
+    decode_logprobs,
+    encode_group,
+    summarize,
+)
+from trainers.protocols import GeneratedGroup, GroupRequest
+from trainers.sampling_seeds import sample_seed
+
+PAYLOAD_DEADLINE_S = 120.0
+OVERSUPPLY = 2  # groups in flight for each place: no worker runs dry, and none waits out a deadline in a queue
+HELD_OUT = -1  # the turn of a held-out prompt, as in trainers/evaluation.py: training never draws these streams
+
+A, B = TypeVar("A"), TypeVar("B")
+
+
+def evaluate_models(config: EvalConfig, console: Console) -> Path:
+    """Sample, score and compare.  Returns the report; the page and the samples stand beside it.
+
+    Raises:
+        InputError: something in the configuration, the models, the data or a suite cannot be used.
+    """
+    folder = check_eval_folder(config)
+    prepared = prepare_eval(config)
+    num_questions = sum(len(suite.prompts) for suite in prepared.suites)
+    _say(console, f"{config.run.name}: {len(prepared.prompts)} prompts of {prepared.stream}, "
+                  f"{config.eval.num_samples} samples each, {num_questions} questions in suites")  # fmt: skip
+    measured = asyncio.run(_measure(config, prepared, console))
+    write_results(folder, config, prepared, measured, build_report(config, prepared, measured), console)
+    return folder / REPORT
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+async def _measure(config: EvalConfig, prepared: PreparedEval, console: Console) -> Measured:
+    paths = {POLICY: prepared.model_path} | ({} if prepared.base_path is None else {BASE: prepared.base_path})
+    cluster = EvalCluster(config)
+    try:
+        engines = {who: cluster.engines(who, path, prepared.max_length) for who, path in paths.items()}
+        scorers, judged = cluster.scorers(prepared.model_path), cluster.judged_models(prepared.model_path)
+        for stage in ([engines[POLICY]], scorers, [cluster.logprobs(prepared.model_path)]):
+            cluster.layout(stage)  # a shortfall is said now, not after an hour of sampling
+        answers = {who: await _sample(config, prepared, cluster, role, who, console) for who, role in engines.items()}
+        if scorers:
+            answers = await _score(config, cluster, scorers, answers, console)
+        logprobs = None
+        if BASE in paths:
+            groups = answers[POLICY].groups
+            ours, theirs = [await _logprobs(cluster, path, config, groups) for path in paths.values()]
+            logprobs = ours, theirs
+        pair_scores = {}
+        if prepared.pairs:
+            pair_scores = await judge_reward_models(config, prepared, cluster, judged, console)
+    finally:
+        cluster.close()
+    return Measured(answers[POLICY], answers.get(BASE), logprobs, pair_scores)
+
+
+async def _sample(
+    config: EvalConfig, prepared: PreparedEval, cluster: EvalCluster, role: Role, who: str, console: Console
+) -> Answers:
+    """One model's completions of every prompt, and its greedy answers to the suites."""
+    sampling, num_samples, settings = config.generator.sampling, config.eval.num_samples, config.generator
+    requests = [
+        GroupRequest(
+            group_id=f"eval-{i}", prompt=prompt, num_samples=num_samples,
+            seeds=tuple(sample_seed(config.run.seed, prompt.prompt_id, s, HELD_OUT) for s in range(num_samples)),
+            temperature=sampling.temperature, max_tokens=sampling.max_tokens,
+        )
+        for i, prompt in enumerate(prepared.prompts)
+    ]  # fmt: skip
+    questions = [
+        GroupRequest(f"{suite.name}-{i}", prompt, 1, (0,), 1.0, config.eval.suite_max_tokens, greedy=True)
+        for suite in prepared.suites
+        for i, prompt in enumerate(suite.prompts)
+    ]
+    places = settings.max_num_seqs * settings.num_workers
+    started = time.perf_counter()
+    async with cluster.stage([role]) as workers:
+        ready = time.perf_counter()
+        generator = GeneratorFleet(workers[GENERATOR], settings.group_deadline_s)
+
+        async def answer(request: GroupRequest) -> TrajectoryGroup:
+            generated = await generator.generate(request)
+            return decode_group(fetch(generated.payload, PAYLOAD_DEADLINE_S))
+
+        found = await _in_lanes(-(-OVERSUPPLY * places // num_samples), [*requests, *questions], answer)
+    took = time.perf_counter() - ready
+    num_tokens = sum(t.num_tokens for group in found for t in group.trajectories)
+    _say(console, f"{who}: {num_tokens} tokens in {took:.1f} s ({num_tokens / took:.0f}/s), "
+                  f"engines ready in {ready - started:.1f} s")  # fmt: skip
+    texts = iter(group.trajectories[0].text for group in found[len(requests) :])
+    return Answers(
+        found[: len(requests)], {suite.name: [next(texts) for _ in suite.items] for suite in prepared.suites}
+    )
+
+
+async def _score(
+    config: EvalConfig, cluster: EvalCluster, roles: Sequence[Role], answers: dict[str, Answers], console: Console
+) -> dict[str, Answers]:
+    """The same answers with their rewards."""
+    workers = config.reward_workers
+    # Every try of a function, and as long again for the groups before it.
+    deadlines = {FUNCTIONS: 2 * workers.timeout_s * (workers.num_retries + 1) + 60.0}
+    deadlines |= {f"reward_models.{i}": m.deadline_s for i, m in enumerate(config.reward_models)}
+    started = time.perf_counter()
+    async with cluster.stage(roles) as groups:
+        scorer = MixedScorer([RewardPool(group, deadlines[name]) for name, group in groups.items()])
+        num_lanes = OVERSUPPLY * max(len(role.kwargs) for role in roles)
+        found = {}
+        for who, side in answers.items():
+            rewards = await _in_lanes(num_lanes, [_payload(g) for g in side.groups], scorer.score)
+            found[who] = Answers(side.groups, side.suites, rewards)
+    num_failed = sum(f.kind != "abstained" for side in found.values() for r in side.rewards for _, f in r.failures)
+    failed = f", {num_failed} rewards failed" if num_failed else ""
+    _say(console, f"rewards: {time.perf_counter() - started:.1f} s{failed}")
+    return found
+
+
+async def _logprobs(
+    cluster: EvalCluster, path: str, config: EvalConfig, answered: Sequence[TrajectoryGroup]
+) -> list[np.ndarray]:
+    """float32 [T] of every sample under the model in ``path``, at the sampling temperature."""
+    async with cluster.stage([cluster.logprobs(path)]) as workers:
+        pool = ReferencePool(workers[LOGPROBS], config.base.deadline_s)
+
+        async def score(group: TrajectoryGroup) -> list[np.ndarray]:
+            return decode_logprobs(fetch(await pool.logprobs(_payload(group)), PAYLOAD_DEADLINE_S))
+
+        rows = await _in_lanes(OVERSUPPLY * config.base.num_workers, answered, score)
+    return [row for group in rows for row in group]
+
+
+async def judge_reward_models(
+    config: EvalConfig, prepared: PreparedEval, cluster: EvalCluster, roles: Sequence[Role], console: Console
+) -> dict[str, list[np.ndarray]]:
+    """Of each reward model: the scores, float64 [K], of the answers of every held-out comparison."""
+    started, found = time.perf_counter(), {}
+    for model, role in zip(config.reward_models, roles, strict=True):
+        async with cluster.stage([role]) as groups:
+            pool = RewardPool(groups[role.name], model.deadline_s)
+            payloads = [_payload(_as_group(c, f"pair-{i}")) for i, c in enumerate(prepared.pairs[model.name])]
+            rewards = await _in_lanes(OVERSUPPLY * model.num_workers, payloads, pool.score)
+            found[model.name] = [r.parts[model.name] for r in rewards]
+    _say(console, f"pairs: {time.perf_counter() - started:.1f} s")
+    return found
+
+
+def _as_group(comparison: Comparison, group_id: str) -> TrajectoryGroup:
+    """Written answers in the form that reward models score."""
+    span = WeightVersion(0, 0)
+    answers = tuple(
+        Trajectory(i, 0, ids, np.zeros(len(ids), np.float32), "", "stop", (VersionSpan(span, len(ids)),))
+        for i, ids in enumerate(comparison.completion_ids)
+    )
+    return TrajectoryGroup(group_id, Prompt(comparison.prompt_id, comparison.prompt_ids, ""), answers)
+
+
+def _payload(group: TrajectoryGroup) -> GeneratedGroup:
+    return GeneratedGroup(summarize(group, "eval", 0.0), put(encode_group(group)))
+
+
+async def _in_lanes(num_lanes: int, items: Sequence[A], work: Callable[[A], Awaitable[B]]) -> list[B]:
+    """``work`` of every item, in order, at most ``num_lanes`` at a time."""
+    found: dict[int, B] = {}
+    waiting = iter(enumerate(items))
+
+    async def lane() -> None:
+        for index, item in waiting:
+            found[index] = await work(item)
+
+    async with asyncio.TaskGroup() as lanes:
+        for _ in range(min(num_lanes, len(items))):
+            lanes.create_task(lane())
+    return [found[index] for index in range(len(items))]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """``python -m launch.evaluate RECIPE [key=value ...]``."""
+    from launch.overrides import load_config
+
+    parser = argparse.ArgumentParser(prog="python -m launch.evaluate", description=__doc__)
+    parser.add_argument("recipe")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    arguments = parser.parse_intermixed_args(argv)
+    config: Any = load_config(arguments.recipe, arguments.overrides).config
+    if not isinstance(config, EvalConfig):
+        raise InputError("recipe", arguments.recipe, "is no evaluation's recipe", "give it a section eval")
+    evaluate_models(config, Console())
+    return 0
+
+
+if __name__ == "__main__":
+    main()

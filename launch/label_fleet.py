@@ -1,0 +1,186 @@
+"""The workers of a labelling run: generators, and whoever labels.
+
+May import: actors.*, cluster.*, launch.{label_config, label_prepare, label_sources}.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from actors.fleet import GeneratorFleet, RewardPool
+from actors.generator import VLLMGenerator
+from actors.modeling import compute_dtype, load_tokenizer
+from actors.pair_worker import PairWorker
+from actors.reward_model import RewardModel
+from actors.reward_worker import RewardWorker
+from actors.settings import GeneratorSettings, RewardModelSettings
+from cluster.host import native_bfloat16, num_cpus
+from cluster.layout import Layout, NodeSupply, RoleDemand, plan_layout
+from cluster.placement import Placement, RayHandle, nodes_of_cluster, start_or_join
+from cluster.worker_group import WorkerGroup
+from launch.label_config import LabelConfig
+from launch.label_prepare import PAIR_FIELD, PreparedLabel
+from launch.label_sources import JudgeLabeller, Labeller, PairLabeller, ScoreLabeller
+from trainers.errors import InputError
+from trainers.prompt_format import PromptFormat
+
+MANY = 4096  # calls at once of an asyncio actor whose engine batches them
+
+
+@dataclass
+class LabelFleet:
+    """A running system."""
+
+    generator: GeneratorFleet
+    labeller: Labeller
+    _groups: list[WorkerGroup]
+    _placement: Placement | None
+    _ray: RayHandle | None
+
+    async def close(self) -> None:
+        await _close(self._groups, self._placement, self._ray)
+
+
+async def _close(groups: list[WorkerGroup], placement: Placement | None, handle: RayHandle | None) -> None:
+    for group in groups:
+        await group.shutdown()
+    if placement is not None:
+        placement.remove()
+    if handle is not None:
+        handle.stop()
+
+
+def demands(config: LabelConfig, on_gpu: bool) -> list[RoleDemand]:
+    """What each role asks for."""
+
+    def engines(name: str, settings: GeneratorSettings) -> RoleDemand:
+        width = 1.0 if config.cluster.colocate else float(settings.tensor_parallel_size)
+        asked = width if settings.gpus_per_worker is None else settings.gpus_per_worker
+        return RoleDemand(name, settings.num_workers, asked if on_gpu else 0.0)
+
+    roles = [engines("generator", config.generator)]
+    judge, model = config.label.judge, config.label.reward_model
+    if model is not None:
+        asked = 1.0 if model.gpus_per_worker is None else model.gpus_per_worker
+        roles.append(RoleDemand("reward_model", model.num_workers, asked if on_gpu else 0.0))
+    elif judge is None:
+        roles.append(RoleDemand("reward_workers", config.reward_workers.num_workers, 0.0))
+    elif judge.path is not None:
+        roles.append(engines("judge", judge.generator))
+    return roles
+
+
+async def start_fleet(config: LabelConfig, prepared: PreparedLabel) -> LabelFleet:
+    """Join or start Ray, place and construct every worker; returns when all are ready."""
+    handle, nodes = _connect(config)
+    placement: Placement | None = None
+    groups: list[WorkerGroup] = []
+    try:
+        device = _device(config, nodes)
+        layout = plan_layout(demands(config, device == "cuda"), nodes, config.cluster.colocate)
+        if handle is not None:
+            placement = Placement.create(layout, config.cluster.placement_deadline_s)
+        start = _Starter(config, layout, placement, device, groups)
+        settings = config.candidate_generator
+        generators = start.engines("generator", prepared.model_path, settings, prepared.max_length)
+        generator = GeneratorFleet(generators, settings.group_deadline_s)
+        labeller = _labeller(config, prepared, start, generator)
+        for group in groups:
+            await group.ready()
+    except BaseException:
+        await _close(groups, placement, handle)
+        raise
+    return LabelFleet(generator, labeller, groups, placement, handle)
+
+
+def _labeller(config: LabelConfig, prepared: PreparedLabel, start: _Starter, policy: GeneratorFleet) -> Labeller:
+    label, workers = config.label, config.reward_workers
+    # Every try of a function, and as long again for a queue of prompts before it.
+    deadline_s = 2 * workers.timeout_s * (workers.num_retries + 1) + 60.0
+    if label.judge is not None:
+        judges = policy
+        if prepared.judge_path is not None:
+            own = label.judge.generator
+            engines = start.engines("judge", prepared.judge_path, own, prepared.judge_max_length)
+            judges = GeneratorFleet(engines, own.group_deadline_s)
+        tokenizer = load_tokenizer(prepared.judge_path or prepared.model_path)
+        return JudgeLabeller(config, label.judge, judges, tokenizer, prepared.judge_max_length)
+    if label.reward_model is not None:
+        scorers = start.reward_model(label.reward_model, prepared.model_path)
+        return ScoreLabeller(config, RewardPool(scorers, label.reward_model.deadline_s))
+    if label.pair is not None:
+        kwargs = {"function": label.pair, "settings": workers, "field": PAIR_FIELD}
+        return PairLabeller(config, start.functions(PairWorker, kwargs), deadline_s)
+    rewards = start.functions(RewardWorker, {"rewards": label.rewards, "settings": workers})
+    return ScoreLabeller(config, RewardPool(rewards, deadline_s))
+
+
+@dataclass
+class _Starter:
+    """Launches groups into their slots and notes them down."""
+
+    config: LabelConfig
+    layout: Layout
+    placement: Placement | None
+    device: str
+    groups: list[WorkerGroup] = field(default_factory=list)
+
+    def engines(self, role: str, path: str, settings: GeneratorSettings, max_length: int) -> WorkerGroup:
+        shared = {
+            "model_path": path, "settings": settings, "device": self.device, "max_length": max_length,
+            "dtype": self.dtype, "seed": self.config.run.seed,
+        }  # fmt: skip
+        kwargs = [{"name": f"{role}-{i}", **shared} for i in range(settings.num_workers)]
+        return self._launch(role, VLLMGenerator, kwargs, MANY, settings.start_deadline_s)
+
+    def reward_model(self, settings: RewardModelSettings, policy_path: str) -> WorkerGroup:
+        prompts = self.config.prompts
+        kwargs = {
+            "settings": settings, "policy_path": policy_path, "dtype": self.dtype,
+            "device": "cuda:0" if self.device == "cuda" else "cpu",  # Ray shows each worker its own GPUs only
+            "form": PromptFormat(system=prompts.system, template=prompts.template, chat=prompts.chat),
+        }  # fmt: skip
+        deadline_s = self.config.cluster.start_deadline_s
+        return self._launch("reward_model", RewardModel, [kwargs] * settings.num_workers, 1, deadline_s)
+
+    @property
+    def dtype(self) -> str:
+        native = self.device == "cuda" or native_bfloat16()
+        return str(compute_dtype(self.config.model.dtype, native)).removeprefix("torch.")
+
+    def functions(self, factory: type, kwargs: Mapping[str, Any]) -> WorkerGroup:
+        count = self.config.reward_workers.num_workers
+        return self._launch("reward_workers", factory, [kwargs] * count, 64, self.config.cluster.start_deadline_s)
+
+    def _launch(self, role: str, factory: type, kwargs: list[Any], concurrency: int, deadline_s: float) -> WorkerGroup:
+        group = WorkerGroup.launch(
+            role, factory, kwargs, placement=self.placement, slots=self.layout.of(role), concurrency=concurrency,
+            start_deadline_s=deadline_s,
+        )  # fmt: skip
+        self.groups.append(group)
+        return group
+
+
+def _connect(config: LabelConfig) -> tuple[RayHandle | None, list[NodeSupply]]:
+    if config.cluster.backend == "in_process":
+        import torch
+
+        return None, [NodeSupply("this process", num_cpus(), torch.cuda.device_count())]
+    handle = start_or_join(config.cluster, sum(d.num_workers for d in demands(config, False)))
+    nodes = nodes_of_cluster()
+    wanted = config.cluster.num_nodes
+    if wanted is not None and len(nodes) < wanted:
+        handle.stop()
+        raise InputError("cluster.num_nodes", wanted, f"the Ray cluster has {len(nodes)} nodes",
+                         "start Ray on the missing nodes, or lower it")  # fmt: skip
+    return handle, nodes
+
+
+def _device(config: LabelConfig, nodes: list[NodeSupply]) -> str:
+    has_gpus = any(node.num_gpus for node in nodes)
+    if config.cluster.device == "cuda" and not has_gpus:
+        raise InputError("cluster.device", "cuda", "the cluster has no GPU",
+                         "run it on a cluster with GPUs, or set cluster.device=cpu")  # fmt: skip
+    return "cuda" if has_gpus and config.cluster.device != "cpu" else "cpu"

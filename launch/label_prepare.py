@@ -1,0 +1,180 @@
+"""Everything ``burnish label`` can refuse before anything is allocated, and what names a labelling.
+
+May import: actors.{model_folders, modeling, reward_model}, trainers.*, launch.*.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from actors.model_folders import resolve_model
+from actors.reward_model import check_reward_model
+from actors.settings import RewardModelSettings
+from launch.label_config import LabelConfig
+from launch.model_facts import ModelFacts, check_model_folder
+from launch.prompts import PromptStream, load_prompts
+from trainers.errors import InputError
+from trainers.experience import Prompt
+from trainers.pair_function import load_pair_function, probe_pair_function, source_of
+from trainers.prompt_format import PromptFormat
+from trainers.rewards import load_reward, probe_rewards
+
+MANIFEST, RECORDS = "label.json", "labelled.jsonl"
+PAIR_FIELD = "label.pair.function"
+PROBE_TIMEOUT_S = 60.0  # for one call of a function at start, imports included
+HASHED_BYTES = 2**22  # read at a time
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedLabel:
+    """Checked inputs of a labelling run."""
+
+    model_path: str
+    facts: ModelFacts
+    max_length: int
+    prompts: list[Prompt]
+    judge_path: str | None  # None: no judge, or the policy
+    judge_max_length: int
+    identity: Mapping[str, str]  # what must be the same for a run to be continued
+
+
+def output_path(config: LabelConfig) -> Path:
+    """Where the preferences go."""
+    if config.output.path is not None:
+        return Path(config.output.path).expanduser()
+    return Path(config.run.directory) / config.run.name / f"preferences.{config.output.format}"
+
+
+def check_label_folder(config: LabelConfig, resume: bool) -> Path:
+    """The run's folder: absent (or empty) for a new run, a labelling run's for a resumed one.
+
+    Raises:
+        InputError: it is otherwise, or the output is there already.
+    """
+    folder, name = Path(config.run.directory) / config.run.name, config.run.name
+    if folder.exists() and not folder.is_dir():
+        raise InputError("run.name", name, f"{folder} is a file", "choose another run.name")
+    there = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise InputError("run.directory", config.run.directory, f"no folder can be made in {there}",
+                         "choose a folder you may write to")  # fmt: skip
+    if resume:
+        if not (folder / MANIFEST).exists():
+            reason = f"there is no labelling run to resume in {folder}"
+            raise InputError("run.name", name, reason, "start it without --resume")
+        return folder
+    if folder.exists() and any(folder.iterdir()):
+        raise InputError("run.name", name, f"the run folder {folder} exists already",
+                         "add --resume to continue it, or choose another run.name")  # fmt: skip
+    target = output_path(config)
+    if target.exists():
+        raise InputError("output.path", str(target), "exists already", "name another file or remove it")
+    return folder
+
+
+def prepare_label(config: LabelConfig) -> PreparedLabel:
+    """Check model, prompts and labeller.
+
+    Raises:
+        InputError: the first thing that cannot be used, in one line.
+    """
+    from actors.modeling import load_tokenizer
+
+    path = resolve_model(config.model.path)
+    facts = check_model_folder(path)
+    max_length = _longest(config.model.max_length, facts, "model.max_length")
+    max_tokens = config.sampling.max_tokens
+    if max_tokens >= max_length:
+        raise InputError("sampling.max_tokens", max_tokens, f"leaves no room for a prompt in {max_length} tokens",
+                         f"use less than {max_length}")  # fmt: skip
+    tokenizer = load_tokenizer(path)
+    prompts, _, _ = load_prompts(config.prompts, tokenizer, max_length - max_tokens, config.run.seed)
+    if len({isinstance(prompt.source, str) for prompt in prompts}) > 1:
+        raise InputError("prompts.train", config.prompts.train.path, "some prompts are text and some are messages",
+                         "give all of them in one form: a preference file has one")  # fmt: skip
+    judge_path, judge_max_length, labeller = None, max_length, _labeller_source(config, prompts)
+    if config.label.reward_model is not None:
+        labeller = _reward_model_digest(config.label.reward_model, tokenizer, max_length)
+    judge = config.label.judge
+    if judge is not None:
+        if judge.path is not None:
+            judge_path = resolve_model(judge.path)
+            judge_facts = check_model_folder(judge_path, "label.judge.path")
+            judge_max_length = _longest(judge.max_length, judge_facts, "label.judge.max_length")
+            labeller = folder_digest(judge_path)
+        if judge.max_tokens >= judge_max_length:
+            raise InputError("label.judge.max_tokens", judge.max_tokens, f"leaves no room in {judge_max_length} tokens",
+                             f"use less than {judge_max_length}")  # fmt: skip
+        # A chat template that is missing, or refuses a system message, says so here.
+        form = PromptFormat(system=judge.system, chat=judge.chat)
+        form.render(judge.template, load_tokenizer(judge_path or path), "label.judge")
+    identity = {
+        "run.seed": str(config.run.seed),
+        "model.path": folder_digest(path),
+        "model.dtype": config.model.dtype,
+        "prompts": str(PromptStream(prompts, config.run.seed, config.prompts.shuffle).state_dict()["digest"]),
+        "sampling": _digest(config.sampling.model_dump(mode="json")),
+        "label": _digest([config.label.model_dump(mode="json"), labeller]),
+        "keep.drop_identical": str(config.keep.drop_identical),
+        "keep.pairs": "random" if config.keep.pairs == "random" else "all",  # which ones are compared
+    }
+    return PreparedLabel(path, facts, max_length, prompts, judge_path, judge_max_length, identity)
+
+
+def _longest(setting: int | None, facts: ModelFacts, field: str) -> int:
+    if setting is not None and setting > facts.max_length:
+        raise InputError(field, setting, f"the model was built for {facts.max_length} tokens",
+                         f"use at most {facts.max_length}")  # fmt: skip
+    return setting or facts.max_length
+
+
+def _labeller_source(config: LabelConfig, prompts: list[Prompt]) -> str:
+    """Load and probe the functions; the source texts they come from, "" without functions."""
+    label = config.label
+    if label.pair is not None:
+        function = load_pair_function(label.pair, PAIR_FIELD)
+        probe_pair_function(function, prompts, PAIR_FIELD, PROBE_TIMEOUT_S)
+        return source_of(function)
+    rewards = [load_reward(reward) for reward in label.rewards]
+    probe_rewards(rewards, prompts, PROBE_TIMEOUT_S)
+    return "\n".join(source_of(reward) for reward in rewards)
+
+
+def _reward_model_digest(settings: RewardModelSettings, tokenizer: Any, max_length: int) -> str:
+    try:
+        check_reward_model(settings, tokenizer, max_length)
+    except InputError as error:
+        theirs, ours = f"reward_models.{settings.name}", "label.reward_model"
+        field, remedy = error.field.replace(theirs, ours), error.remedy.replace(theirs, ours)
+        raise InputError(field, error.value, error.reason, remedy) from error
+    return folder_digest(resolve_model(settings.path))
+
+
+def check_identity(folder: Path, identity: Mapping[str, str]) -> None:
+    """InputError where the run in ``folder`` was started with something else: its records would not be of one kind."""
+    before = json.loads((folder / MANIFEST).read_text())["identity"]
+    for name, value in identity.items():
+        if before.get(name) != value:
+            raise InputError(name, value, f"the run was started with another one ({before.get(name)})",
+                             "restore it, or start a new run under another run.name")  # fmt: skip
+
+
+def folder_digest(path: str) -> str:
+    """Digest of a model folder's configuration and weights: 32 hexadecimal digits."""
+    digest = hashlib.blake2b(digest_size=16)
+    for file in sorted([Path(path) / "config.json", *Path(path).glob("*.safetensors")]):
+        digest.update(file.name.encode())
+        with file.open("rb") as stream:
+            while block := stream.read(HASHED_BYTES):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def _digest(value: Any) -> str:
+    return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=8).hexdigest()

@@ -1,0 +1,56 @@
+"""What a run folder knows of the attempts before this one.
+
+May import: cluster.{checkpoints, errors}, trainers.errors, launch.{config, telemetry}.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from cluster.checkpoints import Checkpoint, CheckpointStore
+from cluster.errors import DamagedError
+from launch.config import RunConfig
+from launch.journal import read_rows
+from trainers.errors import InputError
+
+
+def newest_checkpoint(config: RunConfig, folder: Path) -> Checkpoint | None:
+    """The checkpoint to continue from, its bytes verified; None when the run ended before its first one.
+
+    Raises:
+        InputError: it is damaged, or was made by another number of ranks or another ZeRO stage.
+    """
+    try:
+        checkpoint = CheckpointStore(folder / "checkpoints", config.checkpoint.keep).latest()
+    except DamagedError as error:
+        reason, _, remedy = str(error).partition("; ")
+        raise InputError("--resume", config.run.name, reason, remedy) from error
+    if checkpoint is None:
+        return None
+    saved_critic = "critic" in checkpoint.metadata
+    if saved_critic != config.algorithm.needs_critic:
+        made_by, has = ("ppo", "a") if saved_critic else ("grpo", "no")
+        reason = f"the checkpoint of step {checkpoint.step} has {has} critic"
+        raise InputError("algorithm.name", config.algorithm.name, reason, f"resume with algorithm.name={made_by}")
+    for role in ("learner", "critic"):
+        for name, made_with in dict(checkpoint.metadata.get(role, {})).items():
+            value = getattr(getattr(config, role), name)
+            if value != made_with:
+                reason = f"the checkpoint of step {checkpoint.step} is in shards of {made_with}"
+                raise InputError(f"{role}.{name}", value, reason, f"resume with {role}.{name}={made_with}")
+    return checkpoint
+
+
+def earlier_attempts(folder: Path) -> tuple[int, str | None]:
+    """(highest incarnation that served, last W&B run id) of this run folder; (-1, None) for a new one.
+
+    A checkpoint alone cannot tell: a run that was resumed and killed before its next checkpoint left
+    samples of an incarnation which no checkpoint mentions, and versions are never used twice.
+    """
+    incarnation, wandb_id = -1, None
+    for event in read_rows(folder / "events.jsonl"):
+        if event.get("kind") == "ready":
+            incarnation = max(incarnation, int(str(event["version"]).split(".")[0]))
+        elif event.get("kind") == "recording":
+            wandb_id = event.get("wandb_id") or wandb_id
+    return incarnation, wandb_id

@@ -1,0 +1,50 @@
+"""The workers that score a run's samples: its reward functions, and each of its reward models.
+
+May import: actors.{fleet, reward_model, reward_worker}, cluster.worker_group, launch.config, trainers.prompt_format.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from actors.fleet import RewardPool
+from actors.reward_model import RewardModel
+from actors.reward_worker import RewardWorker
+from cluster.worker_group import WorkerGroup
+from launch.config import RunConfig
+from trainers.prompt_format import PromptFormat
+
+
+def reward_pools(
+    config: RunConfig, model_path: str, dtype: str, torch_device: str, launch: Callable[..., WorkerGroup]
+) -> list[RewardPool]:
+    """One pool for all reward functions, if there are any, and one for each reward model."""
+    shown = config.prompts
+    form = PromptFormat(system=shown.system, template=shown.template, chat=shown.chat)
+    pools = []
+    if config.rewards:
+        workers = launch(
+            "reward_workers", RewardWorker,
+            [{"rewards": config.rewards, "settings": config.reward_workers}] * config.reward_workers.num_workers,
+            concurrency=64, deadline=config.cluster.start_deadline_s,
+        )  # fmt: skip
+        pools.append(RewardPool(workers, _reward_deadline(config)))
+    for index, settings in enumerate(config.reward_models):
+        workers = launch(
+            f"reward_models.{index}", RewardModel,
+            [
+                {
+                    "settings": settings, "policy_path": model_path, "dtype": dtype, "device": torch_device,
+                    "form": form,
+                }
+            ] * settings.num_workers,
+            concurrency=1, deadline=config.cluster.start_deadline_s,
+        )  # fmt: skip
+        pools.append(RewardPool(workers, settings.deadline_s))
+    return pools
+
+
+def _reward_deadline(config: RunConfig) -> float:
+    """Every try of a function, and as long again for a queue of groups before it."""
+    workers = config.reward_workers
+    return 2 * workers.timeout_s * (workers.num_retries + 1) + 60.0

@@ -1,0 +1,151 @@
+"""Reward-model training as a task of the driver: rows to comparisons, held-out judgement, the files of an export.
+
+Held-out comparisons are those of ``data.eval`` whose prompts are not trained on; without it whole prompts of
+``data.train`` are held out, until they have ``evaluation.size`` comparisons (a tenth of all unless that is set).
+May import: actors.reward_learner, trainers.*, launch.*.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from actors.reward_learner import RewardModelLearner
+from actors.scalar_model import scalar_pad_token_id
+from launch.reward_files import PLOT, REPORT, write_reward_files
+from launch.tuning_config import HeldOutSettings, TuningConfig
+from launch.tuning_data import load_located_rows
+from launch.tuning_task import BaseModelFolder, TuningFleet
+from trainers.comparisons import Comparison, digest, split_by_prompt, without_prompts, write_comparisons
+from trainers.errors import InputError
+from trainers.preferences import read_comparison, read_sample
+from trainers.reward_report import RewardReport, judge
+from trainers.reward_training import RewardTrainingSettings
+
+HELD_OUT_SHARE = 10  # without data.eval and evaluation.size: one comparison in so many
+REFERENCE = "reference_samples"
+
+
+class RewardTask:
+    """A :class:`launch.tuning_task.TuningTask`.
+
+    Raises:
+        InputError: a row that cannot be read, or a dataset of which nothing is left.
+    """
+
+    rank_class = RewardModelLearner
+    key_metrics = ("loss", "accuracy", "eval/pair_accuracy", "eval/ece", "grad_norm", "time/step_s")
+
+    def __init__(self, config: TuningConfig, base: BaseModelFolder) -> None:
+        assert isinstance(config.algorithm, RewardTrainingSettings)
+        self._config, self._base, self._settings = config, base, config.algorithm
+        self._left_out: dict[str, int] = {}
+        scalar_pad_token_id(base.tokenizer, "model.path", base.path)  # refused now, not at the export
+        train = [self._comparisons(d, f"data.train.{i}") for i, d in enumerate(config.data.train)]
+        self._train, self._held_out = self._split(train)
+        self._reference = self._reference_samples()
+        self.sizes = [len(part) for part in self._train]
+        self._first = np.cumsum([0, *self.sizes])
+        flat = [c for part in self._train for c in part]
+        self.digest = digest(flat)
+        num_prompts = len({c.prompt_id for c in flat})
+        left = sum(self._left_out.values())
+        self.summary = (
+            f"{len(flat)} comparisons of {num_prompts} prompts to learn from, {len(self._held_out)} of "
+            f"{len({c.prompt_id for c in self._held_out})} other prompts held out"
+        ) + (f"; {left} rows left out as too long" if left else "")
+        self.report: Mapping[str, Any] = {
+            "num_comparisons": dict(zip(config.data.names, self.sizes, strict=True)),
+            "num_pairs": sum(len(c.pairs) for c in flat),
+            "num_prompts": num_prompts,
+            "num_held_out": len(self._held_out),
+            "num_too_long": self._left_out,
+        }
+
+    # --- data ---------------------------------------------------------------------------------
+
+    def _comparisons(self, dataset: HeldOutSettings, field: str) -> list[Comparison]:
+        form, tokenizer = self._config.data.format, self._base.tokenizer
+        rows = load_located_rows(dataset, field)
+        read = [read_comparison(row, where, tokenizer, form, self._settings.margin_column) for where, row in rows]
+        kept = [c for c in read if self._fits(c)]
+        self._left_out[field] = len(read) - len(kept)
+        if not kept:
+            raise InputError(field, f"{len(read)} rows", "each is too long to learn from",
+                             "raise model.max_length and learner.token_budget")  # fmt: skip
+        return kept
+
+    def _fits(self, comparison: Comparison) -> bool:
+        """One answer must fit the model, all answers together one micro-batch: they are compared in it."""
+        learner = self._config.learner
+        # Before the ranks start it is not known whether their attention shares prompts; a CPU's does.
+        share = learner.share_prompts if learner.share_prompts is not None else self._config.cluster.device == "cpu"
+        return comparison.longest <= self._base.max_length and comparison.cost(share) <= learner.token_budget
+
+    def _split(self, train: list[list[Comparison]]) -> tuple[list[list[Comparison]], list[Comparison]]:
+        """(training parts, held out), with no prompt in common."""
+        size, flat = self._config.evaluation.size, [c for part in train for c in part]
+        if self._config.data.eval is not None:
+            held = self._comparisons(self._config.data.eval, "data.eval")
+            held = without_prompts(held, {c.prompt_id for c in flat})[:size]
+            if not held:
+                raise InputError("data.eval", self._config.data.eval.path or self._config.data.eval.function,
+                                 "has no prompt that is not in data.train too", "use other prompts")  # fmt: skip
+            return train, held
+        _, held = split_by_prompt(flat, size or max(1, len(flat) // HELD_OUT_SHARE), self._config.run.seed)
+        parts = [without_prompts(part, {c.prompt_id for c in held}) for part in train]
+        for i, part in enumerate(parts):
+            if not part:
+                raise InputError(f"data.train.{i}", len(train[i]), "nothing is left of it once prompts are held out",
+                                 "give more prompts, lower evaluation.size, or give data.eval")  # fmt: skip
+        return parts, held
+
+    def _reference_samples(self) -> list[Comparison]:
+        path = self._settings.reference_samples
+        if path is None:
+            return []
+        field = f"algorithm.{REFERENCE}"
+        rows = load_located_rows(HeldOutSettings(path=path), field)  # type: ignore[call-arg]
+        read = [read_sample(row, where, self._base.tokenizer, self._config.data.format) for where, row in rows]
+        kept = [c for c in read if c.longest <= self._base.max_length]
+        self._left_out[field] = len(read) - len(kept)
+        if len(kept) < 2:
+            raise InputError(field, path, f"{len(kept)} of its samples can be scored: they have no deviation",
+                             "give two or more that fit model.max_length")  # fmt: skip
+        return kept
+
+    # --- the driver's calls -------------------------------------------------------------------
+
+    def write(self, folder: Path) -> None:
+        write_comparisons([c for part in self._train for c in part], folder / "train.arrow")
+        write_comparisons(self._held_out, folder / "held_out.arrow")
+        if self._reference:
+            write_comparisons(self._reference, folder / f"{REFERENCE}.arrow")
+
+    def rank_kwargs(self, folder: Path) -> dict[str, Any]:
+        return {"algorithm": self._settings, "data_folder": str(folder.absolute())}
+
+    def payload(self, drawn: Sequence[tuple[int, int]], step: int) -> list[int]:
+        return [int(self._first[dataset]) + index for dataset, index in drawn]
+
+    async def evaluate(self, fleet: TuningFleet, step: int) -> Mapping[str, float]:
+        return (await self._judge(fleet)).metrics()
+
+    async def after_training(self, fleet: TuningFleet, exported: Path) -> Mapping[str, Any]:
+        report = await self._judge(fleet)
+        if self._reference:
+            scores = np.concatenate(await fleet.call("score", REFERENCE))
+            reference = f"samples in {self._settings.reference_samples}"
+        else:
+            scores, reference = report.all_scores, "held-out answers, chosen and rejected"
+        stats = write_reward_files(exported, report, scores, reference)
+        return {
+            "report": str(exported / REPORT), "plot": str(exported / PLOT), "accuracy": str(report.accuracy),
+            "ece": report.calibration_error, "mean": stats.mean, "std": stats.std,
+        }  # fmt: skip
+
+    async def _judge(self, fleet: TuningFleet) -> RewardReport:
+        return judge(self._held_out, await fleet.call("score", "held_out"), self._settings.num_bins)

@@ -1,0 +1,148 @@
+"""TuningConfig: a run that learns from written data, SFT or a reward model.  What samples is launch/config.py.
+
+May import: pydantic and the settings of the other rooms (never torch, ray, vllm or deepspeed).
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Self
+
+from pydantic import Field, model_validator
+
+from actors.settings import LearnerSettings, ModelSettings
+from cluster.settings import ClusterSettings
+from launch.config import CheckpointSettings, Positive, TelemetrySettings
+from trainers.mixture import Knots, check_knots
+from trainers.prompt_format import PromptFormat
+from trainers.reward_training import RewardTrainingSettings
+from trainers.settings import Settings
+from trainers.sft import SFTSettings
+
+TUNING = ("sft", "reward")  # values of algorithm.name that choose this configuration
+
+
+class TuningRunSettings(Settings):
+    """Name, place, length and seed of the run."""
+
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$", description="the run's folder below directory, its name in W&B"
+    )
+    directory: str = Field("runs", description="where run folders are made; on a cluster a shared disk")
+    seed: int = Field(0, ge=0, lt=2**31, description="of the order of the data, and of dropout")
+    num_steps: Positive | None = Field(None, description="optimizer steps; or give num_epochs")
+    num_epochs: float | None = Field(None, gt=0, description="passes over all of data.train; or give num_steps")
+    batch_size: Positive = Field(description="examples (reward: prompts with all their answers) of one step")
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Self:
+        if (self.num_steps is None) == (self.num_epochs is None):
+            raise ValueError(f"num_steps={self.num_steps}: give num_steps or num_epochs; one, not both")
+        return self
+
+
+class HeldOutSettings(Settings):
+    """Rows of one dataset: a file, a folder, or a function that makes them."""
+
+    path: str | None = Field(None, description="Parquet, JSONL or Arrow file, or a Hugging Face dataset folder")
+    split: str | None = Field(None, description="of a dataset folder")
+    function: str | None = Field(
+        None, description="package.module:function or path/to/file.py:function that returns rows (a list of mappings)"
+    )
+    args: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of the function")
+    size: Positive | None = Field(None, description="use the first rows only")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.path is None) == (self.function is None):
+            raise ValueError(f"path={self.path}: exactly one of path and function; leave the other out")
+        return self
+
+
+class TrainDataSettings(HeldOutSettings):
+    """Rows to train on, and their share of the mixture."""
+
+    name: str = Field("", description="in metrics and errors; default: train-0, train-1, ...")
+    weights: float | tuple[tuple[float, float], ...] | None = Field(
+        None,
+        description="share of the mixture: a number, or [progress, weight] knots (progress 0 to 1, linear between "
+        "them); default: by the number of rows, if no dataset has weights",
+    )
+
+    @property
+    def knots(self) -> Knots | None:
+        """``weights`` as knots."""
+        return [(0.0, self.weights)] if isinstance(self.weights, float) else self.weights
+
+
+class DataSettings(Settings):
+    """What is learned from, and how prompts are shown to the model."""
+
+    train: tuple[TrainDataSettings, ...] = Field(min_length=1)
+    eval: HeldOutSettings | None = Field(None, description="held out")
+    format: PromptFormat = Field(PromptFormat(), description="the same keys as in prompts of a run that samples")
+
+    @model_validator(mode="after")
+    def _mixture(self) -> Self:
+        names = self.names
+        if len(set(names)) != len(names):
+            raise ValueError(f"train: names must differ, got {list(names)}; give each dataset its own")
+        if "/" in "".join(names):
+            raise ValueError(f"train: names must not hold a slash, got {list(names)}; they are parts of metrics' names")
+        missing = [name for name, dataset in zip(names, self.train, strict=True) if dataset.weights is None]
+        if missing and len(missing) < len(names):
+            raise ValueError(f"train: {', '.join(missing)} has no weights and others have; give weights to all or none")
+        if not missing:
+            check_knots(names, [dataset.knots or () for dataset in self.train])
+        return self
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the training datasets, in their order."""
+        return tuple(dataset.name or f"train-{i}" for i, dataset in enumerate(self.train))
+
+    @property
+    def weights(self) -> list[Knots] | None:
+        """Knots of each dataset; None: by size."""
+        found = [dataset.knots for dataset in self.train]
+        return None if found[0] is None else [knots or () for knots in found]
+
+
+class TuningEvaluationSettings(Settings):
+    """Held-out evaluation: before the first step, every so often, and after the last."""
+
+    every: int = Field(50, ge=0, description="steps between evaluations; 0: never")
+    size: Positive | None = Field(None, description="held-out rows to use; default: all")
+
+
+class TuningConfig(Settings):
+    """A complete run of SFT or of reward-model training."""
+
+    run: TuningRunSettings
+    model: ModelSettings
+    data: DataSettings
+    algorithm: Annotated[SFTSettings | RewardTrainingSettings, Field(discriminator="name")]
+    learner: LearnerSettings = LearnerSettings()
+    evaluation: TuningEvaluationSettings = TuningEvaluationSettings()
+    checkpoint: CheckpointSettings = CheckpointSettings()
+    telemetry: TelemetrySettings = TelemetrySettings()
+    cluster: ClusterSettings = ClusterSettings()
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> Self:
+        longest = self.model.max_length
+        if longest is not None and self.learner.token_budget < longest:
+            raise ValueError(
+                f"learner.token_budget={self.learner.token_budget} is below model.max_length={longest}: "
+                "the longest text would fit no micro-batch; raise it or lower model.max_length"
+            )
+        if self.run.batch_size < self.learner.num_workers:
+            raise ValueError(
+                f"run.batch_size={self.run.batch_size}: fewer than the {self.learner.num_workers} ranks; raise it or "
+                "lower learner.num_workers"
+            )
+        if self.cluster.backend == "in_process" and self.learner.num_workers > 1:
+            raise ValueError(
+                f"learner.num_workers={self.learner.num_workers}: one process holds one rank of a process group; "
+                "use learner.num_workers=1 or cluster.backend=ray"
+            )
+        return self
