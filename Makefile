@@ -4,7 +4,7 @@ BIN := .venv/bin
 RUN_DIR ?= runs
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo trap test test-full lint bench gpu docs clean
+.PHONY: help install demo trap pipeline study test test-full lint bench gpu docs clean
 
 help: ## what there is to make
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -17,6 +17,12 @@ demo: install ## a 135M model learns arithmetic by GRPO on two cores
 
 trap: install ## the same task with a format bonus: a reward that is hacked
 	@$(BIN)/python -m scripts.demo --recipe cpu-format-trap --directory $(RUN_DIR)
+
+pipeline: install ## SFT, preferences, reward model, PPO and evaluation, ending in one page
+	@$(BIN)/python -m scripts.pipeline --directory $(RUN_DIR)/pipeline
+
+study: install ## over-optimisation of the pipeline's reward model: gold and proxy against KL (after make pipeline)
+	@$(BIN)/python -m scripts.study --directory $(RUN_DIR)/pipeline
 
 test: install ## the tests CI runs, with lint and types (20 minutes or less on two cores)
 	@$(MAKE) --no-print-directory lint
@@ -39,6 +45,7 @@ gpu: ## checks for a CUDA machine, in the environment that is active there
 
 docs: install ## regenerate the tables in docs/
 	$(BIN)/python -m trainers.metrics
+	$(BIN)/python -m trainers.alarms
 	$(BIN)/python -m launch.config_reference
 
 clean: ## remove .venv and caches (runs stay)

@@ -94,6 +94,7 @@ class Gang:
     async def _first_with_payload(self, method: str, *args: Any) -> tuple[Any, Payload]:
         """``call_split`` on rank 0 while the others, who have no result, make the same call."""
         workers, deadline_s = self.workers, self.deadline_s
+        found: tuple[Any, Payload]
         found, *_ = await asyncio.gather(
             workers.call_split(0, method, *args, deadline_s=deadline_s),
             *(workers.call(rank, method, *args, deadline_s=deadline_s) for rank in range(1, len(workers))),
@@ -114,7 +115,8 @@ class LearnerGang(Gang):
         self, groups: Sequence[LearnerGroup], scores: Sequence[np.ndarray], kl_coef: float
     ) -> PreparedBatch:
         prepared, payload = await self._first_with_payload("prepare", list(groups), list(scores), kl_coef)
-        return replace(prepared, payload=payload)
+        found: PreparedBatch = replace(prepared, payload=payload)
+        return found
 
     async def update(
         self, groups: Sequence[LearnerGroup], step: int, targets: Payload | None = None, kl_coef: float | None = None

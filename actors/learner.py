@@ -22,6 +22,8 @@ from actors.experience_batch import ExperienceBatch, contributing
 from actors.modeling import load_policy
 from actors.objective import TokenTerms, pack_loss
 from actors.packing import Pack
+from actors.parameter_change import ParameterChange
+from actors.pretraining import PretrainingTerm
 from actors.scoring import score_samples
 from actors.settings import LearnerSettings, SamplingSettings
 from actors.update_totals import UpdateTotals
@@ -52,7 +54,11 @@ class _Fixed:
 
 
 class DeepSpeedLearner(BatchRank):
-    """A rank.  Constructed on every rank at once, because DeepSpeed's set-up is a collective."""
+    """A rank.  Constructed on every rank at once, because DeepSpeed's set-up is a collective.
+
+    Args:
+        pretraining: file of the texts of PPO-ptx (actors/example_files.py), with ``algorithm.ppo.pretrain_coef`` only.
+    """
 
     def __init__(
         self,
@@ -67,8 +73,10 @@ class DeepSpeedLearner(BatchRank):
         num_steps: int,
         seed: int,
         payload_deadline_s: float = 300.0,
+        pretraining: str | None = None,
     ) -> None:
         self.sampling = sampling
+        self.pretraining = None if pretraining is None else PretrainingTerm(pretraining, algorithm, seed)
 
         def load() -> nn.Module:
             return load_policy(model_path, settings.logprob_chunk, checkpointing=settings.gradient_checkpointing)
@@ -77,6 +85,7 @@ class DeepSpeedLearner(BatchRank):
             rank, rendezvous, load, settings, algorithm, dtype, device, num_steps, seed, payload_deadline_s,
             tokenizer_path=model_path,
         )  # fmt: skip
+        self._change: ParameterChange | None = ParameterChange(self.engine)  # None once it was measured
 
     # --- one lap ------------------------------------------------------------------------------
 
@@ -133,23 +142,29 @@ class DeepSpeedLearner(BatchRank):
         lr = self.learning_rate(step)
         totals = UpdateTotals(self.device)
         norms: list[float] = []
-        for epoch in range(self.algorithm.num_epochs):
-            for index, members in enumerate(batch.minibatches()):
-                self._accumulate(fixed, members, totals, first=epoch == 0 and index == 0)
-                norms.append(self.engine.step(lr))
+        changed: list[float] = []
+        for _ in range(self.algorithm.num_epochs):
+            for members in batch.minibatches():
+                self._accumulate(fixed, members, totals, step, len(norms))
+                norms.append(self._step(lr, changed))
         metrics = totals.reduced()
         metrics["loss"] /= len(norms)
         if not self.algorithm.needs_reference:
-            del metrics["kl"]  # not measured is not 0
+            metrics.pop("kl", None)  # not measured is not 0
+        if self.pretraining is not None:
+            metrics["pretrain_loss"] = totals.pretrain_loss() / len(norms)
         scored = advantages[np.isfinite(advantages)]
         lengths = np.array([s.num_completion for s in batch.shapes])
         metrics |= {
-            "grad_norm": float(np.mean(norms)),
             "learning_rate": lr,
             "advantages/mean": float(scored.mean()) if scored.size else 0.0,
             "advantages/std": float(scored.std()) if scored.size else 0.0,
             "learner/peak_memory_bytes": float(self.peak_memory_bytes()),
         }
+        if totals.num_trained or self.pretraining is not None:
+            metrics["grad_norm"] = float(np.mean(norms))
+        if changed:
+            metrics["learner/parameters_changed_fraction"] = changed[0]
         return UpdateReport(
             metrics=metrics,
             advantages=batch.by_group(advantages),
@@ -157,12 +172,23 @@ class DeepSpeedLearner(BatchRank):
             num_tokens=int(lengths[fixed.trainable].sum()),
         )
 
+    def _step(self, lr: float, changed: list[float]) -> float:
+        """One optimizer step, its gradient's norm; of the first that has a gradient, the share that it changed."""
+        change = self._change if lr > 0 else None
+        if change is not None:
+            change.look()
+        norm = self.engine.step(lr)
+        if change is not None and norm > 0:
+            changed.append(change.fraction())
+            self._change = None
+        return norm
+
     def gradients(
         self, groups: Sequence[LearnerGroup], targets: Sequence[Any] | None = None
     ) -> dict[str, torch.Tensor]:
         """The gradient of one update's first minibatch, whole, without a step.  For checks."""
         fixed = self._before_update(groups, targets, None)
-        self._accumulate(fixed, fixed.batch.minibatches()[0], UpdateTotals(self.device), first=True)
+        self._accumulate(fixed, fixed.batch.minibatches()[0], UpdateTotals(self.device), 0, 0)
         found = dict(self.engine.gradients())
         self.engine.discard_gradients()
         return found if self.rank == 0 else {}
@@ -184,18 +210,21 @@ class DeepSpeedLearner(BatchRank):
         penalties = self._kl_penalties(batch, proximal) if in_reward and proximal is not None else None
         return _Fixed(batch, algorithm, trainable, batch.advantages(penalties), None, proximal)
 
-    def _accumulate(self, fixed: _Fixed, members: Sequence[int], totals: UpdateTotals, first: bool) -> None:
+    def _accumulate(self, fixed: _Fixed, members: Sequence[int], totals: UpdateTotals, step: int, index: int) -> None:
+        """Backward of everything that goes into the ``index``-th optimizer step on the batch of ``step``."""
         weights = fixed.batch.weights(members, fixed.trainable)
         weight_of = dict(zip(members, weights, strict=True))
         for share in self.shares(fixed.batch, members, fixed.chosen(members, weights)):
             terms = self._terms(fixed, share, weight_of)
-            self.engine.set_boundary(share.is_last)
+            self.engine.set_boundary(share.is_last and self.pretraining is None)
             logprobs, entropy = self.engine.forward(share.pack, self.sampling.temperature)
             outcome = pack_loss(logprobs, entropy, terms, fixed.algorithm)
             self.engine.backward(outcome.loss if not share.is_filler else (logprobs.sum() + entropy.sum()) * 0.0)
             totals.num_microbatches += 1
             if not share.is_filler:
-                totals.add(outcome.sums, outcome.maxima, share.pack, first)
+                totals.add(outcome.sums, outcome.maxima, share.pack, first=index == 0)
+        if self.pretraining is not None:
+            totals.pretrain += self.pretraining.accumulate(self.engine, self.settings.token_budget, step, index)
 
     def _terms(self, fixed: _Fixed, share: Share, weight_of: dict[int, float]) -> TokenTerms:
         samples, pack = share.samples, share.pack

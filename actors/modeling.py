@@ -73,6 +73,11 @@ class PackedPolicy(nn.Module):
         )
 
 
+def without_padding(model: Any) -> None:
+    """Give every row of the input embedding a gradient: packs have no padding, and where pad is EOS, EOS is learned."""
+    model.get_input_embeddings().padding_idx = None
+
+
 def load_policy(path: str, chunk: int, dtype: torch.dtype = torch.float32, checkpointing: bool = False) -> PackedPolicy:
     """The model of a Hugging Face folder, with packed attention.
 
@@ -97,6 +102,7 @@ def load_policy(path: str, chunk: int, dtype: torch.dtype = torch.float32, check
             "use a decoder model whose attention is pluggable (Llama, Qwen, Mistral, Gemma, ...)",
         ) from error  # fmt: skip
     model.config.use_cache = False
+    without_padding(model)
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return PackedPolicy(model, chunk)

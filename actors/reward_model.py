@@ -168,6 +168,7 @@ class RewardModel:
             parts={self.settings.name: part},
             failures=tuple(sorted(failures.items())),
             score_s=time.perf_counter() - started,
+            measured=() if self.settings.weight else (self.settings.name,),
         )
 
     def _read(self, group: TrajectoryGroup) -> tuple[np.ndarray, list[np.ndarray]]:

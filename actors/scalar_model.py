@@ -9,14 +9,36 @@ May import: torch, transformers, actors.{attention, modeling, packing}, trainers
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 from torch import nn
 
 from actors import attention
+from actors.modeling import without_padding
 from actors.packing import Pack
 from trainers.errors import InputError
+
+
+class ScoreHead(nn.Linear):
+    """A linear head that computes in float32 whatever the compute dtype is.
+
+    bfloat16 has 8 bits of mantissa: near 3 its numbers lie 1/64 apart, and answers that differ by less would tie.
+    A module, and a Linear, so that ZeRO 3 gathers it like any other and a saved folder is the standard one.
+    """
+
+    @classmethod
+    def around(cls, linear: nn.Linear) -> Self:
+        """The same parameters; nothing is allocated."""
+        head = cls(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
+        head.weight, head.bias = linear.weight, linear.bias
+        return head
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """float32 [..., out] of [..., in] in any dtype."""
+        with torch.autocast(input.device.type, enabled=False):
+            bias = None if self.bias is None else self.bias.float()
+            return nn.functional.linear(input.float(), self.weight.float(), bias)
 
 
 class PackedScalar(nn.Module):
@@ -37,7 +59,7 @@ class PackedScalar(nn.Module):
             pack_layout=pack.layout,
         ).last_hidden_state
         rows = hidden[0].index_select(0, pack.predict_index)
-        return cast(torch.Tensor, model.score(rows).squeeze(-1).float())
+        return cast(torch.Tensor, model.score(rows).squeeze(-1))
 
 
 def load_scalar(path: str, field: str, dtype: torch.dtype = torch.float32, checkpointing: bool = False) -> PackedScalar:
@@ -71,11 +93,13 @@ def load_scalar(path: str, field: str, dtype: torch.dtype = torch.float32, check
         raise InputError(
             field, path, f"transformers has no sequence classifier for it ({error})", "use another backbone"
         ) from error
-    if not hasattr(model, "score"):
+    if not isinstance(getattr(model, "score", None), nn.Linear):
         raise InputError(field, path, "its classification head is not a linear `score`", "use a decoder backbone")
     if not is_scalar:
         nn.init.zeros_(model.score.weight)
+    model.score = ScoreHead.around(model.score)
     model.config.use_cache = False
+    without_padding(model)
     model.config.problem_type = "regression"
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, cast
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
 
+from actors.engine import TrainingEngine
 from actors.example_files import ExampleFile
-from actors.modeling import PackedPolicy, load_policy
+from actors.modeling import load_policy
 from actors.packing import Pack
 from actors.rank import EngineRank
 from actors.sequence_packing import text_pack
@@ -52,12 +52,24 @@ def example_packs(
         yield text_pack(members or (smallest,), texts, masks, device), not members
 
 
-def load_student(model_path: str, settings: LearnerSettings) -> PackedPolicy:
-    """The model to train, in float32."""
-    policy = load_policy(model_path, settings.logprob_chunk, checkpointing=settings.gradient_checkpointing)
-    # Packs have no padding.  Where pad is EOS, its embedding would otherwise get no gradient.
-    cast(Any, policy.hf_model).get_input_embeddings().padding_idx = None
-    return policy
+def accumulate_examples(
+    engine: TrainingEngine, examples: Sequence[Example], token_budget: int, coef: float = 1.0
+) -> tuple[torch.Tensor, int]:
+    """Backward of ``coef`` times the mean cross-entropy of ``examples``' targets; its last pass ends the accumulation.
+
+    Returns:
+        (this rank's share of the mean itself, float64 [], packs of one rank).
+    """
+    num_targets = sum(int(e.mask.sum()) for e in examples)  # of all ranks, before the first backward pass
+    total = torch.zeros((), dtype=torch.float64, device=engine.device)
+    packs = list(example_packs(examples, engine.rank, engine.world_size, token_budget, engine.device))
+    for i, (pack, is_filler) in enumerate(packs):
+        engine.set_boundary(i == len(packs) - 1)
+        logprobs, _ = engine.forward(pack, TEMPERATURE, with_entropy=False)
+        loss = sft_pack_loss(logprobs, num_targets, is_filler)
+        engine.backward(coef * loss)
+        total += loss.detach().double()
+    return total, len(packs)
 
 
 class SFTLearner(EngineRank):
@@ -82,7 +94,7 @@ class SFTLearner(EngineRank):
         self.held_out = None if held_out is None else ExampleFile(held_out)
 
         def load() -> nn.Module:
-            return load_student(model_path, settings)
+            return load_policy(model_path, settings.logprob_chunk, checkpointing=settings.gradient_checkpointing)
 
         super().__init__(rank, rendezvous, load, settings, dtype, device, seed, tokenizer_path=model_path)
 
@@ -139,14 +151,6 @@ class SFTLearner(EngineRank):
 
     def _accumulate(self, examples: Sequence[Example]) -> tuple[float, int]:
         """Gradients of the batch; (its loss, packs of one rank)."""
-        num_targets = sum(int(e.mask.sum()) for e in examples)  # of all ranks, before the first backward pass
-        total = torch.zeros((), dtype=torch.float64, device=self.device)
-        packs = list(self._packs(examples))
-        for i, (pack, is_filler) in enumerate(packs):
-            self.engine.set_boundary(i == len(packs) - 1)
-            logprobs, _ = self.engine.forward(pack, TEMPERATURE, with_entropy=False)
-            loss = sft_pack_loss(logprobs, num_targets, is_filler)
-            self.engine.backward(loss)
-            total += loss.detach().double()
+        total, num_packs = accumulate_examples(self.engine, examples, self.settings.token_budget)
         dist.all_reduce(total)
-        return float(total), len(packs)
+        return float(total), num_packs

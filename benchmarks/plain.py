@@ -90,13 +90,16 @@ def grpo_loss(logprobs: torch.Tensor, batch: PaddedBatch, num_samples: int, beta
 class PlainTrainer:
     """Model, fused AdamW, and an update in padded micro-batches."""
 
+    architecture = "AutoModelForCausalLM"
+
     def __init__(
         self, model_path: str, dtype: str, device: str, lr: float, beta: float, checkpointing: bool = False
     ) -> None:
-        from transformers import AutoModelForCausalLM
+        import transformers
 
         self.dtype, self.beta = getattr(torch, dtype), beta
-        self.model = AutoModelForCausalLM.from_pretrained(
+        model_class = getattr(transformers, self.architecture)
+        self.model = model_class.from_pretrained(
             model_path, dtype=torch.float32, attn_implementation="sdpa", local_files_only=True
         ).to(device)
         self.model.train()
@@ -133,6 +136,33 @@ class PlainTrainer:
     def score(self, batch: PaddedBatch, rows: int = ROWS) -> list[torch.Tensor]:
         """Log-probs without gradients: what a reference model computes."""
         return [token_logprobs(self.model, part, 1.0, self.dtype) for part in _parts(batch, rows)]
+
+
+class PlainCritic(PlainTrainer):
+    """The same with a value head: the mean over tokens of PPO's clipped square, whose targets are the advantages."""
+
+    architecture = "AutoModelForSequenceClassification"
+
+    @property
+    def pad_id(self) -> int:
+        return int(self.model.config.pad_token_id)
+
+    def values(self, batch: PaddedBatch) -> torch.Tensor:
+        """float32 [B, L-1]: the head at the state before every token."""
+        device = batch.input_ids.device.type
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+            hidden = self.model.base_model(
+                input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
+            ).last_hidden_state
+            return self.model.score(hidden[:, :-1]).squeeze(2).float()
+
+    def backward(self, batch: PaddedBatch, rows: int = ROWS) -> None:
+        """Accumulate the gradient of the whole batch."""
+        num_tokens = batch.completion_mask.sum()
+        for part in _parts(batch, rows):
+            values, goal = self.values(part), part.advantages[:, None]
+            squares = torch.maximum((values - goal) ** 2, (values.clamp(-0.2, 0.2) - goal) ** 2)
+            (0.5 * (squares * part.completion_mask).sum() / num_tokens).backward()
 
 
 def _parts(batch: PaddedBatch, rows: int) -> Iterator[PaddedBatch]:

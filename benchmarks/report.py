@@ -16,14 +16,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import generation, learner, push, step, trl_job
+from benchmarks import generation, learner, ppo, push, step, trl_job
 from benchmarks.job import Job
 from benchmarks.process import ROOT, MeasurementError, run
 from cluster.host import host_facts
@@ -39,6 +40,8 @@ TARGETS = {
     "memory": ("at most", 0.33),
     "push": ("at most", 1.5),
     "step": ("at most", 1.15),
+    "scoring": ("at least", 0.9),
+    "ppo": ("at most", 1.15),
     "trl shipped": ("at least", 2.5),
     "trl tuned": ("at least", 1.5),
 }
@@ -68,6 +71,14 @@ class Row:
         return self.what, self.ours, self.baseline, ratio, f"{way} {limit:g}", verdict
 
 
+def step_row(what: str, found: Mapping[str, Any], target: str) -> Row:
+    """Of ``benchmarks.step.summary``."""
+    parts = ", ".join(f"{name.replace('_', ' ')} {s:.2f}" for name, s in found["ideals"].items())
+    phases = ", ".join(f"{name.replace('_', ' ')} {s:.2f}" for name, s in found["phases"].items())
+    ours, ideal = f"{found['step_s']:.2f} ({phases})", f"{found['ideal_s']:.2f} ({parts})"
+    return Row(what, ours, ideal, found["ratio"], target)
+
+
 class Report:
     """Runs the sections in order; what one records the next ones use."""
 
@@ -89,11 +100,15 @@ class Report:
             )
         ]  # fmt: skip
 
-    def learner(self) -> list[Row]:
+    def recorded(self) -> Path:
+        """The samples that the generation benchmark recorded, sampled now where it did not run."""
         if not self.samples.exists():
             arguments = [*self.job.arguments(), "--side=ours", "--repeats=1", f"--record={self.samples}"]
             run("benchmarks.generation", arguments, generation.DEADLINE_S)
-        found = learner.compare(self.job, self.samples, self.rounds)
+        return self.samples
+
+    def learner(self) -> list[Row]:
+        found = learner.compare(self.job, self.recorded(), self.rounds)
         rates = found["tokens_per_s"]
         return [
             Row(
@@ -124,12 +139,20 @@ class Report:
     def step(self) -> list[Row]:
         found = step.compare(self.job, 2 if self.quick else 5, not self.quick)
         self.step_rate = found["samples_per_s"]
-        parts = ", ".join(f"{name.replace('_', ' ')} {s:.2f}" for name, s in found["ideals"].items())
-        phases = ", ".join(f"{name} {s:.2f}" for name, s in found["phases"].items())
+        return [step_row("whole step, s (sum of its ideals)", found, "step")]
+
+    def scoring(self) -> list[Row]:
+        found = ppo.compare_scoring(self.job, self.recorded(), self.rounds)
+        rates = found["tokens_per_s"]
         return [
-            Row("whole step, s (sum of its ideals)", f"{found['step_s']:.2f} ({phases})",
-                f"{found['ideal_s']:.2f} ({parts})", found["ratio"], "step")
+            Row(f"{ours} scoring, tokens/s (transformers forward)", f"{rates[ours]:.0f}", f"{rates[raw]:.0f}",
+                found["ratio"][ours], "scoring")
+            for ours, raw in ppo.PAIRS.items()
         ]  # fmt: skip
+
+    def ppo(self) -> list[Row]:
+        found = ppo.compare_step(self.job, 2 if self.quick else 5, not self.quick)
+        return [step_row("whole PPO step, s (sum of its ideals)", found, "ppo")]
 
     def trl(self) -> list[Row]:
         subprocess.run(["bash", str(ROOT / "benchmarks" / "setup_trl.sh")], check=True, cwd=ROOT)
@@ -151,7 +174,7 @@ class Report:
         return rows
 
 
-SECTIONS = ("generation", "learner", "memory", "push", "step", "trl")
+SECTIONS = ("generation", "learner", "memory", "push", "step", "scoring", "ppo", "trl")
 
 
 def run_all(report: Report, sections: list[str], console: Console) -> list[Row]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +39,11 @@ def overrides(job: Job, directory: Path, num_steps: int) -> list[str]:
     ]  # fmt: skip
 
 
-def run_system(job: Job, directory: Path, num_steps: int) -> tuple[list[dict[str, Any]], list[Path]]:
+def run_system(
+    job: Job, directory: Path, num_steps: int, recipe: str = RECIPE, more: Sequence[str] = ()
+) -> tuple[list[dict[str, Any]], list[Path]]:
     """(metric rows, sample files) of steps 2..n.  The system sets its workers' environment itself."""
-    arguments = ["train", RECIPE, *overrides(job, directory, num_steps)]
+    arguments = ["train", recipe, *overrides(job, directory, num_steps), *more]
     run("launch.cli", arguments, DEADLINE_S, variables=environment(preload=False), wants_output=False)
     folder = directory / "step"
     rows = [row for row in read_rows(folder / "metrics.jsonl") if row["step"] >= 2]
@@ -73,20 +76,21 @@ def compare(job: Job, num_steps: int, compiled: bool) -> dict[str, Any]:
         rows, samples = run_system(job, Path(folder), num_steps)
         ideals = measure_ideals(job, samples, compiled)
         lengths = describe_lengths([g for path in samples for g in load_samples(path)])
+    return summary(job, rows, ideals, ("generate", "score", "learn", "push")) | {"lengths": lengths}
+
+
+def summary(job: Job, rows: list[dict[str, Any]], ideals: dict[str, float], phases: Sequence[str]) -> dict[str, Any]:
+    """Medians of the metric rows beside the ideals; ``phases``: names of ``time/<name>_s``."""
     seconds = [row["time/step_s"] for row in rows]
     step_s = median(seconds)
-    phases = {
-        name: median([row[f"time/{name}_s"] for row in rows]) for name in ("generate", "score", "learn", "push")
-    }
     return {
         "seconds": seconds,
         "step_s": step_s,
         "samples_per_s": job.num_prompts * job.num_samples / step_s,
-        "phases": phases,
+        "phases": {name: median([row[f"time/{name}_s"] for row in rows]) for name in phases},
         "ideals": ideals,
         "ideal_s": sum(ideals.values()),
         "ratio": step_s / sum(ideals.values()),
-        "lengths": lengths,
         "num_cores": os.cpu_count(),
     }
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from actors.critic import CriticLearner
+from actors.example_files import write_examples
 from actors.fleet import CriticGang, GeneratorFleet, LearnerGang, ReferencePool
 from actors.generator import VLLMGenerator
 from actors.learner import DeepSpeedLearner
@@ -177,6 +178,9 @@ async def assemble(
         concurrency=4096,  # an asyncio actor: calls are groups being sampled, and vLLM batches them
         deadline=config.generator.start_deadline_s,
     )  # fmt: skip
+    texts = run_folder.absolute() / "pretraining.arrow" if prepared.pretraining else None
+    if texts is not None:
+        write_examples(texts, prepared.pretraining)
     rendezvous = Rendezvous(*meeting_point(layout, nodes, facts), config.learner.num_workers)
     learners = launch(
         "learner",
@@ -186,6 +190,7 @@ async def assemble(
                 "rank": rank, "rendezvous": rendezvous, "model_path": prepared.model_path,
                 "settings": config.learner, "algorithm": config.algorithm, "sampling": sampling, "dtype": dtype,
                 "device": _torch_device(device), "num_steps": config.run.num_steps, "seed": config.run.seed,
+                "pretraining": None if texts is None else str(texts),
             }
             for rank in range(config.learner.num_workers)
         ],
@@ -194,9 +199,7 @@ async def assemble(
     )  # fmt: skip
     critics = None
     if prepared.critic_path is not None:
-        meeting = Rendezvous(
-            *meeting_point(layout, nodes, facts, "critic", rendezvous.port), config.critic.num_workers
-        )
+        meeting = Rendezvous(*meeting_point(layout, nodes, facts, "critic", rendezvous.port), config.critic.num_workers)
         critics = launch(
             "critic", CriticLearner,
             [

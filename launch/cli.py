@@ -58,10 +58,19 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--resume", action="store_true", help="continue the run of this name from its last checkpoint")
     train.set_defaults(command=_train)
 
+    label = commands.add_parser("label", help="sample candidates from a policy and write preferences")
+    _recipe_arguments(label)
+    label.add_argument("--resume", action="store_true", help="go on with the run of this name where it was")
+    label.set_defaults(command=_label)
+
     validate = commands.add_parser("validate", help="check a recipe, its model, data, rewards and this cluster")
     _recipe_arguments(validate)
     validate.add_argument("--config-only", action="store_true", help="check the configuration alone")
     validate.set_defaults(command=_validate)
+
+    evaluation = commands.add_parser("eval", help="judge a policy against its base: win rate, KL, diversity, suites")
+    _recipe_arguments(evaluation)
+    evaluation.set_defaults(command=_eval)
 
     recipes = commands.add_parser("recipes", help="list, show or copy the recipes that come with Burnish")
     actions = recipes.add_subparsers(title="actions", metavar="ACTION", required=True)
@@ -110,9 +119,9 @@ def _train(arguments: argparse.Namespace) -> int:
     if arguments.print_config:
         print_config(resolved)
         return 0
+    _expect(resolved.config, "train", arguments.recipe)
     from launch.tuning_config import TuningConfig
 
-    _refuse_labelling(resolved.config, arguments.recipe)
     if isinstance(resolved.config, TuningConfig):
         from launch.tune import tune
 
@@ -124,12 +133,44 @@ def _train(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _refuse_labelling(config: object, recipe: str) -> None:
+def _expect(config: object, command: str, recipe: str) -> None:
+    """Refuse a recipe that another command runs."""
+    from launch.eval_config import EvalConfig
     from launch.label_config import LabelConfig
     from trainers.errors import InputError
 
-    if isinstance(config, LabelConfig):
-        raise InputError("recipe", recipe, "labels; nothing is trained", "run it by `burnish label`")
+    own = "label" if isinstance(config, LabelConfig) else "eval" if isinstance(config, EvalConfig) else "train"
+    if own != command:
+        what = {"label": "labels", "eval": "evaluates", "train": "trains"}
+        raise InputError("recipe", recipe, f"{what[own]}, and `burnish {command}` does not", f"use `burnish {own}`")
+
+
+def _label(arguments: argparse.Namespace) -> int:
+    from launch.overrides import load_config, print_config
+
+    resolved = load_config(arguments.recipe, arguments.overrides)
+    if arguments.print_config:
+        print_config(resolved)
+        return 0
+    _expect(resolved.config, "label", arguments.recipe)
+    from launch.label import label
+
+    label(resolved.config, _console(), arguments.resume)
+    return 0
+
+
+def _eval(arguments: argparse.Namespace) -> int:
+    from launch.overrides import load_config, print_config
+
+    resolved = load_config(arguments.recipe, arguments.overrides)
+    if arguments.print_config:
+        print_config(resolved)
+        return 0
+    _expect(resolved.config, "eval", arguments.recipe)
+    from launch.evaluate import evaluate_models
+
+    evaluate_models(resolved.config, _console())
+    return 0
 
 
 def _validate(arguments: argparse.Namespace) -> int:
@@ -139,12 +180,25 @@ def _validate(arguments: argparse.Namespace) -> int:
     if arguments.print_config:
         print_config(resolved)
         return 0
-    if not arguments.config_only:
+    if arguments.config_only:
+        print(f"{arguments.recipe}: the configuration is valid")
+        return 0
+    from launch.eval_config import EvalConfig
+    from launch.label_config import LabelConfig
+
+    if isinstance(resolved.config, LabelConfig):
+        from launch.label_prepare import prepare_label
+
+        prepare_label(resolved.config)
+    elif isinstance(resolved.config, EvalConfig):
+        from launch.eval_prepare import prepare_eval
+
+        prepare_eval(resolved.config)
+    else:
         from launch.validate import validate
 
-        _refuse_labelling(resolved.config, arguments.recipe)
         return validate(resolved.config, _console())
-    print(f"{arguments.recipe}: the configuration is valid")
+    print(f"{arguments.recipe}: configuration, models and data are valid")
     return 0
 
 

@@ -22,6 +22,8 @@ from actors.settings import (
     RewardWorkerSettings,
 )
 from cluster.settings import ClusterSettings
+from launch.row_settings import PretrainingSettings
+from trainers.alarms import AlarmSettings
 from trainers.algorithms import AlgorithmSettings
 from trainers.kl_controller import MAX_ERROR
 from trainers.rewards import RewardSettings
@@ -119,6 +121,7 @@ class RunConfig(Settings):
     rewards: tuple[RewardSettings, ...] = ()
     reward_models: tuple[RewardModelSettings, ...] = ()
     algorithm: AlgorithmSettings = AlgorithmSettings()
+    pretraining: PretrainingSettings | None = None
     generator: GeneratorSettings = GeneratorSettings()
     learner: LearnerSettings = LearnerSettings()
     critic: CriticSettings = CriticSettings()
@@ -128,6 +131,7 @@ class RunConfig(Settings):
     evaluation: EvaluationSettings = EvaluationSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
     telemetry: TelemetrySettings = TelemetrySettings()
+    alarms: AlarmSettings = AlarmSettings()
     cluster: ClusterSettings = ClusterSettings()
 
     @model_validator(mode="after")
@@ -171,6 +175,12 @@ class RunConfig(Settings):
                     f"{role}.num_workers={ranks.num_workers}: one process holds one rank of a process group; "
                     f"use {role}.num_workers=1 or cluster.backend=ray"
                 )
+        if (self.pretraining is None) == (alg.ppo.pretrain_coef > 0):
+            remedy = "set it to 0 or give pretraining" if alg.ppo.pretrain_coef else "raise it or leave pretraining out"
+            raise ValueError(
+                f"algorithm.ppo.pretrain_coef={alg.ppo.pretrain_coef:g}: it weighs the texts of pretraining, and the "
+                f"two go together; {remedy}"
+            )
         num_samples = run.groups_per_step * run.samples_per_prompt
         if alg.ppo.kl_target is not None and MAX_ERROR * num_samples >= alg.ppo.kl_horizon:
             raise ValueError(
@@ -180,6 +190,10 @@ class RunConfig(Settings):
         names = self.reward_names
         if not names:
             raise ValueError("rewards is empty and so is reward_models: nothing would be learned; give one of them")
+        if not any(part.weight for part in (*self.rewards, *self.reward_models)):
+            raise ValueError(
+                f"rewards: all of {names} have weight 0, so they are measured and nothing is learned; weigh one of them"
+            )
         if len(set(names)) != len(names):
             raise ValueError(f"rewards: names must differ, got {names}; give each a name")
         if self.evaluation.reward is not None and self.evaluation.reward not in names:
@@ -191,4 +205,4 @@ class RunConfig(Settings):
     @property
     def reward_names(self) -> list[str]:
         """Parts of the reward: the functions', then the models'."""
-        return [r.name for r in (*self.rewards, *self.reward_models)]
+        return [r.name for r in self.rewards] + [m.name for m in self.reward_models]

@@ -1,7 +1,7 @@
 """The reference table of every configuration key, made from the models themselves.
 
 ``python -m launch.config_reference`` rewrites the table in docs/configuration.md; a test compares them.
-May import: pydantic, launch.config, launch.config_keys.
+May import: pydantic, launch.config_keys, and the four files of this room that define a configuration.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any, get_args
 
@@ -16,11 +17,20 @@ from pydantic import BaseModel
 
 from launch.config import RunConfig
 from launch.config_keys import Slot, expected, models_of, slot_at
+from launch.eval_config import EvalConfig
+from launch.label_config import LabelConfig
 from launch.tuning_config import TuningConfig
 
 PAGE = "docs/configuration.md"
 BEGIN = "<!-- begin of the table written by `python -m launch.config_reference` -->"
 END = "<!-- end of the table -->"
+# Configuration -> what stands behind a section's name where a key is in none of those before.
+KINDS: dict[type[BaseModel], str] = {
+    RunConfig: "",
+    TuningConfig: "sft, reward",
+    LabelConfig: "label",
+    EvalConfig: "eval",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,10 +44,17 @@ class Entry:
 
 
 def entries() -> list[Entry]:
-    """Every key of a run that samples, then those that only a run of SFT or of a reward model has."""
-    found = list(_entries(RunConfig, RunConfig))
-    known = {entry.key for entry in found}
-    return found + [entry for entry in _entries(TuningConfig, TuningConfig) if entry.key not in known]
+    """Every key of a run that samples, then those that only the other kinds of runs have."""
+    return [entry for _, found in _by_kind() for entry in found]
+
+
+def _by_kind() -> Iterator[tuple[type[BaseModel], list[Entry]]]:
+    """Each configuration with the keys that none before it has."""
+    known: set[str] = set()
+    for kind in KINDS:
+        found = [entry for entry in _entries(kind, kind) if entry.key not in known]
+        known |= {entry.key for entry in found}
+        yield kind, found
 
 
 def _entries(root: type[BaseModel], model: type[BaseModel], prefix: str = "") -> Iterator[Entry]:
@@ -68,21 +85,20 @@ def _parts(key: str) -> tuple[str | int, ...]:
 def markdown() -> str:
     """The table: a heading for each top-level section, a row for each key."""
     lines: list[str] = []
-    sampled = {entry.key for entry in _entries(RunConfig, RunConfig)}
-    heading = ""
-    for entry in entries():
-        section = entry.key.split(".")[0]
-        model, title = (RunConfig, section) if entry.key in sampled else (TuningConfig, f"{section} (sft, reward)")
-        if title != heading:
-            heading = title
-            text = " ".join(found.__doc__ or "" for found in sections_of(model.model_fields[section].annotation)[:1])
+    for kind, found in _by_kind():
+        for section, rows in groupby(found, key=lambda entry: entry.key.split(".")[0]):
+            title = f"{section} ({KINDS[kind]})" if KINDS[kind] else section
+            text = " ".join(m.__doc__ or "" for m in sections_of(kind.model_fields[section].annotation)[:1])
             summary = " ".join(text.split("\n\n")[0].split()).replace("``", "`")
             lines += ["", f"### {title}", "", summary, ""]
-            lines += ["| key | takes | default | meaning |", "| --- | --- | --- | --- |"]
-        default = entry.default if entry.default == "required" else f"`{entry.default}`"
-        cells = (f"`{entry.key}`", entry.accepts, default, entry.description)
-        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+            lines += ["| key | takes | default | meaning |", "| --- | --- | --- | --- |", *map(_row, rows)]
     return "\n".join(lines).strip() + "\n"
+
+
+def _row(entry: Entry) -> str:
+    default = entry.default if entry.default == "required" else f"`{entry.default}`"
+    cells = (f"`{entry.key}`", entry.accepts, default, entry.description)
+    return "| " + " | ".join(" ".join(cell.split()).replace("|", "\\|") for cell in cells) + " |"
 
 
 def renewed(page: str) -> str:

@@ -44,7 +44,7 @@ def load_rows(settings: DatasetSettings, seed: int, field: str, exclude: Collect
         rows = list(_checked_rows(located, settings, field))
     else:
         path = Path(settings.path or "").expanduser()
-        rows = [row for file in _files(path, settings.split, field) for row in _file_rows(file, settings, field)]
+        rows = [row for file in dataset_files(path, settings.split, field) for row in _file_rows(file, settings, field)]
     if not rows:
         name, value = ("function", settings.function) if settings.function is not None else ("path", str(path))
         raise InputError(f"{field}.{name}", value, "has no rows", "give a dataset that has some")
@@ -70,7 +70,8 @@ def _first_distinct(rows: list[Row], size: int, field: str) -> list[Row]:
 # --- files ------------------------------------------------------------------------------------
 
 
-def _files(path: Path, split: str | None, field: str) -> list[Path]:
+def dataset_files(path: Path, split: str | None, field: str) -> list[Path]:
+    """The files of a dataset, or of its ``split``, in order; raises InputError where that is unclear."""
     if not path.exists():
         raise InputError(f"{field}.path", str(path), "does not exist", "check the path; it is read on this machine")
     if path.is_file():
@@ -138,7 +139,7 @@ def _loose_files(folder: Path, split: str | None, field: str) -> list[Path]:
 
 def _file_rows(file: Path, settings: DatasetSettings, field: str) -> Iterator[Row]:
     column = settings.prompt_column
-    located = list(_jsonl(file, field) if file.suffix in (".jsonl", ".ndjson") else _arrow(file, column, field))
+    located = list(jsonl_rows(file, field) if file.suffix in (".jsonl", ".ndjson") else _arrow(file, column, field))
     return _checked_rows(located, settings, field)
 
 
@@ -157,7 +158,8 @@ def _missing_column(column: str, names: Iterable[str], field: str) -> InputError
     return InputError(f"{field}.prompt_column", column, "is no column", f"the nearest are {', '.join(near)}")
 
 
-def _jsonl(file: Path, field: str) -> Iterator[tuple[str, Row]]:
+def jsonl_rows(file: Path, field: str) -> Iterator[tuple[str, Row]]:
+    """``(file:line, row)`` of each line that is not empty; raises InputError that names the line."""
     with file.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():

@@ -116,4 +116,4 @@ class EvalConfig(Settings):
     @property
     def reward_names(self) -> list[str]:
         """Parts of the reward: the functions', then the models'."""
-        return [r.name for r in (*self.rewards, *self.reward_models)]
+        return [*(r.name for r in self.rewards), *(m.name for m in self.reward_models)]

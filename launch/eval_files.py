@@ -10,7 +10,7 @@ import os
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -112,7 +112,7 @@ def _to_wandb(folder: Path, config: EvalConfig, report: Mapping[str, Any], conso
     except ImportError as error:
         console.print(f"W&B: {error}", markup=False)
         return
-    mode = "online" if asked == "online" and wandb_key_is_there() else "offline"
+    mode: Literal["online", "offline"] = "online" if asked == "online" and wandb_key_is_there() else "offline"
     settings = wandb.Settings(
         init_timeout=WANDB_TIMEOUT_S, finish_timeout=WANDB_TIMEOUT_S, silent=True, disable_code=True, console="off",
         reinit="create_new", x_disable_meta=True,

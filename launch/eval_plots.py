@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from launch.eval_page import figure_svg
-from launch.reward_files import BLUE, GREY, ORANGE, _lengths, _reliability, _scores
+from launch.reward_files import BLUE, GREY, ORANGE, draw_lengths, draw_reliability, draw_scores
 from trainers.calibration import Estimate
 from trainers.reward_report import RewardReport
 from trainers.win_rate import WinRate
@@ -87,7 +87,7 @@ def calibration_plot(who: str, calibration: Mapping[str, Any]) -> str:
 def reward_model_plots(report: RewardReport) -> tuple[str, ...]:
     """Reliability, scores, and accuracy by length difference."""
     drawn = []
-    for draw in (_reliability, _scores, _lengths):
+    for draw in (draw_reliability, draw_scores, draw_lengths):
         figure, axes = _figure(4.4, 3.6)
         draw(axes, report)
         drawn.append(figure_svg(figure))

@@ -19,7 +19,7 @@ from launch.eval_config import EvalConfig
 from launch.model_facts import check_model_folder
 from launch.prepare import PROBE_TIMEOUT_S
 from launch.prompts import build_prompts, load_prompts
-from launch.tuning_config import HeldOutSettings
+from launch.row_settings import HeldOutSettings
 from launch.tuning_data import load_located_rows
 from trainers.comparisons import Comparison
 from trainers.errors import InputError

@@ -47,7 +47,8 @@ PAYLOAD_DEADLINE_S = 120.0
 OVERSUPPLY = 2  # groups in flight for each place: no worker runs dry, and none waits out a deadline in a queue
 HELD_OUT = -1  # the turn of a held-out prompt, as in trainers/evaluation.py: training never draws these streams
 
-A, B = TypeVar("A"), TypeVar("B")
+A = TypeVar("A")
+B = TypeVar("B")
 
 
 def evaluate_models(config: EvalConfig, console: Console) -> Path:

@@ -7,7 +7,7 @@ from typing import Any
 
 from trainers.errors import InputError
 from trainers.reward_calls import UserCodeError, user_code
-from trainers.rewards import _find
+from trainers.rewards import find_function
 
 
 def made_rows(name: str, args: Mapping[str, Any], field: str) -> list[dict[str, Any]]:
@@ -17,7 +17,7 @@ def made_rows(name: str, args: Mapping[str, Any], field: str) -> list[dict[str, 
     """
     if ":" not in name:
         raise InputError(f"{field}.function", name, "names no function", "write package.module:function")
-    function = _find(name, f"{field}.function")
+    function = find_function(name, f"{field}.function")
     try:
         with user_code():
             rows = list(function(**args))

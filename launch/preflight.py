@@ -80,7 +80,7 @@ def preflight_report(config: RunConfig, facts: ModelFacts, nodes: Sequence[Mappi
     native = on_gpu or all(node.get("native_bfloat16", False) for node in nodes)
     dtype = config.model.dtype
     compute_bytes = 2 if dtype == "bfloat16" or (dtype == "auto" and native) else 4
-    _check_nodes(report, config, nodes)
+    check_nodes(report, config, nodes)
     _check_model(report, config, facts)
     needs = estimates(config, facts, on_gpu, compute_bytes)
     supplies = [NodeSupply(node["hostname"], node["num_cpus"], len(node["gpus"]) * on_gpu) for node in nodes]
@@ -103,7 +103,8 @@ def preflight_report(config: RunConfig, facts: ModelFacts, nodes: Sequence[Mappi
     return report
 
 
-def _check_nodes(report: PreflightReport, config: RunConfig, nodes: Sequence[Mapping[str, Any]]) -> None:
+def check_nodes(report: PreflightReport, config: RunConfig, nodes: Sequence[Mapping[str, Any]]) -> None:
+    """Add the line on whether as many nodes are there as ``cluster.num_nodes`` asks for."""
     wanted = config.cluster.num_nodes
     problem = None
     if wanted is not None and len(nodes) < wanted:

@@ -15,8 +15,11 @@ from actors.model_folders import resolve_model
 from launch.config import RunConfig
 from launch.model_facts import ModelFacts, check_model_folder
 from launch.prompts import DatasetReport, load_prompts
+from launch.tuning_data import load_examples
 from trainers.errors import InputError
+from trainers.examples import Example
 from trainers.experience import Prompt
+from trainers.prompt_format import PromptFormat
 from trainers.rewards import load_reward, probe_rewards
 
 PROBE_TIMEOUT_S = 60.0  # for one call of a reward function at start, imports included
@@ -33,6 +36,7 @@ class Prepared:
     held_out: list[Prompt]
     report: DatasetReport
     critic_path: str | None = None  # with PPO
+    pretraining: tuple[Example, ...] = ()  # with PPO-ptx
 
 
 def check_run_folder(config: RunConfig, resume: bool) -> Path:
@@ -100,7 +104,18 @@ def prepare(config: RunConfig) -> Prepared:
     critic = _critic_path(config, path, tokenizer) if config.algorithm.needs_critic else None
     train, held_out, report = load_prompts(config.prompts, tokenizer, max_prompt, config.run.seed)
     probe_rewards(rewards, train, PROBE_TIMEOUT_S)
-    return Prepared(path, facts, max_length, train, held_out, report, critic)
+    texts = _pretraining(config, tokenizer, min(max_length, config.learner.token_budget))
+    return Prepared(path, facts, max_length, train, held_out, report, critic, texts)
+
+
+def _pretraining(config: RunConfig, tokenizer: Any, max_length: int) -> tuple[Example, ...]:
+    """The texts of PPO-ptx, each cut at ``max_length`` tokens as a pretraining run would cut it."""
+    if config.pretraining is None:
+        return ()
+    shown = config.prompts
+    form = PromptFormat(system=shown.system, template=shown.template, chat=shown.chat)
+    remedy = "give rows with a column text"
+    return tuple(load_examples(config.pretraining, "pretraining", tokenizer, max_length, form, True, remedy)[0])
 
 
 def _critic_path(config: RunConfig, model_path: str, tokenizer: Any) -> str:

@@ -20,8 +20,10 @@ def newest_checkpoint(config: RunConfig, folder: Path) -> Checkpoint | None:
     Raises:
         InputError: it is damaged, or was made by another number of ranks or another ZeRO stage.
     """
+    store = CheckpointStore(folder / "checkpoints", config.checkpoint.keep)
     try:
-        checkpoint = CheckpointStore(folder / "checkpoints", config.checkpoint.keep).latest()
+        target = _target(folder)
+        checkpoint = store.load(target) if target in store.steps() else store.latest()
     except DamagedError as error:
         reason, _, remedy = str(error).partition("; ")
         raise InputError("--resume", config.run.name, reason, remedy) from error
@@ -39,6 +41,20 @@ def newest_checkpoint(config: RunConfig, folder: Path) -> Checkpoint | None:
                 reason = f"the checkpoint of step {checkpoint.step} is in shards of {made_with}"
                 raise InputError(f"{role}.{name}", value, reason, f"resume with {role}.{name}={made_with}")
     return checkpoint
+
+
+def _target(folder: Path) -> int:
+    """Step that an alarm took the run back to, as long as no checkpoint was made since; -1 where there is none.
+
+    Later checkpoints are still there then: they go when the next one is committed.
+    """
+    target = -1
+    for event in read_rows(folder / "events.jsonl"):
+        if event.get("kind") == "rolling_back":
+            target = int(event["to"])
+        elif event.get("kind") == "checkpoint":
+            target = -1
+    return target
 
 
 def earlier_attempts(folder: Path) -> tuple[int, str | None]:

@@ -45,14 +45,15 @@ def draw(report: RewardReport, out: Path) -> None:
     figure = Figure(figsize=(13.2, 3.9), layout="constrained")
     canvas = FigureCanvasSVG(figure)
     reliability, scores, lengths = figure.subplots(1, 3)
-    _reliability(reliability, report)
-    _scores(scores, report)
-    _lengths(lengths, report)
+    draw_reliability(reliability, report)
+    draw_scores(scores, report)
+    draw_lengths(lengths, report)
     with matplotlib.rc_context({"svg.hashsalt": "burnish", "svg.fonttype": "none"}):  # equal reports, equal bytes
         canvas.print_svg(str(out), metadata={"Date": None})
 
 
-def _reliability(axes: Axes, report: RewardReport) -> None:
+def draw_reliability(axes: Axes, report: RewardReport) -> None:
+    """Predicted against observed preference."""
     axes.plot([0, 1], [0, 1], color=GREY, linewidth=1, linestyle="--", label="calibrated")
     predicted = [b.predicted for b in report.bins]
     observed = [b.observed.value for b in report.bins]
@@ -64,7 +65,8 @@ def _reliability(axes: Axes, report: RewardReport) -> None:
     axes.legend(loc="upper left", frameon=False)
 
 
-def _scores(axes: Axes, report: RewardReport) -> None:
+def draw_scores(axes: Axes, report: RewardReport) -> None:
+    """Scores of chosen and of rejected answers."""
     bins = np.histogram_bin_edges(np.concatenate([report.chosen, report.rejected]), bins=30)
     for values, colour, label in ((report.chosen, BLUE, "chosen"), (report.rejected, ORANGE, "rejected")):
         axes.hist(values, bins=bins.tolist(), color=colour, alpha=0.55, label=label)
@@ -72,7 +74,8 @@ def _scores(axes: Axes, report: RewardReport) -> None:
     axes.legend(loc="upper left", frameon=False)
 
 
-def _lengths(axes: Axes, report: RewardReport) -> None:
+def draw_lengths(axes: Axes, report: RewardReport) -> None:
+    """Accuracy by how much longer the chosen answer is."""
     accuracy = report.accuracy
     axes.axhspan(accuracy.low, accuracy.high, color=GREY, alpha=0.25, linewidth=0)
     axes.axhline(accuracy.value, color=GREY, linewidth=1, label=f"all pairs: {accuracy}")

@@ -16,7 +16,8 @@ import numpy as np
 from actors.reward_learner import RewardModelLearner
 from actors.scalar_model import scalar_pad_token_id
 from launch.reward_files import PLOT, REPORT, write_reward_files
-from launch.tuning_config import HeldOutSettings, TuningConfig
+from launch.row_settings import HeldOutSettings
+from launch.tuning_config import TuningConfig
 from launch.tuning_data import load_located_rows
 from launch.tuning_task import BaseModelFolder, TuningFleet
 from trainers.comparisons import Comparison, digest, split_by_prompt, without_prompts, write_comparisons

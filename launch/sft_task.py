@@ -1,23 +1,22 @@
 """SFT as a task of the driver: rows to examples, and the file that the ranks read.
 
-May import: actors.{example_files, sft_learner}, trainers.{errors, examples}, launch.*.
+May import: actors.{example_files, sft_learner}, trainers.{examples, sft}, launch.*.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from actors.example_files import write_examples
 from actors.sft_learner import SFTLearner
-from launch.tuning_config import HeldOutSettings, TuningConfig
-from launch.tuning_data import load_located_rows
+from launch.row_settings import HeldOutSettings
+from launch.tuning_config import TuningConfig
+from launch.tuning_data import load_examples
 from launch.tuning_task import BaseModelFolder, TuningFleet
-from trainers.errors import InputError
-from trainers.examples import Example, LeftOut, encode_example
+from trainers.examples import Example
 from trainers.sft import SFTSettings
 
 HELD_OUT = "eval"
@@ -65,22 +64,10 @@ class SFTTask:
     def _examples(self, dataset: HeldOutSettings, field: str, name: str) -> list[Example]:
         settings = self._config.algorithm
         assert isinstance(settings, SFTSettings)
-        found: list[Example] = []
-        left: Counter[str] = Counter()
-        for index, (where, row) in enumerate(load_located_rows(dataset, field)):
-            made = encode_example(
-                row, self._base.tokenizer, self._base.max_length, form=self._config.data.format, index=index,
-                where=where, truncate=settings.truncate,
-            )  # fmt: skip
-            if isinstance(made, LeftOut):
-                left[made.reason] += 1
-            else:
-                found.append(made)
-        self._left_out[name] = dict(left)
-        if not found:
-            counts = ", ".join(f"{count} {reason}" for reason, count in left.items())
-            remedy = "raise model.max_length and learner.token_budget, or set algorithm.truncate=true"
-            raise InputError(field, f"{sum(left.values())} rows", f"none is left to learn from ({counts})", remedy)
+        found, self._left_out[name] = load_examples(
+            dataset, field, self._base.tokenizer, self._base.max_length, self._config.data.format, settings.truncate,
+            "raise model.max_length and learner.token_budget, or set algorithm.truncate=true",
+        )  # fmt: skip
         return found
 
     def write(self, folder: Path) -> None:

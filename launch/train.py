@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import logging
 import shutil
 import signal
@@ -25,8 +24,10 @@ from cluster.checkpoints import Checkpoint, CheckpointStore
 from cluster.layout import NodeSupply
 from cluster.placement import RayHandle
 from cluster.transport import fetch
+from launch.alarm_watch import AlarmWatch
 from launch.assemble import Fleet, assemble, connect
 from launch.demands import node_facts
+from launch.held_out import HeldOut
 from launch.node_probe import gather_facts, local_nodes
 from launch.overrides import ResolvedConfig, dump_yaml
 from launch.plots import before_after, before_after_table, reward_plot
@@ -34,9 +35,10 @@ from launch.prepare import Prepared, check_run_folder, prepare
 from launch.progress import Progress
 from launch.prompts import PromptStream
 from launch.resuming import earlier_attempts, newest_checkpoint
+from launch.rolling_back import WatchedRecorder
 from launch.telemetry import Telemetry
 from launch.validate import refuse_problems, refuse_shortfall
-from trainers.evaluation import EvaluationReport, evaluate
+from trainers.alarms import AlarmBoard
 from trainers.experience import WeightVersion, decode_group
 from trainers.loop import LoopParts, LoopSettings, TrainingLoop
 from trainers.ppo_lap import PPOLap, PPOState
@@ -57,20 +59,29 @@ def train(resolved: ResolvedConfig, resume: bool, console: Console) -> Path:
     if here is not None:
         refuse_shortfall(config, here)
     prepared = prepare(config)
-    run = _Run(resolved, prepared, folder, checkpoint, console)
+    facts = None
     if here is not None:
-        run.facts = [node_facts(prepared.model_path)]
-        refuse_problems(config, prepared, run.facts)
+        facts = [node_facts(prepared.model_path)]
+        refuse_problems(config, prepared, facts)
     report = prepared.report
     console.print(
         f"{config.run.name}: {prepared.facts.architecture}, {prepared.facts.num_params / 1e6:.0f}M parameters; "
         f"{report.num_train_distinct} distinct training questions, {report.num_eval_distinct} held out"
     )
-    return asyncio.run(run.go())
+    run = _Run(resolved, prepared, folder, checkpoint, console, facts)
+    while asyncio.run(run.go()):
+        checkpoint = newest_checkpoint(config, folder)
+        console.print(f"{config.run.name}: an alarm takes the run back to step {checkpoint.step if checkpoint else 0}")
+        run = _Run(resolved, prepared, folder, checkpoint, console, run.facts)
+    run.show()
+    return folder
 
 
 class _Run:
-    """What one run holds while it goes on."""
+    """What one run holds while it goes on, from its start or a checkpoint to its end or an alarm that takes it back.
+
+    ``facts``: launch.node_probe of each node; None until they were looked at.
+    """
 
     def __init__(
         self,
@@ -79,12 +90,13 @@ class _Run:
         folder: Path,
         checkpoint: Checkpoint | None,
         console: Console,
+        facts: list[dict[str, Any]] | None = None,
     ) -> None:
         self.resolved, self.config, self.prepared = resolved, resolved.config, prepared
         self.folder, self.checkpoint, self.console = folder, checkpoint, console
         self.store = CheckpointStore(folder / "checkpoints", self.config.checkpoint.keep)
         self.stream = PromptStream(prepared.train, self.config.run.seed, self.config.prompts.shuffle)
-        self.facts: list[dict[str, Any]] | None = None  # of the nodes; None until they were looked at
+        self.facts = facts
         self.first_step, self.num_tokens = 0, 0
         incarnation, self.wandb_id = earlier_attempts(folder)
         self.is_resumed = self.wandb_id is not None or checkpoint is not None or incarnation >= 0
@@ -101,8 +113,10 @@ class _Run:
         self.saved_step = self.first_step if checkpoint is not None else -1
         self.fleet: Fleet
         self.ppo: PPOLap | None = None
+        self.goes_back = False
 
-    async def go(self) -> Path:
+    async def go(self) -> bool:
+        """Whether an alarm ended the run to have it go on from an earlier checkpoint."""
         handle, nodes = connect(self.config)
         try:
             if self.facts is None:
@@ -112,8 +126,7 @@ class _Run:
         finally:
             if handle is not None:
                 handle.stop()
-        self._show()
-        return self.folder
+        return self.goes_back
 
     async def _run(
         self, handle: RayHandle | None, nodes: list[NodeSupply], facts: Sequence[Mapping[str, Any]]
@@ -165,7 +178,8 @@ class _Run:
         )  # fmt: skip
 
     async def _loop(self) -> None:
-        run, sampling = self.config.run, self.config.generator.sampling
+        config = self.config
+        run, sampling = config.run, config.generator.sampling
         settings = LoopSettings(
             num_steps=run.num_steps, groups_per_step=run.groups_per_step, samples_per_prompt=run.samples_per_prompt,
             max_staleness=run.max_staleness, temperature=sampling.temperature, max_tokens=sampling.max_tokens,
@@ -173,18 +187,32 @@ class _Run:
         )  # fmt: skip
         fleet = self.fleet
         self.ppo = self._ppo_lap()
+        saved = {} if self.checkpoint is None else self.checkpoint.metadata
+        self.board = AlarmBoard(config.alarms, config.algorithm.ppo.value_warmup_steps if self.ppo else 0)
+        if "alarms" in saved:
+            self.board.load_state_dict(saved["alarms"])
+        watch = AlarmWatch(self.board, self.telemetry, self.folder)
+        self.recorder = WatchedRecorder(self.telemetry, watch, self.store, lambda: self.loop.stop())
+        self.held_out = HeldOut(
+            config, self.prepared.held_out, fleet, self.telemetry, self.folder, saved.get("first_evaluation")
+        )
         parts = LoopParts(
             prompts=self.stream, generator=fleet.generator, scorer=fleet.scorer, reference=fleet.reference,
-            learner=fleet.learner, publisher=fleet.publisher, recorder=self.telemetry,
+            learner=fleet.learner, publisher=fleet.publisher, recorder=self.recorder,
             between_steps=self._between_steps, on_update=self._record,
             after_record=self._after_record, ppo=self.ppo,
         )  # fmt: skip
         self.loop = TrainingLoop(settings, parts, self.first_step, self.version, self.num_tokens)
-        with _stop_on_signals(self.loop, self.telemetry):
+        with _stop_on_signals(self.loop, self.telemetry) as received:
             await self.loop.run()
+        if self.recorder.target is not None:
+            self.goes_back = not received  # who stopped the run resumes it, and from there
+            if received:
+                self.telemetry.event("stopped", step=self.loop.step)
+            return
         if self.saved_step != self.loop.step:
             await self._save(self.loop.step, self.loop.version)
-        if self.config.checkpoint.export and not self.loop.stopping:
+        if config.checkpoint.export and not self.loop.stopping:
             target = self.folder / "export" / f"step-{self.loop.step:06d}"
             await fleet.learner.export(str(target))
             self.telemetry.event("export", path=str(target))
@@ -208,18 +236,13 @@ class _Run:
     async def _between_steps(self, step: int, version: WeightVersion, last: bool) -> dict[str, float]:
         evaluation = self.config.evaluation
         metrics: dict[str, float] = {}
-        fresh = step == 0
+        fresh = step == 0 and self.checkpoint is None
         resumed_here = step == self.first_step and not fresh
         if evaluation.every and not resumed_here and (last or step % evaluation.every == 0):
-            report = await self._evaluate(step, version)
-            metrics |= report.metrics
-            if fresh:
-                self._write_samples("samples-before.jsonl", report)
-            if last:
-                self._write_samples("samples-after.jsonl", report)
+            metrics |= await self.held_out.evaluate(step, version, last)
         if fresh:
             if metrics:
-                self.telemetry.step(0, metrics)
+                self.recorder.step(0, metrics)
             return {}
         if self.checkpoint_s is not None:
             metrics["time/checkpoint_s"], self.checkpoint_s = self.checkpoint_s, None
@@ -227,18 +250,10 @@ class _Run:
 
     async def _after_record(self, step: int, version: WeightVersion, last: bool) -> None:
         every = self.config.checkpoint.every
+        if self.recorder.target is not None:
+            return  # the checkpoint to go back to stays the newest good one
         if last or (every and step % every == 0):
             self.checkpoint_s = await self._save(step, version)
-
-    async def _evaluate(self, step: int, version: WeightVersion) -> EvaluationReport:
-        settings, fleet = self.config.evaluation, self.fleet
-        return await evaluate(
-            self.prepared.held_out, fleet.generator, fleet.scorer, version=version, step=step,
-            num_samples=settings.num_samples, temperature=settings.temperature,
-            max_tokens=self.config.generator.sampling.max_tokens,
-            reward=settings.reward or self.config.reward_names[0], seed=self.config.run.seed,
-            progress=lambda done, total: self.telemetry.phase("evaluate", done, total),
-        )  # fmt: skip
 
     async def _save(self, step: int, version: WeightVersion) -> float:
         started = time.perf_counter()
@@ -255,7 +270,7 @@ class _Run:
             metadata = {
                 "incarnation": version.incarnation, "prompts": prompts, "wandb_id": self.telemetry.wandb_id,
                 "num_tokens": self.loop.num_tokens, "seed": self.config.run.seed,
-                **shards,
+                "alarms": self.board.state_dict(), "first_evaluation": self.held_out.state_dict(), **shards,
             }  # fmt: skip
             # In this thread: the run must not go on while its frontier is being written down.
             self.store.commit(step, metadata)
@@ -275,23 +290,7 @@ class _Run:
         groups = [decode_group(fetch(g.payload, PAYLOAD_DEADLINE_S)) for g in batch]
         self.telemetry.trajectories(step, groups, [g.rewards for g in batch], report.advantages)
 
-    def _write_samples(self, name: str, report: EvaluationReport) -> None:
-        rows: list[dict[str, Any]] = []
-        for generated, rewards in zip(report.groups, report.rewards, strict=True):
-            group = decode_group(fetch(generated.payload, PAYLOAD_DEADLINE_S))
-            source = group.prompt.source
-            rows += [
-                {
-                    "prompt": source if isinstance(source, str) else source[-1]["content"],
-                    "completion": t.text,
-                    "reward": _number(rewards.totals[t.sample_index]),
-                    "answer": group.prompt.columns.get("answer"),
-                }
-                for t in group.trajectories
-            ]
-        (self.folder / name).write_text("".join(json.dumps(r) + "\n" for r in rows))
-
-    def _show(self) -> None:
+    def show(self) -> None:
         self.console.print(self.telemetry.summary())
         if (self.folder / "samples-after.jsonl").exists():
             self.console.print(before_after_table(before_after(self.folder)))
@@ -305,18 +304,19 @@ def _shards(settings: LearnerSettings) -> dict[str, int]:
     return {"num_workers": settings.num_workers, "zero_stage": settings.zero_stage}
 
 
-def _number(value: float) -> float | None:
-    return float(value) if value == value else None
-
-
 @contextlib.contextmanager
-def _stop_on_signals(loop: TrainingLoop, telemetry: Telemetry) -> Iterator[None]:
-    """The first SIGINT or SIGTERM asks the run to stop with a checkpoint; the second ends it at once."""
+def _stop_on_signals(loop: TrainingLoop, telemetry: Telemetry) -> Iterator[list[str]]:
+    """The first SIGINT or SIGTERM asks the run to stop with a checkpoint; the second ends it at once.
+
+    Yields the names of those received so far.
+    """
     running = asyncio.get_running_loop()
     signals: Sequence[signal.Signals] = (signal.SIGINT, signal.SIGTERM)
+    received: list[str] = []
 
     def on_signal(number: signal.Signals) -> None:
         telemetry.event("stopping", signal=number.name)
+        received.append(number.name)
         loop.stop()
         for s in signals:
             running.remove_signal_handler(s)
@@ -324,7 +324,7 @@ def _stop_on_signals(loop: TrainingLoop, telemetry: Telemetry) -> Iterator[None]
     for s in signals:
         running.add_signal_handler(s, on_signal, s)
     try:
-        yield
+        yield received
     finally:
         for s in signals:
             running.remove_signal_handler(s)

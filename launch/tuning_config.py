@@ -5,13 +5,14 @@ May import: pydantic and the settings of the other rooms (never torch, ray, vllm
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Self
+from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
 from actors.settings import LearnerSettings, ModelSettings
 from cluster.settings import ClusterSettings
 from launch.config import CheckpointSettings, Positive, TelemetrySettings
+from launch.row_settings import HeldOutSettings
 from trainers.mixture import Knots, check_knots
 from trainers.prompt_format import PromptFormat
 from trainers.reward_training import RewardTrainingSettings
@@ -37,24 +38,6 @@ class TuningRunSettings(Settings):
     def _one_length(self) -> Self:
         if (self.num_steps is None) == (self.num_epochs is None):
             raise ValueError(f"num_steps={self.num_steps}: give num_steps or num_epochs; one, not both")
-        return self
-
-
-class HeldOutSettings(Settings):
-    """Rows of one dataset: a file, a folder, or a function that makes them."""
-
-    path: str | None = Field(None, description="Parquet, JSONL or Arrow file, or a Hugging Face dataset folder")
-    split: str | None = Field(None, description="of a dataset folder")
-    function: str | None = Field(
-        None, description="package.module:function or path/to/file.py:function that returns rows (a list of mappings)"
-    )
-    args: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of the function")
-    size: Positive | None = Field(None, description="use the first rows only")
-
-    @model_validator(mode="after")
-    def _one_source(self) -> Self:
-        if (self.path is None) == (self.function is None):
-            raise ValueError(f"path={self.path}: exactly one of path and function; leave the other out")
         return self
 
 

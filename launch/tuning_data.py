@@ -1,22 +1,23 @@
 """Rows to learn from: files and folders as in launch/datasets.py, or what a function returns.
 
-May import: pyarrow (by launch.datasets), trainers.{errors, reward_calls, rewards}, launch.{datasets, tuning_config}.
+May import: pyarrow, trainers.{errors, examples, prompt_format}, launch.{datasets, made_rows, row_settings}.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from launch.datasets import Row, _files, _jsonl
-from launch.tuning_config import HeldOutSettings
+from launch.datasets import Row, dataset_files, jsonl_rows
+from launch.made_rows import made_rows
+from launch.row_settings import HeldOutSettings
 from trainers.errors import InputError
-from trainers.reward_calls import UserCodeError, user_code
-from trainers.rewards import _find
+from trainers.examples import Example, LeftOut, encode_example
+from trainers.prompt_format import PromptFormat
 
 
 def load_located_rows(settings: HeldOutSettings, field: str) -> list[tuple[str, Row]]:
@@ -24,7 +25,11 @@ def load_located_rows(settings: HeldOutSettings, field: str) -> list[tuple[str, 
 
     Raises InputError for everything a user can get wrong up to the columns, which are the caller's to judge.
     """
-    found = _made_rows(settings, field) if settings.function is not None else _file_rows(settings, field)
+    if settings.function is None:
+        found = _file_rows(settings, field)
+    else:
+        made = made_rows(settings.function, settings.args, field)
+        found = [(f"{field} row {i}", row) for i, row in enumerate(made, start=1)]
     if not found:
         value = settings.function or settings.path
         name = "function" if settings.function is not None else "path"
@@ -32,10 +37,33 @@ def load_located_rows(settings: HeldOutSettings, field: str) -> list[tuple[str, 
     return found[: settings.size]
 
 
+def load_examples(
+    settings: HeldOutSettings, field: str, tokenizer: Any, max_length: int, form: PromptFormat, truncate: bool,
+    remedy: str,
+) -> tuple[list[Example], dict[str, int]]:  # fmt: skip
+    """(every row as token ids with its targets, reason -> rows left out); see :func:`trainers.examples.encode_example`.
+
+    Raises:
+        InputError: as above, a row that cannot be read, or nothing is left; ``remedy`` is for that.
+    """
+    found: list[Example] = []
+    left: Counter[str] = Counter()
+    for index, (where, row) in enumerate(load_located_rows(settings, field)):
+        made = encode_example(row, tokenizer, max_length, form=form, index=index, where=where, truncate=truncate)
+        if isinstance(made, LeftOut):
+            left[made.reason] += 1
+        else:
+            found.append(made)
+    if not found:
+        counts = ", ".join(f"{count} {reason}" for reason, count in left.items())
+        raise InputError(field, f"{sum(left.values())} rows", f"none is left to learn from ({counts})", remedy)
+    return found, dict(left)
+
+
 def _file_rows(settings: HeldOutSettings, field: str) -> list[tuple[str, Row]]:
     rows: list[tuple[str, Row]] = []
-    for file in _files(Path(settings.path or "").expanduser(), settings.split, field):
-        rows += _jsonl(file, field) if file.suffix in (".jsonl", ".ndjson") else _table_rows(file, field)
+    for file in dataset_files(Path(settings.path or "").expanduser(), settings.split, field):
+        rows += jsonl_rows(file, field) if file.suffix in (".jsonl", ".ndjson") else _table_rows(file, field)
     return rows
 
 
@@ -51,22 +79,3 @@ def _table_rows(file: Path, field: str) -> list[tuple[str, Row]]:
     except (pa.ArrowException, OSError) as error:
         raise InputError(f"{field}.path", str(file), f"cannot be read: {error}", "write the file again") from error
     return [(f"{file} row {number}", row) for number, row in enumerate(table.to_pylist(), start=1)]
-
-
-def _made_rows(settings: HeldOutSettings, field: str) -> list[tuple[str, Row]]:
-    name = settings.function or ""
-    if ":" not in name:
-        raise InputError(f"{field}.function", name, "names no function", "write package.module:function")
-    function = _find(name, f"{field}.function")
-    try:
-        with user_code():
-            made: Any = function(**settings.args)
-            rows = list(made)
-    except UserCodeError as error:
-        reason = f"it failed: {error}"
-        raise InputError(f"{field}.function", name, reason, f"mend it, or change {field}.args") from error
-    for i, row in enumerate(rows):
-        if not isinstance(row, Mapping):
-            reason = f"item {i} of what it returned is a {type(row).__name__}"
-            raise InputError(f"{field}.function", name, reason, "return a list of mappings, one a row")
-    return [(f"{field} row {i}", dict(row)) for i, row in enumerate(rows, start=1)]

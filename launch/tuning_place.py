@@ -21,7 +21,7 @@ from launch.assemble import check_num_nodes, meeting_point
 from launch.config import RunConfig
 from launch.estimate import estimate_learner, show_bytes
 from launch.model_facts import ModelFacts
-from launch.preflight import PROCESS_BYTES, PreflightReport, _check_nodes
+from launch.preflight import PROCESS_BYTES, PreflightReport, check_nodes
 from launch.tuning_config import TuningConfig
 from launch.tuning_task import TuningFleet
 from trainers.errors import InputError
@@ -135,7 +135,7 @@ def tuning_report(config: TuningConfig, facts: ModelFacts, nodes: Sequence[Mappi
         offload_optimizer=learner.offload_optimizer != "none",
         offload_param=learner.offload_param != "none",
     )
-    _check_nodes(report, shared(config), nodes)
+    check_nodes(report, shared(config), nodes)
     supplies = [NodeSupply(node["hostname"], node["num_cpus"], len(node["gpus"]) * on_gpu) for node in nodes]
     asked = demands(config, on_gpu)
     needed = f"{learner.num_workers} ranks on {'GPUs' if on_gpu else 'CPU'}"

@@ -247,7 +247,17 @@ def test_more_gpus_than_there_are_are_refused_with_the_shortfall(
     assert not shop.runs.exists()
 
 
-@pytest.mark.parametrize(("recipe", "asked"), [("gpu-1x-grpo", 1), ("gpu-8x-grpo", 8), ("gpu-multinode-grpo", 32)])
+@pytest.mark.parametrize(
+    ("recipe", "asked"),
+    [
+        ("gpu-1x-grpo", 1),
+        ("gpu-8x-grpo", 8),
+        ("gpu-8x-ppo", 8),
+        ("gpu-8x-sft", 8),
+        ("gpu-8x-reward", 8),
+        ("gpu-multinode-grpo", 32),
+    ],
+)
 def test_a_gpu_recipe_on_a_machine_without_gpus_is_refused_by_train_and_is_a_valid_configuration(
     recipe: str, asked: int, shop: Workshop, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

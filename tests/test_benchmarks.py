@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,8 @@ import torch
 from actors.model_folders import resolve_model
 from actors.modeling import load_policy
 from actors.objective import TokenTerms, pack_loss
-from benchmarks import gpu_check, learner, process, push, report, step
+from actors.scalar_model import load_scalar
+from benchmarks import gpu_check, learner, ppo, process, push, report, step
 from benchmarks.gpu_tasks import make_packs
 from benchmarks.job import (
     Job,
@@ -26,12 +28,13 @@ from benchmarks.job import (
     random_groups,
     save_samples,
 )
-from benchmarks.plain import PlainTrainer, pad_groups, token_logprobs
+from benchmarks.plain import PlainCritic, PlainTrainer, pad_groups, token_logprobs
 from launch.overrides import load_config
 from launch.trajectory_files import trajectory_table
 from trainers.advantages import group_relative
 from trainers.algorithms import AlgorithmSettings
 from trainers.experience import decode_group, decode_logprobs
+from trainers.value_loss import clipped_value_loss
 
 BETA = 0.04
 LENGTHS = [9, 1, 5, 14]
@@ -75,6 +78,43 @@ def test_padding_equals_packing(tiny: str) -> None:
     packed = {n.removeprefix("hf_model."): p.grad for n, p in policy.named_parameters()}
     for name, parameter in trainer.model.named_parameters():
         torch.testing.assert_close(packed[name], parameter.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_the_plain_critic_computes_what_the_critic_computes(tmp_path: Path) -> None:
+    """Values and the gradient of the whole loss."""
+    folder = ppo.make_reward_model(Job(model="builtin:tiny-llama"), tmp_path)
+    groups = random_groups(2, 4, 7, LENGTHS, 300)
+    batch = learner_groups(groups)
+    plain, packed = PlainCritic(folder, "float32", "cpu", 1e-8, 0.0), load_scalar(folder, "critic.path")
+    head: Any = packed.hf_model.score
+    torch.nn.init.normal_(plain.model.score.weight, std=0.1)
+    head.weight.data.copy_(plain.model.score.weight)
+    padded = pad_groups(batch, plain.pad_id)
+    expected = plain.values(padded)[padded.completion_mask > 0].detach()
+    plain.backward(padded, rows=3)
+
+    lengths = torch.tensor([t.num_tokens for g in groups for t in g.trajectories])
+    found: dict[int, torch.Tensor] = {}
+    for pack in make_packs(groups, 48, "cpu", share_prompts=True):
+        values, members = packed(pack), list(pack.members)
+        goal = padded.advantages[members].repeat_interleave(lengths[members])
+        (clipped_value_loss(values, torch.zeros_like(values), goal, 0.2).loss.sum() / lengths.sum()).backward()
+        found |= dict(zip(members, values.detach().split(pack.lengths), strict=True))
+    torch.testing.assert_close(torch.cat([found[i] for i in range(len(found))]), expected, rtol=0, atol=2e-5)
+    gradients = {n.removeprefix("hf_model."): p.grad for n, p in packed.named_parameters()}
+    for name, parameter in plain.model.named_parameters():
+        torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_every_side_of_the_scoring_benchmark_scores_every_sample(tiny: str, tmp_path: Path) -> None:
+    job = Job(model="builtin:tiny-llama")
+    folder = ppo.make_reward_model(job, tmp_path)
+    batches = [random_groups(2, 4, 7, LENGTHS, 300)]
+    for side in (*ppo.PAIRS, *ppo.PAIRS.values()):
+        found = ppo.measure_scoring(job, side, batches, folder, 1)
+        assert found["num_tokens"] == [2 * (4 * 7 + sum(LENGTHS))] and len(found["seconds"]) == 1
+    rewards = ppo.scorer(job, "reward", folder)(batches[0])()
+    assert [r.parts["proxy"].tolist() for r in rewards] == [[0.0] * 4] * 2, "a head of zeros, and no failure"
 
 
 def test_the_baselines_gradient_does_not_depend_on_its_micro_batches(tiny: str) -> None:
@@ -165,10 +205,20 @@ def test_the_step_benchmark_is_a_valid_run_with_a_reference(tmp_path: Path) -> N
     assert config.evaluation.every == 0
 
 
+def test_the_ppo_benchmark_is_a_valid_run_that_updates_once_a_batch_by_a_learned_reward(tmp_path: Path) -> None:
+    config = load_config(ppo.RECIPE, [*step.overrides(Job(), tmp_path, 5), *ppo.overrides("folder")]).config
+    assert config.algorithm.needs_critic and config.algorithm.needs_reference
+    assert config.algorithm.num_updates == 1, "an ideal is one forward and backward pass"
+    assert config.reward_names == ["proxy"] and config.reward_models[0].path == "folder"
+    assert config.learner.optimizer.lr == config.critic.optimizer.lr == 1e-8
+    assert config.algorithm.ppo.value_warmup_steps == config.evaluation.every == 0
+
+
 def test_a_missed_target_is_called_missed() -> None:
     assert report.Row("push", "", "", 1.49, "push").cells()[-1] == "met"
     assert report.Row("push", "", "", 1.51, "push").cells()[-1] == "not met"
     assert report.Row("push", "no number", "", None, "push", "failed: why").cells()[-1] == "not measured, failed: why"
+    assert report.Row("a scorer", "", "", 0.89, "scoring").cells()[-1] == "not met"
     assert report.Row("learner", "", "", 2.0).cells()[-2:] == ("", "")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from collections.abc import Iterator
@@ -12,19 +13,29 @@ import numpy as np
 import pytest
 import yaml
 
+from actors.model_folders import resolve_model
+from actors.modeling import load_tokenizer
 from launch.cli import _parser
 from launch.config import RunConfig
 from launch.config_keys import slot_at
-from launch.config_reference import BEGIN, END, PAGE, entries, renewed
-from launch.recipe_files import list_recipes, parse_yaml
-from launch.tuning_config import TuningConfig
+from launch.config_reference import BEGIN, END, KINDS, PAGE, entries, renewed
+from launch.eval_config import EvalConfig
+from launch.label_config import LabelConfig
+from launch.recipe_files import list_recipes, parse_yaml, read_recipe
+from launch.tuning_config import TUNING, TuningConfig
+from trainers.examples import encode_example
 from trainers.experience import Prompt
+from trainers.pair_function import load_pair_function, probe_pair_function
+from trainers.preferences import read_comparison
+from trainers.prompt_format import PromptFormat
 from trainers.rewards import RewardSettings, load_reward, probe_rewards
+from trainers.suites import load_suite
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 FENCE = re.compile(r"(?P<mark><!-- recipe -->\n)?^```(?P<language>\w*)\n(?P<body>.*?)^```$", re.MULTILINE | re.DOTALL)
-KEY = re.compile(rf"`((?:{'|'.join(RunConfig.model_fields)})(?:\.[a-z0-9_]+)+)(?:[:=] ?([^`]*))?`")
+SECTIONS = "|".join(dict.fromkeys(name for kind in KINDS for name in kind.model_fields))
+KEY = re.compile(rf"`((?:{SECTIONS})(?:\.(?!(?:jsonl?|html|parquet|safetensors)`)[a-z0-9_]+)+)(?:[:=] ?([^`]*))?`")
 OWN_FILE = ".yaml"  # a recipe argument that is a path of the reader's own
 
 
@@ -72,7 +83,7 @@ def page_and_text(pattern: str) -> Iterator[tuple[Path, str]]:
 def check_override(override: str) -> None:
     key = override.partition("=")[0]
     parts = tuple(int(part) if part.isdigit() else part for part in key.split("."))
-    assert any(slot_at(model, parts) is not None for model in (RunConfig, TuningConfig)), f"there is no key {key}"
+    assert any(slot_at(model, parts) is not None for model in KINDS), f"there is no key {key}"
 
 
 # --- commands ---------------------------------------------------------------------------------
@@ -136,9 +147,23 @@ def test_every_configuration_key_that_is_mentioned_exists(page: Path) -> None:
             check_override(name)
 
 
+EXAMPLES = {TuningConfig: "cpu-sft", LabelConfig: "cpu-pipeline-label", EvalConfig: "cpu-eval"}
+
+
+def kind_of(block: dict[str, Any]) -> type[Any]:
+    """Whose configuration a block is a part of."""
+    if "label" in block or "eval" in block:
+        return LabelConfig if "label" in block else EvalConfig
+    is_tuning = "data" in block or block.get("algorithm", {}).get("name") in TUNING
+    return TuningConfig if is_tuning else RunConfig
+
+
 @pytest.mark.parametrize("block", fenced("yaml"), ids=lambda block: block.page)
 def test_every_yaml_block_is_a_recipe_or_a_part_of_one(block: Fenced) -> None:
     value = parse_yaml(block.body)
+    if (kind := kind_of(value)) is not RunConfig:
+        kind.model_validate({**parse_yaml(read_recipe(EXAMPLES[kind])), "model": {"path": "any"}, **value})
+        return
     whole = {} if block.is_recipe else {**recipe_blocks()[0], "evaluation": {"every": 0}}
     config = RunConfig.model_validate({**whole, **value})
     for reward in config.rewards:
@@ -158,14 +183,17 @@ def test_there_is_a_complete_recipe_to_read() -> None:
 
 
 @pytest.mark.parametrize("block", fenced("python"), ids=lambda block: block.page)
-def test_every_reward_function_that_is_shown_loads_and_scores(block: Fenced, tmp_path: Path) -> None:
+def test_every_function_that_is_shown_loads_and_scores_or_compares(block: Fenced, tmp_path: Path) -> None:
     path = tmp_path / "shown.py"
     path.write_text(block.body, encoding="utf-8")
     names = re.findall(r"^(?:async )?def (\w+)|^([a-z]\w*) = ", block.body, re.MULTILINE)
     attribute = (names[-1][0] or names[-1][1]) if names else ""
     prompt = Prompt("id", np.arange(5, dtype=np.int32), "2 + 2 =", "2 + 2 =", {"answer": "4", "unit": "m"})
-    reward = load_reward(RewardSettings(function=f"{path}:{attribute}"))
-    probe_rewards([reward], [prompt, prompt], timeout_s=20)
+    settings = RewardSettings(function=f"{path}:{attribute}")
+    if "completions_a" in block.body:
+        probe_pair_function(load_pair_function(settings, "label.pair"), [prompt, prompt], "label.pair", timeout_s=20)
+    else:
+        probe_rewards([load_reward(settings)], [prompt, prompt], timeout_s=20)
 
 
 def test_the_readme_and_the_guide_show_the_same_first_reward() -> None:
@@ -194,16 +222,31 @@ def test_every_file_of_the_project_that_is_named_exists() -> None:
     assert not [f"{page.name}: {name}" for page, name in named if not (ROOT / name).exists()]
 
 
-def test_every_test_that_a_law_points_to_exists() -> None:
-    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8").partition("## Laws")[2]
-    named = re.findall(r"`(test_\w+)`", text)
+def test_every_test_that_is_pointed_to_exists() -> None:
+    named = {name for _, name in page_and_text(r"`(test_\w+)`")}
     written = {
         name
         for file in (ROOT / "tests").glob("test_*.py")
         for name in re.findall(r"def (test_\w+)", file.read_text(encoding="utf-8"))
     }
-    assert len(named) >= 10
-    assert not set(named) - written
+    laws = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8").partition("## Laws")[2]
+    assert len(re.findall(r"`(test_\w+)`", laws)) >= 10
+    assert sorted(named - written) == []
+
+
+@pytest.mark.parametrize("block", fenced("json"), ids=lambda block: block.page)
+def test_every_row_that_is_shown_is_one_that_is_read(block: Fenced, tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in block.body.splitlines()]
+    if "suite" in rows[0]:
+        (tmp_path / "suite.jsonl").write_text(block.body, encoding="utf-8")
+        assert len(load_suite(tmp_path / "suite.jsonl")) == len(rows)
+        return
+    tokenizer = load_tokenizer(resolve_model("builtin:tiny-llama"))
+    for row in rows:
+        if "chosen" in row or "completions" in row:
+            assert read_comparison(row, "row", tokenizer, PromptFormat(chat=False)).pairs
+        else:
+            assert encode_example(row, tokenizer, 512, form=PromptFormat(chat=False)).mask.any()
 
 
 def test_the_hooks_before_a_commit_are_local() -> None:

@@ -18,10 +18,10 @@ import pytest
 from rich.console import Console
 
 from cluster.checkpoints import CheckpointStore
+from launch.journal import read_rows
 from launch.overrides import load_config
 from launch.prepare import prepare
 from launch.prompts import PromptStream
-from launch.journal import read_rows
 from launch.train import _Run, earlier_attempts
 from trainers.experience import WeightVersion
 

@@ -78,7 +78,7 @@ def test_what_a_model_wrote_is_shown_and_never_run(tmp_path: Path) -> None:
 def test_cells_show_intervals_and_what_is_missing(tmp_path: Path) -> None:
     rows = (("win rate", Estimate(0.61234, 0.55, 0.66666, 300)), ("KL", None), ("steps", 12), ("x", math.nan))
     page, _ = page_of(tmp_path, Section("t", table=Table(("name", "value"), rows)))
-    assert "0.6123 <span class=\"interval\">[0.55, 0.6667] n=300</span>" in page
+    assert '0.6123 <span class="interval">[0.55, 0.6667] n=300</span>' in page
     assert page.count(">–<") == 2 and ">12<" in page
     with pytest.raises(ValueError, match="row 0 has 1 cells for 2"):
         Table(("a", "b"), (("x",),))

@@ -143,8 +143,10 @@ def test_self_bleu_equals_the_comparison_of_each_with_all_others() -> None:
 
 def test_self_bleu_takes_the_same_subsample_for_the_same_seed() -> None:
     texts = varied(60)
-    assert self_bleu(texts, max_texts=20, seed=1) == self_bleu(texts, max_texts=20, seed=1) != self_bleu(
-        texts, max_texts=20, seed=2
+    assert (
+        self_bleu(texts, max_texts=20, seed=1)
+        == self_bleu(texts, max_texts=20, seed=1)
+        != self_bleu(texts, max_texts=20, seed=2)
     )
 
 

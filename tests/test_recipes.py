@@ -10,29 +10,34 @@ import yaml
 
 from launch.config import RunConfig
 from launch.datasets import load_rows, prompt_key
+from launch.demands import num_gpus_asked
+from launch.eval_config import EvalConfig
 from launch.label_config import LabelConfig
 from launch.overrides import load_config
 from launch.recipe_files import copy_recipe, describe_recipe, list_recipes, read_recipe
 from launch.tuning_config import TuningConfig
+from launch.tuning_place import demands
 from trainers.errors import InputError
 
 ROOT = Path(__file__).parent.parent
+PIPELINE = "cpu-pipeline-"  # these name files that earlier steps of the pipeline write
 
 
-def is_sampled(name: str) -> bool:
-    """Whether a recipe draws prompts; the others learn from files."""
-    return isinstance(load_config(name).config, RunConfig)
+def has_its_prompts(name: str) -> bool:
+    """Whether a recipe draws prompts that need no file; the others learn from files, label or evaluate."""
+    return isinstance(load_config(name).config, RunConfig) and not name.startswith(PIPELINE)
 
 
 @pytest.mark.parametrize("name", list_recipes())
 def test_every_shipped_recipe_is_complete_and_says_what_it_is_for(name: str) -> None:
     resolved = load_config(name)
-    assert isinstance(resolved.config, RunConfig | TuningConfig | LabelConfig)
-    assert resolved.config.run.name == name
+    assert isinstance(resolved.config, RunConfig | TuningConfig | LabelConfig | EvalConfig)
+    assert resolved.config.run.name == name.removeprefix(PIPELINE)
+    assert (resolved.config.run.directory == "runs/pipeline") == name.startswith(PIPELINE)
     assert len(describe_recipe(name)) > 20
 
 
-@pytest.mark.parametrize("name", [name for name in list_recipes() if name.startswith("cpu-") and is_sampled(name)])
+@pytest.mark.parametrize("name", [name for name in list_recipes() if name.startswith("cpu-") and has_its_prompts(name)])
 def test_a_cpu_recipe_has_enough_questions_to_train_on_and_to_hold_out(name: str) -> None:
     config = load_config(name).config
     assert config.prompts.eval is not None
@@ -52,14 +57,28 @@ def test_the_format_trap_is_the_demo_with_one_more_reward() -> None:
     assert trap.model_copy(update=same) == demo
 
 
-@pytest.mark.parametrize(("name", "num_gpus"), [("gpu-1x-grpo", 1), ("gpu-8x-grpo", 8), ("gpu-multinode-grpo", 32)])
-def test_a_gpu_recipe_asks_for_just_the_gpus_its_name_promises(name: str, num_gpus: int) -> None:
-    from launch.preflight import role_demands
+@pytest.mark.parametrize("kind", [RunConfig, TuningConfig, LabelConfig, EvalConfig])
+def test_every_kind_of_run_has_a_recipe_for_a_machine_without_a_gpu(kind: type) -> None:
+    assert any(isinstance(load_config(name).config, kind) for name in list_recipes() if name.startswith("cpu-"))
 
+
+@pytest.mark.parametrize(
+    ("name", "num_gpus"),
+    [
+        ("gpu-1x-grpo", 1),
+        ("gpu-8x-grpo", 8),
+        ("gpu-8x-ppo", 8),
+        ("gpu-8x-sft", 8),
+        ("gpu-8x-reward", 8),
+        ("gpu-multinode-grpo", 32),
+    ],
+)
+def test_a_gpu_recipe_asks_for_just_the_gpus_its_name_promises(name: str, num_gpus: int) -> None:
     config = load_config(name).config
-    demands = role_demands(config, on_gpu=True)
-    asked = [demand.num_workers * demand.gpus_per_worker for demand in demands]
-    assert (max(asked) if config.cluster.colocate else sum(asked)) == num_gpus
+    if isinstance(config, RunConfig):
+        assert num_gpus_asked(config) == num_gpus
+    else:
+        assert [demand.num_workers * demand.gpus_per_worker for demand in demands(config, on_gpu=True)] == [num_gpus]
 
 
 def test_copying_a_recipe_never_overwrites(tmp_path: Path) -> None:

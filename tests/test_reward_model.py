@@ -147,6 +147,25 @@ def test_neighbours_packing_padding_and_row_order_never_change_a_score(folder: s
     np.testing.assert_allclose(padded_scores(folder, comparisons), alone, atol=FP32_TOLERANCE)
 
 
+def test_scores_that_differ_by_a_thousandth_do_not_tie_in_bfloat16(folder: str) -> None:
+    head = load_scalar(folder, "model.path").hf_model.score
+    weight = head.weight.detach()[0]  # type: ignore[union-attr]
+    along = weight / weight.square().sum()  # a hidden state whose score is 1
+    hidden = torch.stack([3.0 * along, 3.001 * along]).requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        low, high = head(hidden)[:, 0]  # type: ignore[operator]
+    assert (high - low).item() == pytest.approx(1e-3, rel=1e-2)
+    (high - low).backward()
+    torch.testing.assert_close(hidden.grad, torch.stack([-weight, weight]), rtol=0, atol=0)  # exact, not rounded
+
+
+def test_eos_is_learned_where_it_is_the_pad_token_too(tmp_path: Path) -> None:
+    model: Any = load_scalar(make_folder(tmp_path, pad_is_eos=True), "model.path").hf_model
+    embedding, eos = model.get_input_embeddings(), model.config.eos_token_id
+    embedding(torch.tensor([eos])).sum().backward()
+    assert (embedding.weight.grad[eos] == 1).all()
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
     """A learner on a causal model whose pad token is EOS, before and after training, and what it exported."""

@@ -21,9 +21,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from actors.example_files import ExampleFile, write_examples
 from actors.model_folders import resolve_model
-from actors.modeling import PackedPolicy
-from actors.settings import LearnerSettings
-from actors.sft_learner import TEMPERATURE, example_packs, load_student, sft_pack_loss
+from actors.modeling import PackedPolicy, load_policy
+from actors.sft_learner import TEMPERATURE, example_packs, sft_pack_loss
 from cluster.checkpoints import CheckpointStore
 from launch.cli import main
 from launch.journal import read_rows
@@ -35,6 +34,7 @@ from trainers.prompt_format import PromptFormat
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 MODEL = "builtin:tiny-llama"
+CHUNK = 256  # of log-probs
 RUN_S = 240.0  # one run with Ray; about 20 s on two idle cores
 TALK = [
     {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"},
@@ -54,7 +54,7 @@ def examples() -> list[Example]:
 
 @pytest.fixture(scope="module")
 def student() -> PackedPolicy:
-    return load_student(resolve_model(MODEL), LearnerSettings()).eval()
+    return load_policy(resolve_model(MODEL), CHUNK).eval()
 
 
 def packed(student: PackedPolicy, token_budget: int) -> tuple[float, int, dict[str, torch.Tensor]]:
@@ -134,7 +134,7 @@ def test_pad_equal_to_eos_is_harmless(student: PackedPolicy, tmp_path: Path) -> 
     made = encode_example({"messages": TALK}, tokenizer, 1000)
     assert isinstance(made, Example)
     assert made.mask.tolist() == examples()[5].mask.tolist(), "an EOS is learned, whatever it is called"
-    loss, _, gradient = packed(load_student(str(folder), LearnerSettings()).eval(), 4096)
+    loss, _, gradient = packed(load_policy(str(folder), CHUNK).eval(), 4096)
     expected = packed(student, 4096)
     assert loss == pytest.approx(expected[0], rel=1e-6)
     assert_same(gradient, expected[2])

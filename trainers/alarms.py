@@ -107,6 +107,7 @@ class AlarmRule:
     margin: float = 0.1  # hysteresis, as a share of the threshold
     least_margin: float = 0.0  # and at least this, in the unit, for thresholds near 0
     after_step: int = 0  # rows up to this step are not looked at
+    of_critic: bool = False  # after_step counts from the end of the value warm-up
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,8 +156,12 @@ def _of_first_entropy(row: Row, memory: dict[str, Any], settings: AlarmSettings)
 
 
 def _least_movement(row: Row, memory: dict[str, Any], settings: AlarmSettings) -> float | None:
-    found = [_get(row, name) for name in ("grad_norm", "learner/parameters_changed_fraction")]
-    return min((value for value in found if value is not None), default=None)
+    norm, changed = (_get(row, name) for name in ("grad_norm", "learner/parameters_changed_fraction"))
+    if changed is not None:  # measured once a start; until the next time it holds
+        memory["changed"] = changed
+    if norm is None:
+        return changed
+    return min(norm, float(memory.get("changed", norm)))
 
 
 def _growth_since_win(row: Row, memory: dict[str, Any], settings: AlarmSettings) -> float | None:
@@ -230,7 +235,7 @@ _RULES: tuple[AlarmRule, ...] = (
               "of variance", 5,
               "the critic predicts returns no better than a constant, so its advantages are noise",
               "give the critic more warm-up or a higher learning rate, or start it from the reward model",
-              least_margin=0.05, after_step=20),
+              least_margin=0.05, after_step=20, of_critic=True),
     AlarmRule("no_gradient", ("grad_norm", "learner/parameters_changed_fraction"), _least_movement, "below",
               "in norm, or of parameters", 3,
               "updates leave the model as it is: no gradient, or steps too small for the precision of the weights",
@@ -259,10 +264,10 @@ class _State:
 
 
 class AlarmBoard:
-    """All alarms that are on, fed one row a step."""
+    """All alarms that are on, fed one row a step.  ``value_warmup_steps``: steps in which only the critic learns."""
 
-    def __init__(self, settings: AlarmSettings) -> None:
-        self._settings = settings
+    def __init__(self, settings: AlarmSettings, value_warmup_steps: int = 0) -> None:
+        self._settings, self._value_warmup_steps = settings, value_warmup_steps
         self._rules = [rule for rule in _RULES if settings.threshold(rule.name) is not None]
         self._states = {rule.name: _State() for rule in self._rules}
         self._last_step = -1
@@ -277,7 +282,8 @@ class AlarmBoard:
     def _look(self, rule: AlarmRule, step: int, row: Row) -> Alarm | None:
         state, threshold = self._states[rule.name], self._settings.threshold(rule.name)
         value = rule.measure(row, state.memory, self._settings)
-        if value is None or math.isnan(value) or threshold is None or step <= rule.after_step:
+        grace = rule.after_step + (self._value_warmup_steps if rule.of_critic else 0)
+        if value is None or math.isnan(value) or threshold is None or step <= grace:
             return None
         sign = 1.0 if rule.fires == "above" else -1.0
         beyond = sign * (value - threshold)
@@ -341,6 +347,7 @@ def markdown() -> str:
         sign = "at least" if rule.fires == "above" else "at most"
         unit = f"{rule.unit} per {defaults.kl_per}" if rule.name == "kl_budget" else rule.unit
         rows = f"{rule.for_steps}, after step {rule.after_step}" if rule.after_step else str(rule.for_steps)
+        rows += " from the end of `algorithm.ppo.value_warmup_steps` on" if rule.of_critic else ""
         cells = (f"`{rule.name}`", ", ".join(f"`{name}`" for name in rule.reads),
                  f"{sign} {defaults.threshold(rule.name):g} {unit}", rows, rule.meaning, rule.remedy)  # fmt: skip
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")

@@ -54,6 +54,11 @@ class PPOSettings(Settings):
         "null: kl_coef is fixed"
     )  # fmt: skip
     kl_horizon: int = Field(10_000, ge=1, description="samples in which an error of 1 would double kl_coef")
+    pretrain_coef: NonNegative = Field(
+        0.0, description="PPO-ptx (arXiv:2203.02155, equation 2): weight in the loss of the mean cross-entropy on "
+        "pretraining's texts, in nats a token"
+    )  # fmt: skip
+    pretrain_batch_size: int = Field(16, ge=1, description="texts of pretraining in one optimizer step")
     reward_shaping: RewardShaping = RewardShaping()
 
 

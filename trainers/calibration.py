@@ -232,7 +232,5 @@ def _bins(probabilities: np.ndarray, outcomes: np.ndarray, num_bins: int, confid
     for number in np.unique(place):
         inside = place == number
         observed = proportion(float(outcomes[inside].sum()), int(inside.sum()), confidence)
-        found.append(
-            Bin(number / num_bins, (number + 1) / num_bins, float(probabilities[inside].mean()), observed)
-        )
+        found.append(Bin(number / num_bins, (number + 1) / num_bins, float(probabilities[inside].mean()), observed))
     return tuple(found)

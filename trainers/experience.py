@@ -116,6 +116,7 @@ class GroupRewards:
     parts: Mapping[str, np.ndarray]  # name -> float64 [G], NaN where that part has no value
     failures: tuple[tuple[int, RewardFailure], ...] = ()  # (sample index, what happened)
     score_s: float = 0.0
+    measured: tuple[str, ...] = ()  # parts of weight 0: they are only looked at, and their failures mask nothing
 
     @property
     def valid(self) -> np.ndarray:

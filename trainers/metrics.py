@@ -57,6 +57,8 @@ _ROWS: tuple[Metric, ...] = (
            "count", "all calls of all reward parts", SUM),
     Metric("failures/num_samples_masked", "samples left out of the update because they have no valid reward",
            "samples", COMPLETIONS, SUM),
+    Metric("failures/masked_fraction", "share of samples left out of the update because they have no valid reward",
+           "fraction", COMPLETIONS, MEAN),
     # --- completions --------------------------------------------------------------------------
     Metric("completions/mean_length", "length of a completion, EOS included", "tokens", COMPLETIONS, MEAN),
     Metric("completions/max_length", "longest completion, EOS included", "tokens", COMPLETIONS, MAX),
@@ -130,6 +132,21 @@ _ROWS: tuple[Metric, ...] = (
     Metric("eval/num_prompts", "held-out prompts evaluated", "prompts", "all held-out prompts", SUM),
     Metric("eval/mean_length", "length of held-out completions, EOS included", "tokens", "all held-out completions",
            MEAN),
+    Metric("eval/win_rate", "chance that a sample's total reward is above that of the same sample at step 0; ties "
+           "count half", "fraction", "held-out samples with a valid reward at both steps",
+           MEAN),
+    Metric("eval/win_rate_low", "lower end of its 95 % interval", "fraction", "as eval/win_rate",
+           "bootstrap over prompts"),
+    Metric("eval/win_rate_high", "upper end of that interval", "fraction", "as eval/win_rate",
+           "bootstrap over prompts"),
+    Metric("eval/distinct_2", "different pairs of neighbouring words / all such pairs", "fraction",
+           "all held-out completions together", "over all of them at once"),
+    Metric("eval/unique", "share of held-out completions left when each text is counted once", "fraction",
+           "all held-out completions", "over all of them at once"),
+    Metric("eval/reward_length_correlation", "Pearson correlation of total reward and length", "1",
+           "held-out samples with a valid reward", "over all of them at once"),
+    Metric("eval/clipped_ratio", "share of held-out completions cut at max_tokens (finish_reason length)", "fraction",
+           "all held-out completions", MEAN),
     # --- learner ------------------------------------------------------------------------------
     Metric("learner/peak_memory_bytes", "peak memory of a rank since it started: allocated on GPU, resident on CPU",
            "bytes", RUN, "maximum over ranks"),
@@ -139,6 +156,9 @@ _ROWS: tuple[Metric, ...] = (
            "all positions of all micro-batches", "sum of padding over ranks / sum of positions"),
     Metric("learner/shared_prompt_fraction", "prompt tokens not computed again thanks to sharing / all prompt tokens",
            "fraction", "prompt tokens of all trained samples", "sum over ranks / sum over ranks"),
+    Metric("learner/parameters_changed_fraction", "share of the policy's parameters whose float32 value its first "
+           "update with a gradient changed; measured once a start", "fraction",
+           "evenly spaced elements of every trained tensor, 4096 of each or all", "mean, tensors weighted by size"),
     # --- supervised training ------------------------------------------------------------------
     # loss is the mean cross-entropy of the target tokens, num_tokens and epoch count examples' tokens and examples.
     Metric("num_target_tokens", "tokens of the step that are learned: completions, assistant's turns, plain text",

@@ -90,11 +90,11 @@ def sft_rows(num: int, seed: int) -> list[dict[str, str]]:
     rows = []
     for _ in range(num):
         prompt = train[int(rng.integers(len(train)))]
-        rows.append({"prompt": prompt, "completion": " " + _review(prompt, rng)})
+        rows.append({"prompt": prompt, "completion": " " + write_review(prompt, rng)})
     return rows
 
 
-def _review(prompt: str, rng: np.random.Generator) -> str:
+def write_review(prompt: str, rng: np.random.Generator) -> str:
     """One or two clauses with one to four different adjectives; a mood, drawn first, spreads the sentiment."""
     subject, aspect = prompt.removesuffix(":").split()[-2:]
     mood = rng.choice([0.05, 0.35, 0.65, 0.95])

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from trainers.planted import _review, gold, label_pair, prompts
+from trainers.planted import gold, label_pair, prompts, write_review
 
 
 def preference_rows(num: int, seed: int, noise: float = 1.0, held_out: bool = False) -> list[dict[str, Any]]:
@@ -24,9 +24,9 @@ def preference_rows(num: int, seed: int, noise: float = 1.0, held_out: bool = Fa
     rows = []
     for _ in range(num):
         prompt = asked[int(rng.integers(len(asked)))]
-        first = second = " " + _review(prompt, rng)
+        first = second = " " + write_review(prompt, rng)
         while second == first:
-            second = " " + _review(prompt, rng)
+            second = " " + write_review(prompt, rng)
         chosen, rejected = (first, second) if label_pair(gold(first), gold(second), rng, noise) else (second, first)
         rows.append(
             {"prompt": prompt, "chosen": chosen, "rejected": rejected,

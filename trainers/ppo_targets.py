@@ -108,8 +108,8 @@ def ppo_targets(
 
 
 def _kl(policy: np.ndarray, reference: np.ndarray, algorithm: AlgorithmSettings) -> np.ndarray:
-    rows = (torch.from_numpy(row.astype(np.float64)) for row in (policy, reference))
-    per_token: np.ndarray = kl_estimate(*rows, algorithm.kl_estimator).numpy()
+    ours, theirs = (torch.from_numpy(row.astype(np.float64)) for row in (policy, reference))
+    per_token: np.ndarray = kl_estimate(ours, theirs, algorithm.kl_estimator).numpy()
     return per_token
 
 

@@ -76,7 +76,7 @@ def load_reward(settings: RewardSettings) -> LoadedReward:
     Raises InputError when it does not import, is not callable, or the arguments do not fit.
     """
     field, value = f"rewards.{settings.name}.function", settings.function
-    function = _find(settings.function, field)
+    function = find_function(settings.function, field)
     if not callable(function):
         raise InputError(field, value, f"is a {type(function).__name__}, not a function", "name a function")
     try:
@@ -103,7 +103,8 @@ def load_reward(settings: RewardSettings) -> LoadedReward:
     )
 
 
-def _find(function: str, field: str) -> Any:
+def find_function(function: str, field: str) -> Any:
+    """What a built-in name, ``location:attribute`` or an entry point names; raises InputError at ``field``."""
     if function in BUILTINS:
         return BUILTINS[function]
     if ":" not in function:
@@ -198,26 +199,29 @@ async def score_group(
 
     ``timeout_s`` bounds one call of one function, ``num_retries`` counts further calls after an
     exception or a timeout.  totals[i] = sum of weight * part over the parts that have a value, NaN when
-    one failed or all abstained.
+    one failed or all abstained.  A part of weight 0 is only measured: whatever it does, the totals are the others';
+    where all are, they are 0.
     """
     started, num_samples = time.monotonic(), len(group.trajectories)
     scored = await asyncio.gather(
         *(_score(r, group.prompt, group.trajectories, timeout_s, num_retries) for r in rewards)
     )
     failures = sorted((f for _, fs in scored for f in fs), key=lambda f: f[0])
-    totals, applies = np.zeros(num_samples), np.zeros(num_samples, dtype=bool)
-    for reward, (part, _) in zip(rewards, scored, strict=True):
+    weighed = [(r.weight, *found) for r, found in zip(rewards, scored, strict=True) if r.weight != 0]
+    totals, applies = np.zeros(num_samples), np.full(num_samples, not weighed)
+    for weight, part, why in weighed:
         has_value = np.isfinite(part)
-        totals += np.where(has_value, reward.weight * part, 0.0)
+        totals += np.where(has_value, weight * part, 0.0)
+        totals[[i for i, f in why if f.kind != "abstained"]] = np.nan
         applies |= has_value
     totals[~applies] = np.nan
-    totals[[i for i, f in failures if f.kind != "abstained"]] = np.nan
     return GroupRewards(
         group_id=group.group_id,
         totals=totals,
         parts={r.name: part for r, (part, _) in zip(rewards, scored, strict=True)},
         failures=tuple(failures),
         score_s=time.monotonic() - started,
+        measured=tuple(r.name for r in rewards if r.weight == 0),
     )
 
 

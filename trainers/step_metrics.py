@@ -15,13 +15,11 @@ def group_metrics(groups: Sequence[LearnerGroup], version: WeightVersion) -> dic
     totals = np.concatenate([g.rewards.totals for g in groups])
     lengths = np.array([t for g in groups for t in g.summary.num_completion_tokens], dtype=np.float64)
     reasons = np.array([r for g in groups for r in g.summary.finish_reasons])
-    stds = [_std(g.rewards.totals) for g in groups]
+    stds = [_std(g.rewards.totals) for g in groups if g.rewards.valid.any()]
     lags = np.array([version.step - g.summary.oldest_version.step for g in groups], dtype=np.float64)
     ended = lengths[reasons == "stop"]
     metrics = {
         "reward": _mean(totals),
-        "reward_std": float(np.mean(stds)),
-        "frac_reward_zero_std": float(np.mean([s == 0.0 for s in stds])),
         "completions/mean_length": float(lengths.mean()),
         "completions/max_length": float(lengths.max()),
         "completions/min_length": float(lengths.min()),
@@ -29,11 +27,15 @@ def group_metrics(groups: Sequence[LearnerGroup], version: WeightVersion) -> dic
         "completions/mean_terminated_length": float(ended.mean()) if ended.size else float("nan"),
         "failures/num_reward": float(sum(len(g.rewards.failures) for g in groups)),
         "failures/num_samples_masked": float((~np.isfinite(totals)).sum()),
+        "failures/masked_fraction": float((~np.isfinite(totals)).mean()),
         "staleness/mean": float(lags.mean()),
         "staleness/max": float(lags.max()),
         "version/incarnation": float(version.incarnation),
         "version/step": float(version.step),
     }
+    if any(g.summary.num_samples > 1 for g in groups):  # one sample has no spread, neither 0 nor any other
+        metrics["reward_std"] = _mean(np.array(stds))
+        metrics["frac_reward_zero_std"] = _mean(np.array([float(s == 0.0) for s in stds]))
     for name in groups[0].rewards.parts:
         part = np.concatenate([g.rewards.parts[name] for g in groups])
         metrics[f"rewards/{name}/mean"] = _mean(part)
