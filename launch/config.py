@@ -190,7 +190,7 @@ class RunConfig(Settings):
         names = self.reward_names
         if not names:
             raise ValueError("rewards is empty and so is reward_models: nothing would be learned; give one of them")
-        if not any(part.weight for part in (*self.rewards, *self.reward_models)):
+        if not any([r.weight for r in self.rewards] + [m.weight for m in self.reward_models]):
             raise ValueError(
                 f"rewards: all of {names} have weight 0, so they are measured and nothing is learned; weigh one of them"
             )

@@ -72,9 +72,7 @@ class HeldOut:
             self._write("samples-after.jsonl", groups, report)
         return report.metrics | self._instruments(step, groups, report)
 
-    def _instruments(
-        self, step: int, groups: Sequence[TrajectoryGroup], report: EvaluationReport
-    ) -> dict[str, float]:
+    def _instruments(self, step: int, groups: Sequence[TrajectoryGroup], report: EvaluationReport) -> dict[str, float]:
         samples = [t for group in groups for t in group.trajectories]
         rewards = np.concatenate([r.totals for r in report.rewards])
         first = None if step == 0 else self.first

@@ -8,12 +8,10 @@ May import: everything.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import shutil
-import signal
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +34,7 @@ from launch.progress import Progress
 from launch.prompts import PromptStream
 from launch.resuming import earlier_attempts, newest_checkpoint
 from launch.rolling_back import WatchedRecorder
+from launch.signals import stop_on_signals
 from launch.telemetry import Telemetry
 from launch.validate import refuse_problems, refuse_shortfall
 from trainers.alarms import AlarmBoard
@@ -203,7 +202,7 @@ class _Run:
             after_record=self._after_record, ppo=self.ppo,
         )  # fmt: skip
         self.loop = TrainingLoop(settings, parts, self.first_step, self.version, self.num_tokens)
-        with _stop_on_signals(self.loop, self.telemetry) as received:
+        with stop_on_signals(self.loop, self.telemetry) as received:
             await self.loop.run()
         if self.recorder.target is not None:
             self.goes_back = not received  # who stopped the run resumes it, and from there
@@ -302,29 +301,3 @@ class _Run:
 def _shards(settings: LearnerSettings) -> dict[str, int]:
     """What a resumed run must have in common with the one that saved."""
     return {"num_workers": settings.num_workers, "zero_stage": settings.zero_stage}
-
-
-@contextlib.contextmanager
-def _stop_on_signals(loop: TrainingLoop, telemetry: Telemetry) -> Iterator[list[str]]:
-    """The first SIGINT or SIGTERM asks the run to stop with a checkpoint; the second ends it at once.
-
-    Yields the names of those received so far.
-    """
-    running = asyncio.get_running_loop()
-    signals: Sequence[signal.Signals] = (signal.SIGINT, signal.SIGTERM)
-    received: list[str] = []
-
-    def on_signal(number: signal.Signals) -> None:
-        telemetry.event("stopping", signal=number.name)
-        received.append(number.name)
-        loop.stop()
-        for s in signals:
-            running.remove_signal_handler(s)
-
-    for s in signals:
-        running.add_signal_handler(s, on_signal, s)
-    try:
-        yield received
-    finally:
-        for s in signals:
-            running.remove_signal_handler(s)

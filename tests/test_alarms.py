@@ -183,6 +183,23 @@ def test_a_critic_is_not_judged_before_it_is_warm() -> None:
     assert steps_of([-1.0] * 40, "explained_variance") == [25]
 
 
+def test_a_critic_that_warms_up_before_the_policy_moves_is_judged_as_much_later() -> None:
+    rows: list[Row] = [{"critic/explained_variance": -1.0, "completions/clipped_ratio": 0.9}] * 60
+    alarms = observe(AlarmBoard(AlarmSettings(), value_warmup_steps=30), rows)
+    assert [(a.name, a.since) for a in alarms] == [("truncation", 1), ("explained_variance", 51)]
+
+
+def test_a_change_measured_once_holds_until_it_is_measured_again() -> None:
+    nothing, moving, idle = {"learner/parameters_changed_fraction": 0.0}, {"grad_norm": 1.0}, dict[str, float]()
+
+    def run(rows: list[Row]) -> list[tuple[str, int]]:
+        return [(a.name, a.step) for a in observe(AlarmBoard(AlarmSettings()), rows)]
+
+    assert run([nothing | moving, idle, moving, moving]) == [("no_gradient", 4)]
+    assert run([nothing | moving, moving, {"learner/parameters_changed_fraction": 0.5} | moving, moving, moving]) == []
+    assert run([{"learner/parameters_changed_fraction": 0.5}, *[{"grad_norm": 0.0}] * 3]) == [("no_gradient", 4)]
+
+
 def test_unchanged_parameters_are_found_whatever_the_gradient_says() -> None:
     rows = [{"grad_norm": 1.0, "learner/parameters_changed_fraction": 0.0}] * 3
     assert names(observe(AlarmBoard(AlarmSettings()), rows)) == ["no_gradient"]

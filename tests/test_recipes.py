@@ -20,6 +20,7 @@ from launch.tuning_place import demands
 from trainers.errors import InputError
 
 ROOT = Path(__file__).parent.parent
+STEPS = ("sft", "label", "reward", "ppo", "eval")
 PIPELINE = "cpu-pipeline-"  # these name files that earlier steps of the pipeline write
 
 
@@ -79,6 +80,18 @@ def test_a_gpu_recipe_asks_for_just_the_gpus_its_name_promises(name: str, num_gp
         assert num_gpus_asked(config) == num_gpus
     else:
         assert [demand.num_workers * demand.gpus_per_worker for demand in demands(config, on_gpu=True)] == [num_gpus]
+
+
+def test_the_recipes_of_the_pipeline_take_what_the_one_before_them_leaves() -> None:
+    sft, label, reward, ppo, judge = (
+        load_config(name).config for name in ("cpu-sft", *(f"{PIPELINE}{step}" for step in STEPS[1:]))
+    )
+    policy = f"runs/pipeline/sft/export/step-{sft.run.num_steps:06d}"
+    assert [c.model.path for c in (label, reward, ppo)] == [policy] * 3 and judge.base.path == policy
+    assert judge.model.path == f"runs/pipeline/ppo/export/step-{ppo.run.num_steps:06d}"
+    assert judge.reward_models == ppo.reward_models
+    assert reward.data.train[0].path == "runs/pipeline/label/preferences.parquet"
+    assert f"cpu-sft/export/step-{sft.run.num_steps:06d}" in read_recipe("cpu-ppo")
 
 
 def test_copying_a_recipe_never_overwrites(tmp_path: Path) -> None:

@@ -56,6 +56,7 @@ def write_file(path: Path, dtype: str = "float32") -> WeightManifest:
 # --- bit sums ---------------------------------------------------------------------------------
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(width=32), max_size=40), st.integers(0, 40))
 def test_a_bit_sum_is_additive_over_parts_and_blind_to_their_order(values: list[float], cut: int) -> None:
     for dtype in DTYPES:

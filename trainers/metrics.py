@@ -180,6 +180,8 @@ _ROWS: tuple[Metric, ...] = (
            "samples that are trained on", MEAN),
     Metric("kl_coef", "coefficient beta of the KL in this step, fixed or steered to algorithm.ppo.kl_target",
            "reward per nat", RUN, "value at the start of the step"),
+    Metric("pretrain_loss", "mean cross-entropy of the pretraining texts, before algorithm.ppo.pretrain_coef",
+           "nats per token", "tokens of the texts drawn for the step", "mean over tokens, then over updates"),
     Metric("critic/loss", "half the squared distance of values from returns, with the clipped one where it is larger",
            "reward squared", "completion tokens trained on", "mean over tokens, then over updates of the step"),
     Metric("critic/clip_ratio", "share of tokens whose value left its trust region towards the return: no gradient",
