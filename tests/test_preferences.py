@@ -54,6 +54,14 @@ def test_answers_are_tokenised_apart_from_the_prompt_and_end_with_eos(tokenizer:
     assert found.pairs == ((0, 1),) and found.margins is None
 
 
+def test_an_answer_that_was_cut_off_gets_no_eos_that_nobody_sampled(tokenizer: Any) -> None:
+    cut = PAIR | {"chosen_finish_reason": "stop", "rejected_finish_reason": "length"}
+    assert texts(read(cut, tokenizer), tokenizer)[1] == ["four<|im_end|>", "five"]
+    ranking = {"prompt": "Two and two?", "completions": ["four", "five"], "ranks": [1, 2]}
+    found = read(ranking | {"finish_reasons": ["length", "stop"]}, tokenizer)
+    assert texts(found, tokenizer)[1] == ["four", "five<|im_end|>"]
+
+
 def test_every_way_to_write_a_conversation_gives_the_same_tokens(tokenizer: Any) -> None:
     shown = read(PAIR, tokenizer, PromptFormat())
     rows = [

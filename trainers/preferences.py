@@ -61,7 +61,9 @@ def read_comparison(
     text, prompt_ids = form.render(judged.prompt, tokenizer, where)
     if prompt_ids.size == 0:
         raise InputError(where, text, "the prompt has no token", "leave the row out")
-    completions = tuple(form.answer(judged.prompt, a, tokenizer, where) for a in judged.answers)
+    closed = [form.answer(judged.prompt, a, tokenizer, where) for a in judged.answers]
+    whole = _finished(row, len(closed))
+    completions = tuple(c if w else _without_eos(c, tokenizer) for c, w in zip(closed, whole, strict=True))
     for i, answer in enumerate(completions):
         for other in range(i):
             if np.array_equal(answer, completions[other]):
@@ -87,6 +89,19 @@ def read_sample(row: Row, where: str, tokenizer: Any, form: PromptFormat) -> Com
     text, prompt_ids = form.render(prompt, tokenizer, where)
     digest = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
     return Comparison(digest, prompt_ids, (form.answer(prompt, answer, tokenizer, where),))
+
+
+def _finished(row: Row, num_answers: int) -> list[bool]:
+    """Which answers were ended by the model: where ``burnish label`` says "length", the EOS was never sampled."""
+    if row.get("completions") is not None:
+        reasons = row.get("finish_reasons") or [None] * num_answers
+    else:
+        reasons = [row.get("chosen_finish_reason"), row.get("rejected_finish_reason")]
+    return [reason != "length" for reason in reasons]
+
+
+def _without_eos(ids: np.ndarray, tokenizer: Any) -> np.ndarray:
+    return ids[:-1] if ids.size > 1 and ids[-1] == tokenizer.eos_token_id else ids
 
 
 # --- what a row says ----------------------------------------------------------------------------
