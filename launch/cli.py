@@ -11,6 +11,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from launch.overrides import ResolvedConfig
 
 REFUSED = 2
 
@@ -112,12 +116,20 @@ def _console():  # type: ignore[no-untyped-def]
     return Console()
 
 
-def _train(arguments: argparse.Namespace) -> int:
+def _resolved(arguments: argparse.Namespace) -> ResolvedConfig | None:
+    """The recipe with its overrides; None when it was only to be printed."""
     from launch.overrides import load_config, print_config
 
     resolved = load_config(arguments.recipe, arguments.overrides)
-    if arguments.print_config:
-        print_config(resolved)
+    if not arguments.print_config:
+        return resolved
+    print_config(resolved)
+    return None
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    resolved = _resolved(arguments)
+    if resolved is None:
         return 0
     _expect(resolved.config, "train", arguments.recipe)
     from launch.tuning_config import TuningConfig
@@ -146,11 +158,8 @@ def _expect(config: object, command: str, recipe: str) -> None:
 
 
 def _label(arguments: argparse.Namespace) -> int:
-    from launch.overrides import load_config, print_config
-
-    resolved = load_config(arguments.recipe, arguments.overrides)
-    if arguments.print_config:
-        print_config(resolved)
+    resolved = _resolved(arguments)
+    if resolved is None:
         return 0
     _expect(resolved.config, "label", arguments.recipe)
     from launch.label import label
@@ -160,11 +169,8 @@ def _label(arguments: argparse.Namespace) -> int:
 
 
 def _eval(arguments: argparse.Namespace) -> int:
-    from launch.overrides import load_config, print_config
-
-    resolved = load_config(arguments.recipe, arguments.overrides)
-    if arguments.print_config:
-        print_config(resolved)
+    resolved = _resolved(arguments)
+    if resolved is None:
         return 0
     _expect(resolved.config, "eval", arguments.recipe)
     from launch.evaluate import evaluate_models
@@ -174,11 +180,8 @@ def _eval(arguments: argparse.Namespace) -> int:
 
 
 def _validate(arguments: argparse.Namespace) -> int:
-    from launch.overrides import load_config, print_config
-
-    resolved = load_config(arguments.recipe, arguments.overrides)
-    if arguments.print_config:
-        print_config(resolved)
+    resolved = _resolved(arguments)
+    if resolved is None:
         return 0
     if arguments.config_only:
         print(f"{arguments.recipe}: the configuration is valid")

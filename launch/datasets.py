@@ -175,18 +175,27 @@ def jsonl_rows(file: Path, field: str) -> Iterator[tuple[str, Row]]:
 
 
 def _arrow(file: Path, column: str, field: str) -> Iterator[tuple[str, Row]]:
-    try:
-        if file.suffix == ".parquet":
-            table = pq.ParquetFile(file).read()
-        else:
-            with pa.memory_map(str(file)) as source:
-                is_file = source.read(6) == b"ARROW1"
-                source.seek(0)
-                table = (pa.ipc.open_file if is_file else pa.ipc.open_stream)(source).read_all()
-    except (pa.ArrowException, OSError) as error:
-        raise InputError(f"{field}.path", str(file), f"cannot be read: {error}", "write the file again") from error
+    table = read_table(file, field)
     if column not in table.column_names:
         raise _missing_column(column, table.column_names, field)
+    yield from table_rows(table, file)
+
+
+def read_table(file: Path, field: str) -> pa.Table:
+    """A Parquet file or an Arrow file or stream; InputError names ``field`` when it cannot be read."""
+    try:
+        if file.suffix == ".parquet":
+            return pq.ParquetFile(file).read()
+        with pa.memory_map(str(file)) as source:
+            is_file = source.read(6) == b"ARROW1"
+            source.seek(0)
+            return (pa.ipc.open_file if is_file else pa.ipc.open_stream)(source).read_all()
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(f"{field}.path", str(file), f"cannot be read: {error}", "write the file again") from error
+
+
+def table_rows(table: pa.Table, file: Path) -> Iterator[tuple[str, Row]]:
+    """(where, row) of each row, counted from 1."""
     for number, row in enumerate(table.to_pylist(), start=1):
         yield f"{file} row {number}", row
 

@@ -9,10 +9,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from launch.datasets import Row, dataset_files, jsonl_rows
+from launch.datasets import Row, dataset_files, jsonl_rows, read_table, table_rows
 from launch.made_rows import made_rows
 from launch.row_settings import HeldOutSettings
 from trainers.errors import InputError
@@ -63,19 +60,6 @@ def load_examples(
 def _file_rows(settings: HeldOutSettings, field: str) -> list[tuple[str, Row]]:
     rows: list[tuple[str, Row]] = []
     for file in dataset_files(Path(settings.path or "").expanduser(), settings.split, field):
-        rows += jsonl_rows(file, field) if file.suffix in (".jsonl", ".ndjson") else _table_rows(file, field)
+        is_json = file.suffix in (".jsonl", ".ndjson")
+        rows += jsonl_rows(file, field) if is_json else table_rows(read_table(file, field), file)
     return rows
-
-
-def _table_rows(file: Path, field: str) -> list[tuple[str, Row]]:
-    try:
-        if file.suffix == ".parquet":
-            table = pq.ParquetFile(file).read()
-        else:
-            with pa.memory_map(str(file)) as source:
-                is_file = source.read(6) == b"ARROW1"
-                source.seek(0)
-                table = (pa.ipc.open_file if is_file else pa.ipc.open_stream)(source).read_all()
-    except (pa.ArrowException, OSError) as error:
-        raise InputError(f"{field}.path", str(file), f"cannot be read: {error}", "write the file again") from error
-    return [(f"{file} row {number}", row) for number, row in enumerate(table.to_pylist(), start=1)]
