@@ -13,13 +13,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from actors.batch_rank import BatchRank, Share
 from actors.experience_batch import ExperienceBatch
+from actors.group_batch import GroupBatch
 from actors.packing import Pack
 from actors.scalar_model import load_scalar
 from actors.settings import CriticSettings
@@ -65,17 +65,16 @@ class CriticLearner(BatchRank):
             tokenizer_path=model_path,
         )  # fmt: skip
 
-    def values(self, payload: list[Any], deadline_s: float) -> tuple[dict[str, float], pa.Buffer | None]:
-        """({"score_s"}, values before each completion token as Arrow) of the one group in ``payload``.
+    def values(self, payloads: list[Any], deadline_s: float) -> tuple[Any, ...]:
+        """({"score_s"}, values before each completion token of each group in ``payloads``, an Arrow buffer a group).
 
-        The samples are divided among the ranks; rank 0 has the result, the others have None.
+        The samples are divided among the ranks; rank 0 has the result, the others have None for each group.
         """
         started = time.perf_counter()
-        group = decode_group(fetch(payload[0], deadline_s))
-        num = len(group.trajectories)
-        completions = [t.completion_ids for t in group.trajectories]
-        rows = self.score_everything(self._score, [group.prompt.token_ids] * num, completions, [0] * num)
-        return {"score_s": time.perf_counter() - started}, encode_logprobs(rows) if self.rank == 0 else None
+        batch = GroupBatch([decode_group(fetch(payload, deadline_s)) for payload in payloads])
+        rows = batch.by_group(self.score_everything(self._score, batch.prompts, batch.completions, batch.groups))
+        buffers = [encode_logprobs(part) if self.rank == 0 else None for part in rows]
+        return {"score_s": time.perf_counter() - started}, *buffers
 
     def _score(self, pack: Pack) -> torch.Tensor:
         values: torch.Tensor = self.engine.forward(pack)

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from actors.call_batches import CallBatches
 from actors.dispatch import Dispatcher
 from cluster.worker_group import WorkerGroup
 from trainers.experience import GroupRewards
@@ -47,7 +48,7 @@ class GeneratorFleet:
 
 
 class RewardPool:
-    """All reward workers as one ``Scorer``."""
+    """All reward workers, which run functions, as one ``Scorer``."""
 
     def __init__(self, workers: WorkerGroup, deadline_s: float) -> None:
         self.workers, self.deadline_s = workers, deadline_s
@@ -66,23 +67,45 @@ class RewardPool:
         return rewards
 
 
-class ReferencePool:
-    """All reference replicas as one ``Reference``."""
+def num_scored_tokens(group: GeneratedGroup) -> int:
+    """What a forward pass over the group costs: its prompt with each completion."""
+    summary = group.summary
+    return summary.num_samples * summary.num_prompt_tokens + sum(summary.num_completion_tokens)
 
-    def __init__(self, workers: WorkerGroup, deadline_s: float) -> None:
+
+class RewardModelPool:
+    """All replicas of one reward model as one ``Scorer``; waiting groups share a call up to ``token_budget``."""
+
+    def __init__(self, workers: WorkerGroup, deadline_s: float, token_budget: int) -> None:
         self.workers, self.deadline_s = workers, deadline_s
-        self._dispatcher = Dispatcher(len(workers))
+        self._calls = CallBatches(len(workers), token_budget, self._call)
+
+    async def score(self, group: GeneratedGroup) -> GroupRewards:
+        return await self._calls.submit(group, num_scored_tokens(group))
+
+    async def _call(self, worker: int, groups: list[GeneratedGroup]) -> Sequence[GroupRewards]:
+        rewards: list[GroupRewards] = await self.workers.call(
+            worker, "score", [g.payload for g in groups], self.deadline_s, deadline_s=self.deadline_s
+        )
+        return rewards
+
+
+class ReferencePool:
+    """All reference replicas as one ``Reference``; waiting groups share a call up to ``token_budget``."""
+
+    def __init__(self, workers: WorkerGroup, deadline_s: float, token_budget: int) -> None:
+        self.workers, self.deadline_s = workers, deadline_s
+        self._calls = CallBatches(len(workers), token_budget, self._call)
 
     async def logprobs(self, group: GeneratedGroup) -> Payload:
-        cost = sum(group.summary.num_completion_tokens)
-        worker = self._dispatcher.assign(cost)
-        try:
-            _, payload = await self.workers.call_split(
-                worker, "logprobs", [group.payload], self.deadline_s, deadline_s=self.deadline_s
-            )
-        finally:
-            self._dispatcher.done(worker, cost)
-        return payload
+        return await self._calls.submit(group, num_scored_tokens(group))
+
+    async def _call(self, worker: int, groups: list[GeneratedGroup]) -> Sequence[Payload]:
+        _, *payloads = await self.workers.call_split(
+            worker, "logprobs", [g.payload for g in groups], self.deadline_s, deadline_s=self.deadline_s,
+            num_payloads=len(groups),
+        )  # fmt: skip
+        return payloads
 
 
 class Gang:
@@ -91,12 +114,12 @@ class Gang:
     def __init__(self, workers: WorkerGroup, deadline_s: float) -> None:
         self.workers, self.deadline_s = workers, deadline_s
 
-    async def _first_with_payload(self, method: str, *args: Any) -> tuple[Any, Payload]:
+    async def _first_with_payloads(self, num_payloads: int, method: str, *args: Any) -> tuple[Any, ...]:
         """``call_split`` on rank 0 while the others, who have no result, make the same call."""
         workers, deadline_s = self.workers, self.deadline_s
-        found: tuple[Any, Payload]
+        found: tuple[Any, ...]
         found, *_ = await asyncio.gather(
-            workers.call_split(0, method, *args, deadline_s=deadline_s),
+            workers.call_split(0, method, *args, deadline_s=deadline_s, num_payloads=num_payloads),
             *(workers.call(rank, method, *args, deadline_s=deadline_s) for rank in range(1, len(workers))),
         )
         return found
@@ -114,7 +137,7 @@ class LearnerGang(Gang):
     async def prepare(
         self, groups: Sequence[LearnerGroup], scores: Sequence[np.ndarray], kl_coef: float
     ) -> PreparedBatch:
-        prepared, payload = await self._first_with_payload("prepare", list(groups), list(scores), kl_coef)
+        prepared, payload = await self._first_with_payloads(1, "prepare", list(groups), list(scores), kl_coef)
         found: PreparedBatch = replace(prepared, payload=payload)
         return found
 
@@ -134,14 +157,20 @@ class LearnerGang(Gang):
 class CriticGang(Gang):
     """All critic ranks as one ``Critic``."""
 
-    def __init__(self, workers: WorkerGroup, deadline_s: float) -> None:
+    def __init__(self, workers: WorkerGroup, deadline_s: float, token_budget: int) -> None:
+        """``token_budget``: of each rank; waiting groups share a call up to that of all ranks."""
         super().__init__(workers, deadline_s)
-        self._turn = asyncio.Lock()  # a forward pass may be a collective: groups reach every rank in one order
+        # One batch at a time, as of one worker: a forward pass may be a collective, and every rank has to see the
+        # same calls in the same order.
+        self._calls = CallBatches(1, token_budget * len(workers), self._values)
 
     async def values(self, group: GeneratedGroup) -> Payload:
-        async with self._turn:
-            _, payload = await self._first_with_payload("values", [group.payload], self.deadline_s)
-        return payload
+        return await self._calls.submit(group, num_scored_tokens(group))
+
+    async def _values(self, _: int, groups: list[GeneratedGroup]) -> Sequence[Payload]:
+        payloads = [g.payload for g in groups]
+        _, *values = await self._first_with_payloads(len(groups), "values", payloads, self.deadline_s)
+        return values
 
     async def update(self, groups: Sequence[LearnerGroup], step: int, targets: Payload) -> CriticReport:
         reports = await self.workers.call_all("update", list(groups), step, [targets], deadline_s=self.deadline_s)

@@ -8,9 +8,9 @@ from __future__ import annotations
 import time
 from typing import Any
 
-import pyarrow as pa
 import torch
 
+from actors.group_batch import GroupBatch
 from actors.modeling import load_policy
 from actors.packing import Pack
 from actors.scoring import score_samples
@@ -20,7 +20,7 @@ from trainers.experience import decode_group, encode_logprobs
 
 
 class ReferenceModel:
-    """Scores the completions of a group."""
+    """Scores the completions of groups."""
 
     def __init__(
         self,
@@ -37,21 +37,16 @@ class ReferenceModel:
             torch.cuda.set_device(self.device)
         self._model = load_policy(settings.path or model_path, chunk, getattr(torch, dtype)).to(self.device).eval()
 
-    def logprobs(self, payload: list[Any], deadline_s: float) -> tuple[dict[str, float], pa.Buffer]:
-        """({"score_s"}, log-probs of each completion as Arrow) for the one group in ``payload``."""
+    def logprobs(self, payloads: list[Any], deadline_s: float) -> tuple[Any, ...]:
+        """({"score_s"}, log-probs of the completions of each group in ``payloads``, an Arrow buffer a group)."""
         started = time.perf_counter()
-        group = decode_group(fetch(payload[0], deadline_s))
+        batch = GroupBatch([decode_group(fetch(payload, deadline_s)) for payload in payloads])
         rows = score_samples(
-            self._score,
-            [group.prompt.token_ids] * len(group.trajectories),
-            [t.completion_ids for t in group.trajectories],
-            [0] * len(group.trajectories),
-            self.settings.token_budget,
-            self.device.type != "cuda",
-            self.device,
-        )
-        buffer = encode_logprobs([rows[i] for i in range(len(rows))])
-        return {"score_s": time.perf_counter() - started}, buffer
+            self._score, batch.prompts, batch.completions, batch.groups, self.settings.token_budget,
+            self.device.type != "cuda", self.device,
+        )  # fmt: skip
+        buffers = [encode_logprobs(part) for part in batch.by_group([rows[i] for i in range(len(rows))])]
+        return {"score_s": time.perf_counter() - started}, *buffers
 
     def _score(self, pack: Pack) -> torch.Tensor:
         logprobs: torch.Tensor = self._model(pack, self.temperature, with_entropy=False)[0]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -110,7 +111,7 @@ def load_stats(path: str, field: str) -> RewardStats:
 
 
 class RewardModel:
-    """Scores group after group.
+    """Scores groups, packed together up to its token budget.
 
     Args:
         policy_path: folder whose tokenizer the samples' ids belong to.
@@ -139,37 +140,47 @@ class RewardModel:
         config: Any = self._model.hf_model.config
         self._limit = min(int(config.max_position_embeddings), settings.token_budget)
 
-    def score(self, payload: list[Any], deadline_s: float) -> GroupRewards:
-        """Rewards of the one group in ``payload``: one part, under this model's name; failures are values in it."""
-        return self.score_group(decode_group(fetch(payload[0], deadline_s)))
+    def score(self, payloads: list[Any], deadline_s: float) -> list[GroupRewards]:
+        """Rewards of each group in ``payloads``: one part, under this model's name; failures are values in it."""
+        return self.score_groups([decode_group(fetch(payload, deadline_s)) for payload in payloads])
 
-    def score_group(self, group: TrajectoryGroup) -> GroupRewards:
-        """See :meth:`score`."""
+    def score_groups(self, groups: Sequence[TrajectoryGroup]) -> list[GroupRewards]:
+        """See :meth:`score`.  ``score_s`` is each group's part of the time by samples: they were scored together."""
         started = time.perf_counter()
-        prompt, texts = self._read(group)
-        failures: dict[int, RewardFailure] = {}
-        for i, (trajectory, text) in enumerate(zip(group.trajectories, texts, strict=True)):
-            if why := self._unscorable(trajectory, prompt, text):
-                failures[i] = RewardFailure(self.settings.name, "not_a_number", why)
-        chosen = [i for i in range(len(texts)) if i not in failures]
+        failures: list[dict[int, RewardFailure]] = [{} for _ in groups]
+        chosen: list[tuple[int, int]] = []  # (group, sample) of every text that can be scored
+        prompts, texts = [], []
+        for g, group in enumerate(groups):
+            prompt, own_texts = self._read(group)
+            for i, (trajectory, text) in enumerate(zip(group.trajectories, own_texts, strict=True)):
+                if why := self._unscorable(trajectory, prompt, text):
+                    failures[g][i] = RewardFailure(self.settings.name, "not_a_number", why)
+                else:
+                    chosen.append((g, i))
+                    prompts.append(prompt)
+                    texts.append(text)
         found = end_scores(
-            self._model, [prompt] * len(chosen), [texts[i] for i in chosen], [0] * len(chosen),
-            self.settings.token_budget, self.device.type != "cuda", self.device,
+            self._model, prompts, texts, [g for g, _ in chosen], self.settings.token_budget,
+            self.device.type != "cuda", self.device,
         )  # fmt: skip
-        part = np.full(len(texts), np.nan)
-        for place, i in enumerate(chosen):
+        parts = [np.full(len(group.trajectories), np.nan) for group in groups]
+        for place, (g, i) in enumerate(chosen):
             if math.isfinite(found[place]):
-                part[i] = self._shaped(float(found[place]))
+                parts[g][i] = self._shaped(float(found[place]))
             else:
-                failures[i] = RewardFailure(self.settings.name, "nan", f"the model's score is {found[place]}")
-        return GroupRewards(
-            group_id=group.group_id,
-            totals=self.settings.weight * part,
-            parts={self.settings.name: part},
-            failures=tuple(sorted(failures.items())),
-            score_s=time.perf_counter() - started,
-            measured=() if self.settings.weight else (self.settings.name,),
-        )
+                failures[g][i] = RewardFailure(self.settings.name, "nan", f"the model's score is {found[place]}")
+        per_sample_s = (time.perf_counter() - started) / max(sum(part.size for part in parts), 1)
+        return [
+            GroupRewards(
+                group_id=group.group_id,
+                totals=self.settings.weight * part,
+                parts={self.settings.name: part},
+                failures=tuple(sorted(failed.items())),
+                score_s=per_sample_s * part.size,
+                measured=() if self.settings.weight else (self.settings.name,),
+            )
+            for group, part, failed in zip(groups, parts, failures, strict=True)
+        ]
 
     def _read(self, group: TrajectoryGroup) -> tuple[np.ndarray, list[np.ndarray]]:
         """(prompt ids, ids of each completion), as this model reads them."""

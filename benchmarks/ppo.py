@@ -65,7 +65,7 @@ def _our_reward(job: Job, path: str) -> Callable[[list[TrajectoryGroup]], Callab
 
     def prepare(groups: list[TrajectoryGroup]) -> Callable[[], Any]:
         payloads = [encode_group(g) for g in groups]
-        return lambda: [model.score([payload], DEADLINE_S) for payload in payloads]
+        return lambda: model.score(payloads, DEADLINE_S)
 
     return prepare
 
@@ -80,7 +80,7 @@ def _our_reference(job: Job) -> Callable[[list[TrajectoryGroup]], Callable[[], A
 
     def prepare(groups: list[TrajectoryGroup]) -> Callable[[], Any]:
         payloads = [encode_group(g) for g in groups]
-        return lambda: [model.logprobs([payload], DEADLINE_S) for payload in payloads]
+        return lambda: model.logprobs(payloads, DEADLINE_S)
 
     return prepare
 

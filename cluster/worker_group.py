@@ -80,7 +80,11 @@ class WorkerGroup:
         return await self._bounded(index, method, self._workers[index].call(method, args, kwargs), deadline_s)
 
     async def call_all(
-        self, method: str, *args: Any, deadline_s: float, per_worker: Sequence[tuple[Any, ...]] | None = None,
+        self,
+        method: str,
+        *args: Any,
+        deadline_s: float,
+        per_worker: Sequence[tuple[Any, ...]] | None = None,
         **kwargs: Any,
     ) -> list[Any]:
         """Results of one method of every worker, in index order; worker i gets ``*per_worker[i], *args``.
@@ -91,20 +95,21 @@ class WorkerGroup:
         if len(own) != len(self):
             raise ValueError(f"{self.name}.{method}: {len(own)} argument tuples for {len(self)} workers")
         return await self._first_failure(
-            self.call(index, method, *own[index], *args, deadline_s=deadline_s, **kwargs)
-            for index in range(len(self))
+            self.call(index, method, *own[index], *args, deadline_s=deadline_s, **kwargs) for index in range(len(self))
         )
 
-    async def call_split(self, index: int, method: str, *args: Any, deadline_s: float) -> tuple[Any, Any]:
-        """``(summary, payload)`` of a method that returns such a pair; only the summary travels here.
+    async def call_split(
+        self, index: int, method: str, *args: Any, deadline_s: float, num_payloads: int = 1
+    ) -> tuple[Any, ...]:
+        """``(summary, payload, ...)`` of a method that returns such a tuple; only the summary travels here.
 
-        The payload is a reference owned by this process, so it outlives a worker that merely exits, and
+        A payload is a reference owned by this process, so it outlives a worker that merely exits, and
         ``cluster.transport.fetch`` turns it into the value.  In process it is the value itself.
         """
-        pair: tuple[Any, Any] = await self._bounded(
-            index, method, self._workers[index].call_split(method, args), deadline_s
+        parts: tuple[Any, ...] = await self._bounded(
+            index, method, self._workers[index].call_split(method, args, num_payloads), deadline_s
         )
-        return pair
+        return parts
 
     async def shutdown(self, deadline_s: float = 10.0) -> None:
         """Call ``close()`` of every worker that was constructed and has one, within the deadline; then end them all.
@@ -182,8 +187,14 @@ class _RayWorker(_Worker):
     """A Ray actor; never restarted by Ray, because its replacement needs a new state."""
 
     def __init__(
-        self, group: str, index: int, factory: type, kwargs: Mapping[str, Any], placement: Placement,
-        slot: WorkerSlot, concurrency: int,
+        self,
+        group: str,
+        index: int,
+        factory: type,
+        kwargs: Mapping[str, Any],
+        placement: Placement,
+        slot: WorkerSlot,
+        concurrency: int,
     ) -> None:
         super().__init__(factory)
         # Ray shows what stands behind the last dot of a class's name.
@@ -199,9 +210,9 @@ class _RayWorker(_Worker):
     async def call(self, method: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         return await getattr(self._handle, method).remote(*args, **kwargs)
 
-    async def call_split(self, method: str, args: tuple[Any, ...]) -> tuple[Any, Any]:
-        summary, payload = getattr(self._handle, method).options(num_returns=2).remote(*args)
-        return await summary, payload
+    async def call_split(self, method: str, args: tuple[Any, ...], num_payloads: int) -> tuple[Any, ...]:
+        summary, *payloads = getattr(self._handle, method).options(num_returns=1 + num_payloads).remote(*args)
+        return await summary, *payloads
 
     def end(self) -> None:
         ray.kill(self._handle, no_restart=True)
@@ -235,9 +246,11 @@ class _LocalWorker(_Worker):
             loop = asyncio.get_running_loop()
             return await loop.run_in_executor(self._threads, lambda: bound(*args, **kwargs))
 
-    async def call_split(self, method: str, args: tuple[Any, ...]) -> tuple[Any, Any]:
-        summary, payload = await self.call(method, args, {})
-        return summary, payload
+    async def call_split(self, method: str, args: tuple[Any, ...], num_payloads: int) -> tuple[Any, ...]:
+        summary, *payloads = await self.call(method, args, {})
+        if len(payloads) != num_payloads:
+            raise ValueError(f"{self.factory.__name__}.{method} gave {len(payloads)} payloads for {num_payloads}")
+        return summary, *payloads
 
     def end(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)

@@ -17,17 +17,16 @@ from actors.fleet import CriticGang, GeneratorFleet, LearnerGang, ReferencePool
 from actors.generator import VLLMGenerator
 from actors.learner import DeepSpeedLearner
 from actors.mixed_scorer import MixedScorer
-from actors.modeling import compute_dtype
 from actors.publisher import Publisher, Transport
 from actors.reference import ReferenceModel
-from cluster.host import native_bfloat16, num_cpus
 from cluster.layout import Layout, NodeSupply, plan_layout
-from cluster.placement import Placement, RayHandle, nodes_of_cluster, start_or_join
+from cluster.placement import Placement, RayHandle
 from cluster.rendezvous import Rendezvous, node_address
 from cluster.weight_channel import free_bytes
 from cluster.worker_group import WorkerGroup
 from launch.config import RunConfig
 from launch.demands import num_gpus_asked, other_port, role_demands
+from launch.machines import choose_device, dtype_name, torch_device
 from launch.prepare import Prepared
 from launch.reward_pools import reward_pools
 from launch.scratch import make_scratch
@@ -36,18 +35,6 @@ from trainers.experience import WeightVersion
 from trainers.protocols import Scorer
 
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - mkdtemp makes a private folder in it
-
-
-def choose_device(config: RunConfig, nodes: list[NodeSupply]) -> str:
-    """``cuda`` where the cluster has GPUs and the recipe does not say otherwise."""
-    has_gpus = any(n.num_gpus for n in nodes)
-    if config.cluster.device == "cuda" and not has_gpus:
-        wanted = num_gpus_asked(config)
-        raise InputError(
-            "cluster.device", "cuda", f"the recipe needs {wanted:g} GPUs and the cluster has 0 ({wanted:g} short)",
-            "run it on a cluster with GPUs, or set cluster.device=cpu",
-        )  # fmt: skip
-    return "cuda" if has_gpus and config.cluster.device != "cpu" else "cpu"
 
 
 def choose_transport(config: RunConfig, device: str) -> Transport:
@@ -121,38 +108,15 @@ class Fleet:
             shutil.rmtree(self._scratch, ignore_errors=True)
 
 
-def connect(config: RunConfig) -> tuple[RayHandle | None, list[NodeSupply]]:
-    """Join or start Ray and list its nodes; without Ray in the in-process twin."""
-    if config.cluster.backend == "in_process":
-        import torch
-
-        return None, [NodeSupply("this process", num_cpus(), torch.cuda.device_count())]
-    handle = start_or_join(config.cluster, sum(d.num_workers for d in role_demands(config, False)))
-    nodes = nodes_of_cluster()
-    check_num_nodes(config, nodes)
-    return handle, nodes
-
-
-def check_num_nodes(config: RunConfig, nodes: list[NodeSupply]) -> None:
-    """Refuse a cluster that is smaller than the run says it must be."""
-    wanted = config.cluster.num_nodes
-    if wanted is not None and len(nodes) < wanted:
-        raise InputError(
-            "cluster.num_nodes", wanted, f"the Ray cluster has {len(nodes)} nodes ({wanted - len(nodes)} short)",
-            "start Ray on the missing nodes, or lower it",
-        )  # fmt: skip
-
-
 async def assemble(
     config: RunConfig, prepared: Prepared, run_folder: Path, version: WeightVersion,
     handle: RayHandle | None, nodes: list[NodeSupply], facts: Sequence[Mapping[str, Any]],
 ) -> Fleet:  # fmt: skip
     """Place and construct every worker; returns when all are ready.  ``facts``: launch.node_probe of each node."""
-    device = choose_device(config, nodes)
+    device = choose_device(config.cluster, nodes, num_gpus_asked(config))
     transport = choose_transport(config, device)
     layout = plan_layout(role_demands(config, device == "cuda"), nodes, config.cluster.colocate)
-    native = device == "cuda" or native_bfloat16()
-    dtype = str(compute_dtype(config.model.dtype, native)).removeprefix("torch.")
+    dtype = dtype_name(config.model.dtype, device)
     placement = None if handle is None else Placement.create(layout, config.cluster.placement_deadline_s)
 
     def launch(
@@ -189,7 +153,7 @@ async def assemble(
             {
                 "rank": rank, "rendezvous": rendezvous, "model_path": prepared.model_path,
                 "settings": config.learner, "algorithm": config.algorithm, "sampling": sampling, "dtype": dtype,
-                "device": _torch_device(device), "num_steps": config.run.num_steps, "seed": config.run.seed,
+                "device": torch_device(device), "num_steps": config.run.num_steps, "seed": config.run.seed,
                 "pretraining": None if texts is None else str(texts),
             }
             for rank in range(config.learner.num_workers)
@@ -206,13 +170,13 @@ async def assemble(
                 {
                     "rank": rank, "rendezvous": meeting, "model_path": prepared.critic_path,
                     "settings": config.critic, "algorithm": config.algorithm, "dtype": dtype,
-                    "device": _torch_device(device), "num_steps": config.run.num_steps, "seed": config.run.seed,
+                    "device": torch_device(device), "num_steps": config.run.num_steps, "seed": config.run.seed,
                 }
                 for rank in range(config.critic.num_workers)
             ],
             concurrency=1, deadline=config.critic.start_deadline_s,
         )  # fmt: skip
-    pools = reward_pools(config, prepared.model_path, dtype, _torch_device(device), launch)
+    pools = reward_pools(config, prepared.model_path, dtype, torch_device(device), launch)
     references = None
     if config.algorithm.needs_reference:
         references = launch(
@@ -221,7 +185,7 @@ async def assemble(
                 {
                     "model_path": prepared.model_path, "settings": config.reference,
                     "temperature": sampling.temperature, "chunk": config.learner.logprob_chunk,
-                    "dtype": dtype, "device": _torch_device(device),
+                    "dtype": dtype, "device": torch_device(device),
                 }
             ] * config.reference.num_workers,
             concurrency=1, deadline=config.cluster.start_deadline_s,
@@ -237,9 +201,13 @@ async def assemble(
         references=references,
         generator=GeneratorFleet(generators, config.generator.group_deadline_s),
         learner=LearnerGang(learners, config.learner.update_deadline_s),
-        critic=None if critics is None else CriticGang(critics, config.critic.update_deadline_s),
+        critic=None if critics is None else CriticGang(
+            critics, config.critic.update_deadline_s, config.critic.token_budget
+        ),
         scorer=pools[0] if len(pools) == 1 else MixedScorer(pools),
-        reference=None if references is None else ReferencePool(references, config.reference.deadline_s),
+        reference=None if references is None else ReferencePool(
+            references, config.reference.deadline_s, config.reference.token_budget
+        ),
         publisher=Publisher(
             learners, generators, transport, directory, dtype, config.push.bucket_bytes,
             config.generator.tensor_parallel_size, config.push.deadline_s,
@@ -260,7 +228,3 @@ async def assemble(
         await fleet.close()
         raise
     return fleet
-
-
-def _torch_device(device: str) -> str:
-    return "cuda:0" if device == "cuda" else "cpu"  # Ray shows each worker its own GPUs only

@@ -66,6 +66,11 @@ def role_demands(config: RunConfig, on_gpu: bool) -> list[RoleDemand]:
     return demands
 
 
+def num_workers(config: RunConfig) -> int:
+    """Processes of a run."""
+    return sum(demand.num_workers for demand in role_demands(config, False))
+
+
 def num_gpus_asked(config: RunConfig) -> float:
     """GPUs a run on GPUs needs in all: roles that share GPUs need those of the widest one."""
     asked = [demand.num_workers * demand.gpus_per_worker for demand in role_demands(config, True)]

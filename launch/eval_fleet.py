@@ -1,6 +1,7 @@
 """Where an evaluation runs: one stage of workers after the other, so that no two big models share memory.
 
-May import: actors.{generator, modeling, reference, reward_model, reward_worker}, cluster.*, launch.eval_config.
+May import: actors.{generator, model_folders, reference, reward_model, reward_worker}, cluster.*,
+launch.{eval_config, machines}.
 """
 
 from __future__ import annotations
@@ -13,16 +14,14 @@ from typing import Any
 
 from actors.generator import VLLMGenerator
 from actors.model_folders import resolve_model
-from actors.modeling import compute_dtype
 from actors.reference import ReferenceModel
 from actors.reward_model import RewardModel
 from actors.reward_worker import RewardWorker
-from cluster.host import native_bfloat16, num_cpus
-from cluster.layout import Layout, NodeSupply, RoleDemand, plan_layout
-from cluster.placement import Placement, RayHandle, nodes_of_cluster, start_or_join
+from cluster.layout import Layout, RoleDemand, plan_layout
+from cluster.placement import Placement
 from cluster.worker_group import WorkerGroup
 from launch.eval_config import EvalConfig
-from trainers.errors import InputError
+from launch.machines import choose_device, connect, dtype_name, torch_device
 from trainers.prompt_format import PromptFormat
 
 MANY = 4096  # calls at once of an asyncio actor whose engine batches them
@@ -46,34 +45,17 @@ class EvalCluster:
 
     def __init__(self, config: EvalConfig) -> None:
         self._config = config
-        self._ray: RayHandle | None = None
-        if config.cluster.backend == "in_process":
-            import torch
-
-            self._nodes = [NodeSupply("this process", num_cpus(), torch.cuda.device_count())]
-        else:
-            engines = config.generator.num_workers
-            scorers = config.reward_workers.num_workers + sum(m.num_workers for m in config.reward_models)
-            self._ray = start_or_join(config.cluster, max(engines, scorers, config.base.num_workers))
-            self._nodes = nodes_of_cluster()
+        engines = config.generator.num_workers
+        scorers = config.reward_workers.num_workers + sum(m.num_workers for m in config.reward_models)
+        self._ray, self._nodes = connect(config.cluster, max(engines, scorers, config.base.num_workers))
         try:
-            self.device = self._device()
+            # Stages come one after the other, so the engines say how many GPUs there have to be at least.
+            wanted = engines * config.generator.tensor_parallel_size
+            self.device = choose_device(config.cluster, self._nodes, wanted)
         except BaseException:
             self.close()
             raise
-        native = self.device == "cuda" or native_bfloat16()
-        self.dtype = str(compute_dtype(config.model.dtype, native)).removeprefix("torch.")
-
-    def _device(self) -> str:
-        wanted, cluster = self._config.cluster.num_nodes, self._config.cluster
-        if wanted is not None and len(self._nodes) < wanted:
-            raise InputError("cluster.num_nodes", wanted, f"the Ray cluster has {len(self._nodes)} nodes",
-                             "start Ray on the missing nodes, or lower it")  # fmt: skip
-        has_gpus = any(node.num_gpus for node in self._nodes)
-        if cluster.device == "cuda" and not has_gpus:
-            raise InputError("cluster.device", "cuda", "the cluster has no GPU",
-                             "run it on a cluster with GPUs, or set cluster.device=cpu")  # fmt: skip
-        return "cuda" if has_gpus and cluster.device != "cpu" else "cpu"
+        self.dtype = dtype_name(config.model.dtype, self.device)
 
     def close(self) -> None:
         if self._ray is not None:
@@ -98,7 +80,7 @@ class EvalCluster:
         kwargs = {
             "model_path": path, "settings": base.model_copy(update={"path": None}), "chunk": base.logprob_chunk,
             "temperature": self._config.generator.sampling.temperature,
-            "dtype": self.dtype, "device": self._torch_device,
+            "dtype": self.dtype, "device": torch_device(self.device),
         }  # fmt: skip
         return self._scorer(LOGPROBS, ReferenceModel, kwargs, base.num_workers, base.gpus_per_worker)
 
@@ -124,7 +106,7 @@ class EvalCluster:
             bare = {"normalize": False, "clip": None, "retokenize": False} if judged else {}
             kwargs = {
                 "settings": model.model_copy(update=bare), "policy_path": own, "form": form,
-                "dtype": self.dtype, "device": self._torch_device,
+                "dtype": self.dtype, "device": torch_device(self.device),
             }  # fmt: skip
             role = f"reward_models.{index}"
             roles.append(self._scorer(role, RewardModel, kwargs, model.num_workers, model.gpus_per_worker))
@@ -133,10 +115,6 @@ class EvalCluster:
     def _scorer(self, name: str, factory: type, kwargs: Mapping[str, Any], count: int, gpus: float | None) -> Role:
         deadline_s = self._config.cluster.start_deadline_s
         return Role(name, factory, (kwargs,) * count, 1.0 if gpus is None else gpus, 1, deadline_s)
-
-    @property
-    def _torch_device(self) -> str:
-        return "cuda:0" if self.device == "cuda" else "cpu"  # Ray shows each worker its own GPUs only
 
     # --- stages -------------------------------------------------------------------------------
 

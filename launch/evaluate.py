@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import numpy as np
 from rich.console import Console
 
-from actors.fleet import GeneratorFleet, ReferencePool, RewardPool
+from actors.fleet import GeneratorFleet, ReferencePool, RewardModelPool, RewardPool
 from actors.mixed_scorer import MixedScorer
 from cluster.transport import fetch, put
 from launch.eval_config import EvalConfig
@@ -44,6 +44,7 @@ from trainers.protocols import GeneratedGroup, GroupRequest
 from trainers.sampling_seeds import sample_seed
 
 PAYLOAD_DEADLINE_S = 120.0
+SCORED_AT_ONCE = 64  # groups in flight for each scoring worker: enough to fill its packs
 OVERSUPPLY = 2  # groups in flight for each place: no worker runs dry, and none waits out a deadline in a queue
 HELD_OUT = -1  # the turn of a held-out prompt, as in trainers/evaluation.py: training never draws these streams
 
@@ -140,12 +141,19 @@ async def _score(
     """The same answers with their rewards."""
     workers = config.reward_workers
     # Every try of a function, and as long again for the groups before it.
-    deadlines = {FUNCTIONS: 2 * workers.timeout_s * (workers.num_retries + 1) + 60.0}
-    deadlines |= {f"reward_models.{i}": m.deadline_s for i, m in enumerate(config.reward_models)}
+    deadline_s = 2 * workers.timeout_s * (workers.num_retries + 1) + 60.0
+    models = {f"reward_models.{i}": model for i, model in enumerate(config.reward_models)}
     started = time.perf_counter()
     async with cluster.stage(roles) as groups:
-        scorer = MixedScorer([RewardPool(group, deadlines[name]) for name, group in groups.items()])
-        num_lanes = OVERSUPPLY * max(len(role.kwargs) for role in roles)
+        scorer = MixedScorer(
+            [
+                RewardPool(group, deadline_s)
+                if name == FUNCTIONS
+                else RewardModelPool(group, models[name].deadline_s, models[name].token_budget)
+                for name, group in groups.items()
+            ]
+        )
+        num_lanes = SCORED_AT_ONCE * max(len(role.kwargs) for role in roles)
         found = {}
         for who, side in answers.items():
             rewards = await _in_lanes(num_lanes, [_payload(g) for g in side.groups], scorer.score)
@@ -161,12 +169,12 @@ async def _logprobs(
 ) -> list[np.ndarray]:
     """float32 [T] of every sample under the model in ``path``, at the sampling temperature."""
     async with cluster.stage([cluster.logprobs(path)]) as workers:
-        pool = ReferencePool(workers[LOGPROBS], config.base.deadline_s)
+        pool = ReferencePool(workers[LOGPROBS], config.base.deadline_s, config.base.token_budget)
 
         async def score(group: TrajectoryGroup) -> list[np.ndarray]:
             return decode_logprobs(fetch(await pool.logprobs(_payload(group)), PAYLOAD_DEADLINE_S))
 
-        rows = await _in_lanes(OVERSUPPLY * config.base.num_workers, answered, score)
+        rows = await _in_lanes(SCORED_AT_ONCE * config.base.num_workers, answered, score)
     return [row for group in rows for row in group]
 
 
@@ -177,9 +185,9 @@ async def judge_reward_models(
     started, found = time.perf_counter(), {}
     for model, role in zip(config.reward_models, roles, strict=True):
         async with cluster.stage([role]) as groups:
-            pool = RewardPool(groups[role.name], model.deadline_s)
+            pool = RewardModelPool(groups[role.name], model.deadline_s, model.token_budget)
             payloads = [_payload(_as_group(c, f"pair-{i}")) for i, c in enumerate(prepared.pairs[model.name])]
-            rewards = await _in_lanes(OVERSUPPLY * model.num_workers, payloads, pool.score)
+            rewards = await _in_lanes(SCORED_AT_ONCE * model.num_workers, payloads, pool.score)
             found[model.name] = [r.parts[model.name] for r in rewards]
     _say(console, f"pairs: {time.perf_counter() - started:.1f} s")
     return found

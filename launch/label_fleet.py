@@ -1,6 +1,6 @@
 """The workers of a labelling run: generators, and whoever labels.
 
-May import: actors.*, cluster.*, launch.{label_config, label_prepare, label_sources}.
+May import: actors.*, cluster.*, launch.{label_config, label_prepare, label_sources, machines}.
 """
 
 from __future__ import annotations
@@ -9,21 +9,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from actors.fleet import GeneratorFleet, RewardPool
+from actors.fleet import GeneratorFleet, RewardModelPool, RewardPool
 from actors.generator import VLLMGenerator
-from actors.modeling import compute_dtype, load_tokenizer
+from actors.modeling import load_tokenizer
 from actors.pair_worker import PairWorker
 from actors.reward_model import RewardModel
 from actors.reward_worker import RewardWorker
 from actors.settings import GeneratorSettings, RewardModelSettings
-from cluster.host import native_bfloat16, num_cpus
-from cluster.layout import Layout, NodeSupply, RoleDemand, plan_layout
-from cluster.placement import Placement, RayHandle, nodes_of_cluster, start_or_join
+from cluster.layout import Layout, RoleDemand, plan_layout
+from cluster.placement import Placement, RayHandle
 from cluster.worker_group import WorkerGroup
 from launch.label_config import LabelConfig
 from launch.label_prepare import PAIR_FIELD, PreparedLabel
 from launch.label_sources import JudgeLabeller, Labeller, PairLabeller, ScoreLabeller
-from trainers.errors import InputError
+from launch.machines import Device, choose_device, connect, dtype_name, torch_device
 from trainers.prompt_format import PromptFormat
 
 MANY = 4096  # calls at once of an asyncio actor whose engine batches them
@@ -74,11 +73,12 @@ def demands(config: LabelConfig, on_gpu: bool) -> list[RoleDemand]:
 
 async def start_fleet(config: LabelConfig, prepared: PreparedLabel) -> LabelFleet:
     """Join or start Ray, place and construct every worker; returns when all are ready."""
-    handle, nodes = _connect(config)
+    handle, nodes = connect(config.cluster, sum(d.num_workers for d in demands(config, False)))
     placement: Placement | None = None
     groups: list[WorkerGroup] = []
     try:
-        device = _device(config, nodes)
+        wanted = sum(d.num_workers * d.gpus_per_worker for d in demands(config, True))
+        device = choose_device(config.cluster, nodes, wanted)
         layout = plan_layout(demands(config, device == "cuda"), nodes, config.cluster.colocate)
         if handle is not None:
             placement = Placement.create(layout, config.cluster.placement_deadline_s)
@@ -108,8 +108,9 @@ def _labeller(config: LabelConfig, prepared: PreparedLabel, start: _Starter, pol
         tokenizer = load_tokenizer(prepared.judge_path or prepared.model_path)
         return JudgeLabeller(config, label.judge, judges, tokenizer, prepared.judge_max_length)
     if label.reward_model is not None:
-        scorers = start.reward_model(label.reward_model, prepared.model_path)
-        return ScoreLabeller(config, RewardPool(scorers, label.reward_model.deadline_s))
+        model = label.reward_model
+        scorers = start.reward_model(model, prepared.model_path)
+        return ScoreLabeller(config, RewardModelPool(scorers, model.deadline_s, model.token_budget))
     if label.pair is not None:
         kwargs = {"function": label.pair, "settings": workers, "field": PAIR_FIELD}
         return PairLabeller(config, start.functions(PairWorker, kwargs), deadline_s)
@@ -124,7 +125,7 @@ class _Starter:
     config: LabelConfig
     layout: Layout
     placement: Placement | None
-    device: str
+    device: Device
     groups: list[WorkerGroup] = field(default_factory=list)
 
     def engines(self, role: str, path: str, settings: GeneratorSettings, max_length: int) -> WorkerGroup:
@@ -139,7 +140,7 @@ class _Starter:
         prompts = self.config.prompts
         kwargs = {
             "settings": settings, "policy_path": policy_path, "dtype": self.dtype,
-            "device": "cuda:0" if self.device == "cuda" else "cpu",  # Ray shows each worker its own GPUs only
+            "device": torch_device(self.device),
             "form": PromptFormat(system=prompts.system, template=prompts.template, chat=prompts.chat),
         }  # fmt: skip
         deadline_s = self.config.cluster.start_deadline_s
@@ -147,8 +148,7 @@ class _Starter:
 
     @property
     def dtype(self) -> str:
-        native = self.device == "cuda" or native_bfloat16()
-        return str(compute_dtype(self.config.model.dtype, native)).removeprefix("torch.")
+        return dtype_name(self.config.model.dtype, self.device)
 
     def functions(self, factory: type, kwargs: Mapping[str, Any]) -> WorkerGroup:
         count = self.config.reward_workers.num_workers
@@ -161,26 +161,3 @@ class _Starter:
         )  # fmt: skip
         self.groups.append(group)
         return group
-
-
-def _connect(config: LabelConfig) -> tuple[RayHandle | None, list[NodeSupply]]:
-    if config.cluster.backend == "in_process":
-        import torch
-
-        return None, [NodeSupply("this process", num_cpus(), torch.cuda.device_count())]
-    handle = start_or_join(config.cluster, sum(d.num_workers for d in demands(config, False)))
-    nodes = nodes_of_cluster()
-    wanted = config.cluster.num_nodes
-    if wanted is not None and len(nodes) < wanted:
-        handle.stop()
-        raise InputError("cluster.num_nodes", wanted, f"the Ray cluster has {len(nodes)} nodes",
-                         "start Ray on the missing nodes, or lower it")  # fmt: skip
-    return handle, nodes
-
-
-def _device(config: LabelConfig, nodes: list[NodeSupply]) -> str:
-    has_gpus = any(node.num_gpus for node in nodes)
-    if config.cluster.device == "cuda" and not has_gpus:
-        raise InputError("cluster.device", "cuda", "the cluster has no GPU",
-                         "run it on a cluster with GPUs, or set cluster.device=cpu")  # fmt: skip
-    return "cuda" if has_gpus and config.cluster.device != "cpu" else "cpu"

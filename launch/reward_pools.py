@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from actors.fleet import RewardPool
+from actors.fleet import RewardModelPool, RewardPool
 from actors.reward_model import RewardModel
 from actors.reward_worker import RewardWorker
 from cluster.worker_group import WorkerGroup
@@ -17,11 +17,11 @@ from trainers.prompt_format import PromptFormat
 
 def reward_pools(
     config: RunConfig, model_path: str, dtype: str, torch_device: str, launch: Callable[..., WorkerGroup]
-) -> list[RewardPool]:
+) -> list[RewardPool | RewardModelPool]:
     """One pool for all reward functions, if there are any, and one for each reward model."""
     shown = config.prompts
     form = PromptFormat(system=shown.system, template=shown.template, chat=shown.chat)
-    pools = []
+    pools: list[RewardPool | RewardModelPool] = []
     if config.rewards:
         workers = launch(
             "reward_workers", RewardWorker,
@@ -40,7 +40,7 @@ def reward_pools(
             ] * settings.num_workers,
             concurrency=1, deadline=config.cluster.start_deadline_s,
         )  # fmt: skip
-        pools.append(RewardPool(workers, settings.deadline_s))
+        pools.append(RewardModelPool(workers, settings.deadline_s, settings.token_budget))
     return pools
 
 

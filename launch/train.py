@@ -23,9 +23,10 @@ from cluster.layout import NodeSupply
 from cluster.placement import RayHandle
 from cluster.transport import fetch
 from launch.alarm_watch import AlarmWatch
-from launch.assemble import Fleet, assemble, connect
-from launch.demands import node_facts
+from launch.assemble import Fleet, assemble
+from launch.demands import node_facts, num_workers
 from launch.held_out import HeldOut
+from launch.machines import connect
 from launch.node_probe import gather_facts, local_nodes
 from launch.overrides import ResolvedConfig, dump_yaml
 from launch.plots import before_after, before_after_table, reward_plot
@@ -116,7 +117,7 @@ class _Run:
 
     async def go(self) -> bool:
         """Whether an alarm ended the run to have it go on from an earlier checkpoint."""
-        handle, nodes = connect(self.config)
+        handle, nodes = connect(self.config.cluster, num_workers(self.config))
         try:
             if self.facts is None:
                 self.facts = await gather_facts(self.config, self.prepared.model_path, nodes)
@@ -127,9 +128,7 @@ class _Run:
                 handle.stop()
         return self.goes_back
 
-    async def _run(
-        self, handle: RayHandle | None, nodes: list[NodeSupply], facts: Sequence[Mapping[str, Any]]
-    ) -> None:
+    async def _run(self, handle: RayHandle | None, nodes: list[NodeSupply], facts: Sequence[Mapping[str, Any]]) -> None:
         config = self.config
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "config.yaml").write_text(dump_yaml(self.resolved))

@@ -25,6 +25,7 @@ from cluster.layout import NodeSupply
 from cluster.placement import RayHandle
 from launch.demands import node_facts
 from launch.journal import read_rows
+from launch.machines import connect
 from launch.node_probe import gather_facts, local_nodes
 from launch.overrides import ResolvedConfig, dump_yaml
 from launch.prepare import check_run_folder
@@ -32,7 +33,7 @@ from launch.progress import Progress
 from launch.resuming import earlier_attempts
 from launch.telemetry import Telemetry
 from launch.tuning_config import TuningConfig
-from launch.tuning_place import connect, ranks_of, refuse_shortfall, shared, tuning_report
+from launch.tuning_place import ranks_of, refuse_shortfall, shared, tuning_report
 from launch.tuning_prepare import PreparedTuning, made_with, newest_checkpoint, prepare_tuning
 from launch.tuning_task import BaseModelFolder, TuningFleet, TuningTask
 from trainers.errors import InputError
@@ -104,7 +105,7 @@ class _Run:
         self.fleet: TuningFleet
 
     async def go(self, facts: Sequence[Mapping[str, Any]] | None) -> Path:
-        handle, nodes = connect(self.config)
+        handle, nodes = connect(self.config.cluster, self.config.learner.num_workers)
         try:
             if facts is None:
                 facts = await gather_facts(shared(self.config), self.base.path, nodes)

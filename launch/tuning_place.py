@@ -1,6 +1,6 @@
 """Where the ranks of SFT or reward-model training run: their demand, whether they fit, and the ranks themselves.
 
-May import: actors.modeling, cluster.*, launch.{assemble, demands, estimate, model_facts, preflight, tuning_config,
+May import: cluster.*, launch.{assemble, estimate, machines, model_facts, preflight, tuning_config,
 tuning_task}.
 """
 
@@ -10,16 +10,15 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, cast
 
-from actors.modeling import compute_dtype
 from cluster.errors import ShortfallError
-from cluster.host import native_bfloat16, num_cpus
 from cluster.layout import NodeSupply, RoleDemand, plan_layout
-from cluster.placement import Placement, RayHandle, nodes_of_cluster, start_or_join
+from cluster.placement import Placement, RayHandle
 from cluster.rendezvous import Rendezvous
 from cluster.worker_group import WorkerGroup
-from launch.assemble import check_num_nodes, meeting_point
+from launch.assemble import meeting_point
 from launch.config import RunConfig
 from launch.estimate import estimate_learner, show_bytes
+from launch.machines import Device, check_num_nodes, choose_device, dtype_name, torch_device
 from launch.model_facts import ModelFacts
 from launch.preflight import PROCESS_BYTES, PreflightReport, check_nodes
 from launch.tuning_config import TuningConfig
@@ -41,34 +40,15 @@ def demands(config: TuningConfig, on_gpu: bool) -> list[RoleDemand]:
     return [RoleDemand(ROLE, config.learner.num_workers, gpus)]
 
 
-def choose_device(config: TuningConfig, nodes: Sequence[NodeSupply]) -> str:
-    """``cuda`` where the cluster has GPUs and the recipe does not say otherwise."""
-    has_gpus = any(node.num_gpus for node in nodes)
-    if config.cluster.device == "cuda" and not has_gpus:
-        wanted = sum(d.num_workers * d.gpus_per_worker for d in demands(config, True))
-        raise InputError(
-            "cluster.device", "cuda", f"the recipe needs {wanted:g} GPUs and the cluster has 0 ({wanted:g} short)",
-            "run it on a cluster with GPUs, or set cluster.device=cpu",
-        )  # fmt: skip
-    return "cuda" if has_gpus and config.cluster.device != "cpu" else "cpu"
-
-
-def connect(config: TuningConfig) -> tuple[RayHandle | None, list[NodeSupply]]:
-    """Join or start Ray and list its nodes; without Ray in the in-process twin."""
-    if config.cluster.backend == "in_process":
-        import torch
-
-        return None, [NodeSupply("this process", num_cpus(), torch.cuda.device_count())]
-    handle = start_or_join(config.cluster, config.learner.num_workers)
-    nodes = nodes_of_cluster()
-    check_num_nodes(shared(config), nodes)
-    return handle, nodes
+def _device(config: TuningConfig, nodes: Sequence[NodeSupply]) -> Device:
+    wanted = sum(d.num_workers * d.gpus_per_worker for d in demands(config, True))
+    return choose_device(config.cluster, nodes, wanted)
 
 
 def refuse_shortfall(config: TuningConfig, nodes: list[NodeSupply]) -> None:
     """InputError or ShortfallError when there is no place for every rank.  Needs the configuration only."""
-    device = choose_device(config, nodes)
-    check_num_nodes(shared(config), nodes)
+    device = _device(config, nodes)
+    check_num_nodes(config.cluster, nodes)
     plan_layout(demands(config, device == "cuda"), nodes, config.cluster.colocate)
 
 
@@ -87,15 +67,15 @@ async def ranks_of(
     ``kwargs``: of ``rank_class``, besides what every rank gets.  ``facts``: launch.demands.node_facts of each node.
     """
     learner = config.learner
-    device = choose_device(config, nodes)
+    device = _device(config, nodes)
     layout = plan_layout(demands(config, device == "cuda"), nodes, config.cluster.colocate)
-    dtype = str(compute_dtype(config.model.dtype, device == "cuda" or native_bfloat16())).removeprefix("torch.")
+    dtype = dtype_name(config.model.dtype, device)
     common = {
         "rendezvous": Rendezvous(*meeting_point(layout, nodes, facts), learner.num_workers),
         "model_path": model_path,
         "settings": learner,
         "dtype": dtype,
-        "device": "cuda:0" if device == "cuda" else "cpu",  # Ray shows each worker its own GPUs only
+        "device": torch_device(device),
         "seed": config.run.seed,
         **kwargs,
     }

@@ -16,9 +16,9 @@ from rich.table import Table
 from cluster.layout import Layout, NodeSupply, plan_layout
 from cluster.placement import RayHandle
 from launch import tuning_place
-from launch.assemble import check_num_nodes, choose_device, connect
 from launch.config import RunConfig
-from launch.demands import node_facts, role_demands
+from launch.demands import node_facts, num_gpus_asked, num_workers, role_demands
+from launch.machines import check_num_nodes, choose_device, connect
 from launch.node_probe import gather_facts, local_nodes
 from launch.preflight import PreflightReport, preflight_report
 from launch.prepare import Prepared, prepare
@@ -41,11 +41,11 @@ def validate(config: RunConfig | TuningConfig, console: Console) -> int:
     if isinstance(config, TuningConfig):
         tuning = prepare_tuning(config)
         console.print(tuning.task.summary, markup=False, highlight=False, soft_wrap=True)
-        facts = _facts(shared(config), tuning.base.path, lambda: tuning_place.connect(config))
+        facts = _facts(shared(config), tuning.base.path, lambda: connect(config.cluster, config.learner.num_workers))
         report = tuning_place.tuning_report(config, tuning.base.facts, facts)
     else:
         prepared = prepare(config)
-        facts = _facts(config, prepared.model_path, lambda: connect(config))
+        facts = _facts(config, prepared.model_path, lambda: connect(config.cluster, num_workers(config)))
         report = preflight_report(config, prepared.facts, facts)
     if report.layout is not None:
         console.print(layout_table(report.layout))
@@ -80,8 +80,8 @@ def layout_table(layout: Layout) -> Table:
 
 def refuse_shortfall(config: RunConfig, nodes: list[NodeSupply]) -> None:
     """InputError or ShortfallError when there is no place for every worker.  Needs the configuration only."""
-    device = choose_device(config, nodes)
-    check_num_nodes(config, nodes)
+    device = choose_device(config.cluster, nodes, num_gpus_asked(config))
+    check_num_nodes(config.cluster, nodes)
     plan_layout(role_demands(config, device == "cuda"), nodes, config.cluster.colocate)
 
 

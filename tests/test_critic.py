@@ -120,7 +120,7 @@ def critic_laws(critic: Any) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for budget, share in PACKINGS:
         pack_as(critic, budget, share)
-        rows = [critic.values([g.payload], DEADLINE_S)[1] for g in groups]
+        _, *rows = critic.values([g.payload for g in groups], DEADLINE_S)
         found[f"values/{budget}/{share}"] = None if rows[0] is None else [r for b in rows for r in decode_logprobs(b)]
         found[f"critic/{budget}/{share}"] = critic.gradients(groups, targets)
     pack_as(critic, 30, True, SEVERAL_UPDATES)

@@ -295,7 +295,7 @@ def test_a_task_splits_by_prompt_trains_and_leaves_statistics_and_report(tmp_pat
     model = RewardModel(RewardModelSettings(name="rm", path=str(export), normalize=True), base, "float32", "cpu")
     tokenizer = load_tokenizer(base)
     texts = [np.array([*tokenizer.encode(s["completion"]), tokenizer.eos_token_id], dtype=np.int32) for s in samples]
-    part = model.score_group(sampled("q", texts)).parts["rm"]
+    part = model.score_groups([sampled("q", texts)])[0].parts["rm"]
     assert part.mean() == pytest.approx(0, abs=1e-4) and part.std() == pytest.approx(1, abs=1e-4)
 
 
@@ -385,7 +385,7 @@ def test_sampled_tokens_are_scored_as_they_are_and_what_cannot_be_scored_is_mask
                    *answers(["b"]), *answers(["a" * 80])]  # fmt: skip
     reasons = ["stop", "stop", "length", "stop", "abort", "stop"]
     group = sampled("what?", completions, reasons)
-    rewards = model.score([encode_group(group)], 5.0)
+    (rewards,) = model.score([encode_group(group)], 5.0)
     expected = packed_scores(folder, [Comparison("p", group.prompt.token_ids, tuple(completions[:3]))], 4096, False)
     np.testing.assert_allclose(rewards.parts["rm"][:3], expected, atol=FP32_TOLERANCE)
     np.testing.assert_allclose(rewards.totals[:3], 0.5 * expected, atol=FP32_TOLERANCE)
@@ -394,15 +394,31 @@ def test_sampled_tokens_are_scored_as_they_are_and_what_cannot_be_scored_is_mask
     assert "empty" in rewards.failures[0][1].detail and "aborted" in rewards.failures[1][1].detail
     assert "64" in rewards.failures[2][1].detail
     clipped = reward_model(folder, clip=float(np.abs(expected).min()) / 2)
-    assert np.ptp(np.abs(clipped.score_group(group).parts["rm"][:3])) == 0
+    assert np.ptp(np.abs(clipped.score_groups([group])[0].parts["rm"][:3])) == 0
+
+
+def test_groups_scored_in_one_call_get_what_each_gets_alone(folder: str) -> None:
+    model = reward_model(folder, token_budget=64)
+    groups = [
+        sampled("what?", answers(["zab", "a"])),
+        sampled("and this one?", [*answers(["abc"]), np.zeros(0, dtype=np.int32)]),  # whose second sample fails
+        sampled("what?", answers(["zab", "bb", "c"])),  # the first group's prompt again, and the first one's sample
+    ]
+    together = model.score_groups(groups)
+    for group, found in zip(groups, together, strict=True):
+        (alone,) = model.score_groups([group])
+        assert found.group_id == group.group_id and found.failures == alone.failures
+        np.testing.assert_allclose(found.parts["rm"], alone.parts["rm"], atol=FP32_TOLERANCE)
+    assert len(together[1].failures) == 1 and not np.isnan(together[0].parts["rm"]).any()
+    assert together[0].parts["rm"][0] != pytest.approx(together[1].parts["rm"][0], abs=1e-3)
 
 
 def test_a_model_with_another_tokenizer_reads_the_text_again_with_its_own(folder: str, tmp_path: Path) -> None:
     other = shifted_tokenizer(folder, tmp_path)
     group = sampled("what?", [*answers(["zab"]), *answers(["zab"], ended=False)], source="what?")
-    expected = reward_model(folder).score_group(group).parts["rm"]
+    expected = reward_model(folder).score_groups([group])[0].parts["rm"]
     assert expected[0] != pytest.approx(expected[1], abs=1e-3)  # EOS is part of what is scored
-    found = reward_model(other, retokenize=True).score_group(group).parts["rm"]
+    found = reward_model(other, retokenize=True).score_groups([group])[0].parts["rm"]
     np.testing.assert_allclose(found, expected, atol=FP32_TOLERANCE)
 
 

@@ -60,6 +60,9 @@ class Worker:
     def pair(self, size: int) -> tuple[int, bytes]:
         return size, b"x" * size
 
+    def several(self, sizes: list[int]) -> tuple[int, *tuple[bytes, ...]]:
+        return len(sizes), *(b"x" * size for size in sizes)
+
     def late_pair(self, stall_s: float) -> tuple[int, bytes]:
         threading.Event().wait(stall_s)
         return 1, b"x"
@@ -148,8 +151,13 @@ class Launcher:
         self, *kwargs: dict[str, Any], factory: type = Worker, concurrency: int = 1, start_deadline_s: float = 60
     ) -> WorkerGroup:
         group = WorkerGroup.launch(
-            "worker", factory, kwargs, placement=self.placement, slots=self.slots[: len(kwargs)],
-            concurrency=concurrency, start_deadline_s=start_deadline_s,
+            "worker",
+            factory,
+            kwargs,
+            placement=self.placement,
+            slots=self.slots[: len(kwargs)],
+            concurrency=concurrency,
+            start_deadline_s=start_deadline_s,
         )
         self.groups.append(group)
         return group
@@ -262,6 +270,16 @@ def test_a_split_call_brings_the_summary_and_leaves_the_payload_where_it_is(laun
         assert isinstance(payload, ray.ObjectRef) == (launch.placement is not None)
         await group.shutdown()
         assert len(fetch(payload, deadline_s=20)) == 200_000  # the payload outlives its worker
+
+    asyncio.run(check())
+
+
+def test_a_split_call_brings_as_many_payloads_as_were_asked_for(launch: Launcher) -> None:
+    async def check() -> None:
+        group = launch({"rank": 0})
+        await group.ready()
+        num, *payloads = await group.call_split(0, "several", [3, 200_000, 1], deadline_s=20, num_payloads=3)
+        assert num == 3 and [len(fetch(payload, deadline_s=20)) for payload in payloads] == [3, 200_000, 1]
 
     asyncio.run(check())
 
