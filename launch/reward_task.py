@@ -20,7 +20,14 @@ from launch.row_settings import HeldOutSettings
 from launch.tuning_config import TuningConfig
 from launch.tuning_data import load_located_rows
 from launch.tuning_task import BaseModelFolder, TuningFleet
-from trainers.comparisons import Comparison, digest, split_by_prompt, without_prompts, write_comparisons
+from trainers.comparisons import (
+    Comparison,
+    digest,
+    grouped_by_prompt,
+    split_by_prompt,
+    without_prompts,
+    write_comparisons,
+)
 from trainers.errors import InputError
 from trainers.preferences import read_comparison, read_sample
 from trainers.reward_report import RewardReport, judge
@@ -72,6 +79,9 @@ class RewardTask:
         form, tokenizer = self._config.data.format, self._base.tokenizer
         rows = load_located_rows(dataset, field)
         read = [read_comparison(row, where, tokenizer, form, self._settings.margin_column) for where, row in rows]
+        if self._settings.group_by_prompt:
+            budget = self._config.learner.token_budget
+            read = grouped_by_prompt(read, budget, self._base.max_length, self._share_prompts)
         kept = [c for c in read if self._fits(c)]
         self._left_out[field] = len(read) - len(kept)
         if not kept:
@@ -81,10 +91,14 @@ class RewardTask:
 
     def _fits(self, comparison: Comparison) -> bool:
         """One answer must fit the model, all answers together one micro-batch: they are compared in it."""
-        learner = self._config.learner
-        # Before the ranks start it is not known whether their attention shares prompts; a CPU's does.
-        share = learner.share_prompts if learner.share_prompts is not None else self._config.cluster.device == "cpu"
-        return comparison.longest <= self._base.max_length and comparison.cost(share) <= learner.token_budget
+        cost = comparison.cost(self._share_prompts)
+        return comparison.longest <= self._base.max_length and cost <= self._config.learner.token_budget
+
+    @property
+    def _share_prompts(self) -> bool:
+        """Before the ranks start it is not known whether their attention shares prompts; a CPU's does."""
+        setting = self._config.learner.share_prompts
+        return setting if setting is not None else self._config.cluster.device == "cpu"
 
     def _split(self, train: list[list[Comparison]]) -> tuple[list[list[Comparison]], list[Comparison]]:
         """(training parts, held out), with no prompt in common."""

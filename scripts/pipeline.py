@@ -58,7 +58,10 @@ def run_stages(stages: Stages, extra: Mapping[str, tuple[str, ...]]) -> dict[str
     for name in ("sft", "label", "reward", "ppo", "eval"):
         stages.fresh(name, directory / name)
     own = f"run.directory={directory}"
-    sft = stages.run("sft", ["train", "cpu-sft", own, "run.name=sft", *extra.get("sft", ())], "sft/export/step-*")
+    brief = ("evaluation.every=32", "checkpoint.every=0")  # a stage that was cut off starts afresh anyway
+    sft = stages.run(
+        "sft", ["train", "cpu-sft", own, "run.name=sft", *brief, *extra.get("sft", ())], "sft/export/step-*"
+    )
     label = stages.run(
         "label", ["label", LABEL_RECIPE, own, f"model.path={sft}", f"prompts.train.path={train}",
          *extra.get("label", ())],

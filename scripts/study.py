@@ -54,8 +54,8 @@ def run_stages(stages: Stages, steps: int) -> tuple[Path, dict[float, Path]]:
              f"prompts.train.path={data / 'train-prompts.jsonl'}",
              f"prompts.eval.path={data / 'held-out-prompts.jsonl'}", f"reward_models.0.path={reward}",
              f"algorithm.kl_coef={beta}", "algorithm.measure_kl=true", f"run.num_steps={steps}",
-             "run.groups_per_step=16", "algorithm.num_minibatches=2", "learner.optimizer.lr=3e-5",
-             "critic.optimizer.lr=3e-5", "generator.sampling.max_tokens=32", "evaluation.every=0",
+             "run.groups_per_step=16", "algorithm.num_minibatches=1", "learner.optimizer.lr=1e-4",
+             "critic.optimizer.lr=1e-4", "generator.sampling.max_tokens=32", "evaluation.every=0",
              "checkpoint.export=false"],
             f"{name}/metrics.jsonl",
         )  # fmt: skip

@@ -14,6 +14,7 @@ from trainers.comparisons import (
     Comparison,
     ComparisonTable,
     digest,
+    grouped_by_prompt,
     split_by_prompt,
     without_prompts,
     write_comparisons,
@@ -223,6 +224,38 @@ def test_no_prompt_is_on_both_sides_of_the_split_whatever_the_order_of_rows(toke
     _, other = split_by_prompt(rows, 10, seed=4)
     assert {c.prompt_id for c in other} != {c.prompt_id for c in held}
     assert without_prompts(rows, {c.prompt_id for c in held}) == train
+
+
+def test_grouped_rows_say_the_same_of_every_pair_with_each_answer_once(tokenizer: Any) -> None:
+    judged = [("p", "a", "bb"), ("q", "a", "ccc"), ("p", "ccc", "a"), ("p", "bb", "a"), ("q", "a", "d")]
+    rows = [read({"prompt": p, "chosen": c, "rejected": r}, tokenizer) for p, c, r in judged]
+    first, second = grouped_by_prompt(rows, 1000, 100, True)
+    assert (len(first.completion_ids), len(second.completion_ids)) == (3, 3)
+    for found, prompt in ((first, "p"), (second, "q")):
+        said = [(found.completion_ids[a].tolist(), found.completion_ids[b].tolist()) for a, b in found.pairs]
+        own = [c for c in rows if c.prompt_id == found.prompt_id]
+        assert said == [tuple(c.completion_ids[i].tolist() for i in c.pairs[0]) for c in own]
+        assert len(own) == sum(p == prompt for p, _, _ in judged)
+
+
+def test_grouping_respects_the_token_budget_and_leaves_a_row_that_is_too_long_alone(tokenizer: Any) -> None:
+    rows = [read({"prompt": "p", "chosen": "a" * i, "rejected": "b"}, tokenizer) for i in (2, 3, 4, 40, 5)]
+    budget = rows[0].cost(False) + rows[1].cost(False)
+    found = grouped_by_prompt(rows, budget, rows[0].longest + 10, False)
+    assert all(c.cost(False) <= budget for c in found if c.longest <= rows[0].longest + 10)
+    assert sum(len(c.pairs) for c in found) == len(rows) and 2 <= len(found) < len(rows)
+    assert [len(c.pairs) for c in found if c.longest > rows[0].longest + 10] == [1]
+    assert grouped_by_prompt(rows, 1, 1000, False) == rows  # nothing fits beside anything
+
+
+def test_grouping_keeps_each_pairs_margin(tokenizer: Any) -> None:
+    rows = [
+        read({"prompt": "p", "chosen": "a", "rejected": "b", "m": 2.0}, tokenizer, margin_column="m"),
+        read({"prompt": "p", "chosen": "b", "rejected": "c"}, tokenizer),
+        read({"prompt": "p", "chosen": "a", "rejected": "c", "m": 5.0}, tokenizer, margin_column="m"),
+    ]
+    (found,) = grouped_by_prompt(rows, 1000, 100, True)
+    assert found.margins == (2.0, 0.0, 5.0) and found.pairs == ((0, 1), (1, 2), (0, 2))
 
 
 def test_the_digest_names_answers_preferences_and_order(tokenizer: Any) -> None:

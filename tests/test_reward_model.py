@@ -299,7 +299,7 @@ def test_a_task_splits_by_prompt_trains_and_leaves_statistics_and_report(tmp_pat
     assert part.mean() == pytest.approx(0, abs=1e-4) and part.std() == pytest.approx(1, abs=1e-4)
 
 
-def task_of(rows: list[dict[str, Any]], tmp_path: Path, **data: Any) -> Any:
+def task_of(rows: list[dict[str, Any]], tmp_path: Path, grouped: bool = False, **data: Any) -> Any:
     from launch.model_facts import check_model_folder
     from launch.reward_task import RewardTask
     from launch.tuning_config import TuningConfig
@@ -308,10 +308,18 @@ def task_of(rows: list[dict[str, Any]], tmp_path: Path, **data: Any) -> Any:
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     base = resolve_model(TINY)
     config = TuningConfig.model_validate({
-        "run": {"name": "x", "num_steps": 2, "batch_size": 8}, "model": {"path": base}, "algorithm": {"name": "reward"},
+        "run": {"name": "x", "num_steps": 2, "batch_size": 8}, "model": {"path": base},
+        "algorithm": {"name": "reward", "group_by_prompt": grouped},
         "data": {"train": [{"path": str(tmp_path / "rows.jsonl")}], "format": {"chat": False}, **data},
     })  # fmt: skip
     return RewardTask(config, BaseModelFolder(base, check_model_folder(base), 64, load_tokenizer(base)))
+
+
+def test_a_task_may_learn_from_all_rows_of_a_prompt_at_once(tmp_path: Path) -> None:
+    rows = [{"prompt": f"p{i}", "chosen": c, "rejected": r} for i in range(4) for c, r in ("ab", "bc", "ac")]
+    apart, together = task_of(rows, tmp_path), task_of(rows, tmp_path, grouped=True)
+    assert sum(apart.sizes) + apart.report["num_held_out"] == 12
+    assert sum(together.sizes) + together.report["num_held_out"] == 4 and together.report["num_pairs"] == 9
 
 
 def test_a_task_refuses_rows_it_cannot_learn_from(tmp_path: Path) -> None:

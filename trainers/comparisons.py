@@ -96,6 +96,47 @@ class ComparisonTable:
         )
 
 
+def grouped_by_prompt(
+    comparisons: Sequence[Comparison], max_cost: int, max_longest: int, share_prompts: bool
+) -> list[Comparison]:
+    """Comparisons of one prompt as one, each answer in it once: what was compared three times is computed once.
+
+    Order: that of the first row of each prompt.  A prompt with more answers than ``max_cost`` tokens (see
+    :meth:`Comparison.cost`) is several comparisons; nothing joins one that is too long on its own (an answer above
+    ``max_longest``, or above ``max_cost``).  Pairs keep their order and their margins, repeated and contradictory
+    ones too: each is one judgement.
+    """
+    open_: dict[str, int] = {}  # prompt -> its comparison that may still grow, an index of found
+    found: list[Comparison] = []
+    for comparison in comparisons:
+        place = open_.get(comparison.prompt_id)
+        alone_too_long = comparison.longest > max_longest or comparison.cost(share_prompts) > max_cost
+        joined = None if place is None or alone_too_long else _joined(found[place], comparison)
+        if joined is not None and place is not None and joined.cost(share_prompts) <= max_cost:
+            found[place] = joined
+            continue
+        if not alone_too_long:
+            open_[comparison.prompt_id] = len(found)
+        found.append(comparison)
+    return found
+
+
+def _joined(first: Comparison, second: Comparison) -> Comparison:
+    answers = list(first.completion_ids)
+    places = {answer.tobytes(): i for i, answer in enumerate(answers)}
+    index = []
+    for answer in second.completion_ids:
+        if answer.tobytes() not in places:
+            places[answer.tobytes()] = len(answers)
+            answers.append(answer)
+        index.append(places[answer.tobytes()])
+    margins = None
+    if first.margins is not None or second.margins is not None:
+        margins = tuple(m for c in (first, second) for m in (c.margins or (0.0,) * len(c.pairs)))
+    pairs = first.pairs + tuple((index[better], index[worse]) for better, worse in second.pairs)
+    return Comparison(first.prompt_id, first.prompt_ids, tuple(answers), pairs, margins)
+
+
 def digest(comparisons: Sequence[Comparison]) -> str:
     """Names the comparisons and their order."""
     state = hashlib.blake2b(digest_size=16)

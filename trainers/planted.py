@@ -63,6 +63,7 @@ LANGUAGE = GOOD | BAD | PLAIN | NOUNS | LINKS | _set("review overall very so all
 SPLIT_SEED = 20221019  # the split is part of the task: the same for every run seed
 MAX_WORDS, MAX_LOADED = 16, 5  # longest welcome text; most good and bad words a reader takes
 MAX_PENALTY = 6.0  # a ruined text is ruined: the gold is bounded below by -9.5
+FORGIVEN = 1.0  # points that the words of a text may lose for nothing: one slip
 FORM, REPEAT, CROWD, FOREIGN, RUN_ON = 2.0, 1.0, 1.0, 1.0, 0.5  # points lost, each time
 
 
@@ -143,11 +144,11 @@ def _saturate(count: int) -> float:
 
 
 def penalty(text: str) -> float:
-    """Points lost for what reward-model training does not show; 0 for every text of the grammar, at most 6.
+    """Points lost for what reward-model training hardly shows; 0 for every text of the grammar, at most 6.
 
     No sentence end, and each sentence without a verb and without something it is about: 2 each.  Each content
     word said before, each repeated pair of words, each good or bad word after the fifth, each word outside the
-    task's language after the first: 1.  Each word after the sixteenth: 0.5.
+    task's language after the first: 1.  Each word after the sixteenth: 0.5.  One point of what words lose is forgiven.
     """
     words = _words(text)
     content = [w for w in words if w not in LINKS]
@@ -156,14 +157,13 @@ def penalty(text: str) -> float:
     formless = sum(not (VERBS & set(s) and set(s) - LINKS - GOOD - BAD - PLAIN) for s in sentences)
     unended = not sentences or text.rstrip()[-1] not in ".!"
     loaded = sum(w in GOOD or w in BAD for w in words)
-    lost = (
-        FORM * (unended + formless)
-        + REPEAT * (len(content) - len(set(content)) + len(pairs) - len(set(pairs)))
+    slips = (
+        REPEAT * (len(content) - len(set(content)) + len(pairs) - len(set(pairs)))
         + CROWD * max(0, loaded - MAX_LOADED)
         + FOREIGN * max(0, sum(w not in LANGUAGE for w in words) - 1)
         + RUN_ON * max(0, len(words) - MAX_WORDS)
     )
-    return float(min(lost, MAX_PENALTY))
+    return float(min(FORM * (unended + formless) + max(slips - FORGIVEN, 0.0), MAX_PENALTY))
 
 
 def _words(text: str) -> list[str]:

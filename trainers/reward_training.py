@@ -16,6 +16,11 @@ class RewardTrainingSettings(Settings):
     """Bradley-Terry on pairs and rankings (arXiv:2203.02155, eq. 1).  The defaults add nothing to it."""
 
     name: Literal["reward"] = Field("reward", description="a reward model from preferences")
+    group_by_prompt: bool = Field(
+        False,
+        description="rows of one prompt are one comparison: an answer that stands in several pairs is computed once, "
+        "and each prompt weighs once (arXiv:2203.02155, section 3.5)",
+    )
     margin_column: str | None = Field(
         None, description="a column with how much better the better answer is, in units of reward"
     )
