@@ -23,6 +23,7 @@ from actors.settings import LearnerSettings
 NEVER = 10**9  # steps between DeepSpeed's own prints
 # Elements of a gradient bucket: 80 MB.  DeepSpeed's default of 5e8 makes a buffer as large as the gradients.
 REDUCE_BUCKET = 20_000_000
+HEAD = "hf_model.score."  # parameters of a scalar head, as transformers' sequence classifiers name it
 
 
 def deepspeed_config(settings: LearnerSettings, dtype: torch.dtype) -> dict[str, Any]:
@@ -59,6 +60,16 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
+def parameter_groups(model: nn.Module, head_lr_factor: float) -> tuple[list[dict[str, Any]], list[float]]:
+    """(what the optimizer gets, each group's factor of the learning rate): one group, or backbone and scalar head."""
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    head = [p for name, p in trained if name.startswith(HEAD)]
+    if head_lr_factor == 1.0 or not head:
+        return [{"params": [p for _, p in trained]}], [1.0]
+    body = [p for name, p in trained if not name.startswith(HEAD)]
+    return [{"params": body}, {"params": head}], [1.0, head_lr_factor]
+
+
 class TrainingEngine:
     """One rank's DeepSpeed engine.  The process group exists already (cluster/rendezvous.py)."""
 
@@ -73,8 +84,9 @@ class TrainingEngine:
         self._deepspeed = deepspeed
         self.device, self.zero_stage = device, settings.zero_stage
         optimizer = settings.optimizer
+        groups, self._lr_factors = parameter_groups(model, optimizer.head_lr_factor)
         adam = torch.optim.AdamW(
-            [p for p in model.parameters() if p.requires_grad],
+            groups,
             lr=optimizer.lr,
             betas=optimizer.betas,
             eps=optimizer.eps,
@@ -106,8 +118,8 @@ class TrainingEngine:
 
     def step(self, lr: float) -> float:
         """Clip and apply; returns the global gradient norm before clipping."""
-        for group in self.engine.optimizer.param_groups:
-            group["lr"] = lr
+        for group, factor in zip(self.engine.optimizer.param_groups, self._lr_factors, strict=True):
+            group["lr"] = lr * factor
         # Without ZeRO, DeepSpeed clips float32 gradients but does not tell their norm.
         norm = self._gradient_norm() if self.zero_stage == 0 else None
         self.engine.step()

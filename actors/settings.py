@@ -73,6 +73,10 @@ class OptimizerSettings(Settings):
     warmup_steps: int = Field(0, ge=0, description="linear warm-up, in loop steps")
     schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="after warm-up; to 0 at the end")
     max_grad_norm: float = Field(1.0, ge=0, description="0: no clipping")
+    head_lr_factor: float = Field(
+        1.0, gt=0, description="times lr for the head of a reward model or critic, which starts from nothing: at the "
+        "backbone's rate its scores stay small for hundreds of steps"
+    )  # fmt: skip
 
 
 class LearnerSettings(Settings):

@@ -141,6 +141,11 @@ class RunConfig(Settings):
             raise ValueError(
                 f"run.max_staleness={run.max_staleness}: only synchronous runs are built so far; use 0"
             )
+        if self.learner.optimizer.head_lr_factor != 1.0:
+            raise ValueError(
+                f"learner.optimizer.head_lr_factor={self.learner.optimizer.head_lr_factor:g}: a policy has no scalar "
+                "head; leave it out, or set critic.optimizer.head_lr_factor"
+            )
         if run.samples_per_prompt < 2 and not alg.needs_critic:
             raise ValueError(
                 f"run.samples_per_prompt={run.samples_per_prompt}: a group-relative advantage needs at least 2 samples"

@@ -112,6 +112,11 @@ class TuningConfig(Settings):
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:
+        factor = self.learner.optimizer.head_lr_factor
+        if factor != 1.0 and self.algorithm.name != "reward":
+            raise ValueError(
+                f"learner.optimizer.head_lr_factor={factor:g}: only a reward model has a scalar head; leave it out"
+            )
         longest = self.model.max_length
         if longest is not None and self.learner.token_budget < longest:
             raise ValueError(

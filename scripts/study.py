@@ -1,6 +1,6 @@
 """``make study``: over-optimisation of a learned reward, at several KL coefficients and by best-of-n.
 
-    python -m scripts.study [--directory runs/pipeline] [--steps 30]
+    python -m scripts.study [--directory runs/pipeline] [--steps 16]
 
 The SFT model and the reward model are those of ``make pipeline``, which must have run in that directory.  Gold and
 proxy of every PPO step are of that step's own samples; both are shown in standard deviations over samples of the SFT
@@ -42,7 +42,7 @@ def run_stages(stages: Stages, steps: int) -> tuple[Path, dict[float, Path]]:
         "best-of-n",
         ["eval", "cpu-pipeline-eval", own, "run.name=study-best-of-n", f"model.path={sft}", "base.path=null",
          f"prompts.train.path={data / 'held-out-prompts.jsonl'}", f"reward_models.0.path={reward}",
-         "eval.num_prompts=64", f"eval.num_samples={NUM_SAMPLES}"],
+         "eval.num_prompts=40", f"eval.num_samples={NUM_SAMPLES}"],
         "study-best-of-n/samples.parquet",
     )  # fmt: skip
     folders = {}
@@ -107,7 +107,7 @@ def main() -> int:
     """Run what is missing, draw, print the fits; exit code 1 when a stage failed."""
     parser = argparse.ArgumentParser(prog="study")
     parser.add_argument("--directory", type=Path, default=Path("runs/pipeline"))
-    parser.add_argument("--steps", type=int, default=30, help="PPO steps at each beta")
+    parser.add_argument("--steps", type=int, default=16, help="PPO steps at each beta")
     arguments = parser.parse_args()
     directory, console = arguments.directory.absolute(), Console()
     try:

@@ -88,8 +88,10 @@ def planted(num: int, seed: int) -> list[Comparison]:
     return found
 
 
-def settings(ranks: int = 1, zero_stage: int = 0, token_budget: int = 4096, lr: float = 1e-3) -> LearnerSettings:
-    optimizer = OptimizerSettings(lr=lr)
+def settings(
+    ranks: int = 1, zero_stage: int = 0, token_budget: int = 4096, lr: float = 1e-3, head_lr_factor: float = 1.0
+) -> LearnerSettings:
+    optimizer = OptimizerSettings(lr=lr, head_lr_factor=head_lr_factor)
     return LearnerSettings(
         num_workers=ranks, zero_stage=zero_stage, token_budget=token_budget, optimizer=optimizer,  # type: ignore[arg-type]
         start_deadline_s=DEADLINE_S,
@@ -495,6 +497,7 @@ def test_a_reward_model_of_the_wrong_width_is_not_trained_on(tmp_path: Path) -> 
 
 ALGORITHM = RewardTrainingSettings(centering_coef=0.05, label_smoothing=0.1)
 BATCH = list(range(11))
+HEAD_LR_FACTOR = 8.0
 BUDGETS = ((4096, True), (4096, False), (400, True), (400, False))
 
 
@@ -502,15 +505,20 @@ def rank_main(rank: int, ranks: int, zero_stage: int, port: int, folder: str) ->
     """One rank; rank 0 leaves its gradients in ``folder``."""
     torch.set_num_threads(1)
     learner = make_learner(
-        f"{folder}/model", Path(folder), rank, ranks, port, zero_stage=zero_stage, algorithm=ALGORITHM
-    )
+        f"{folder}/model", Path(folder), rank, ranks, port, zero_stage=zero_stage, algorithm=ALGORITHM,
+        head_lr_factor=HEAD_LR_FACTOR,
+    )  # fmt: skip
     found: dict[str, Any] = {}
     for token_budget, share in BUDGETS:
         learner.settings, learner.share_prompts = settings(ranks, zero_stage, token_budget), share
         found[f"{token_budget}/{share}"] = learner.gradients(BATCH)
     found["one comparison"] = learner.gradients(BATCH[:1])
     found["scores"] = learner.score("train")
+    before = learner.weights.whole_state(torch.float32)
+    learner.update(BATCH, 0)
+    after = learner.weights.whole_state(torch.float32)
     if rank == 0:
+        found["moved"] = {name: float((after[name] - before[name]).abs().max()) for name in before}
         torch.save(found, Path(folder) / f"found-{ranks}-{zero_stage}.pt")
     learner.close()
 
@@ -579,7 +587,7 @@ def largest_error(found: dict[str, torch.Tensor], expected: dict[str, torch.Tens
 
 
 @pytest.mark.parametrize("where", [(1, 0), (2, 2), (2, 3)])
-def test_the_gradient_is_that_of_the_naive_loss_whatever_the_packing_ranks_and_zero_stage(
+def test_gradient_and_step_are_those_of_the_naive_loss_whatever_the_packing_ranks_and_zero_stage(
     where: tuple[int, int],
 ) -> None:
     found = run(*where)
@@ -593,6 +601,9 @@ def test_the_gradient_is_that_of_the_naive_loss_whatever_the_packing_ranks_and_z
         for name in ("accuracy", "margin", "mean_reward", "min_reward", "max_reward", "center_rewards_loss"):
             assert metrics[name] == pytest.approx(whole[name], rel=1e-4, abs=1e-5), name
     assert largest_error(found["one comparison"][1], naive(BATCH[:1])[1]) <= GRADIENT_TOLERANCE
+    # AdamW's first step is the learning rate itself, whatever the gradient: only the head's is another one.
+    for name, moved in found["moved"].items():
+        assert moved == pytest.approx(1e-3 * (HEAD_LR_FACTOR if name == "score.weight" else 1), rel=0.05), name
     baseline = run(1, 0)["scores"]
     for a, b in zip(found["scores"], baseline, strict=True):
         np.testing.assert_allclose(a, b, atol=FP32_TOLERANCE)
