@@ -128,7 +128,7 @@ class Health:
                 continue
             member.heard = min(now, member.heard + late)
             silent = now - member.heard
-            # Compared as sums, as next_wake has them: a difference may round to just below, and the tick come to nothing.
+            # Compared as the sums of next_wake: a difference may round to just below, and the tick come to nothing.
             if member.state is State.STARTING:
                 if now >= member.heard + member.start_s:
                     member.state = State.DEAD

@@ -6,21 +6,24 @@ May import: everything.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from actors.critic import CriticLearner
 from actors.example_files import write_examples
-from actors.fleet import CriticGang, GeneratorFleet, LearnerGang, ReferencePool
+from actors.fleet import CriticGang, LearnerGang
 from actors.generator import VLLMGenerator
+from actors.generator_fleet import Event, GeneratorFleet, Recruiting, no_event
 from actors.learner import DeepSpeedLearner
 from actors.mixed_scorer import MixedScorer
 from actors.publisher import Publisher, Transport
 from actors.reference import ReferenceModel
+from actors.scorer_pools import ReferencePool
 from cluster.layout import Layout, NodeSupply, plan_layout
 from cluster.placement import Placement, RayHandle
+from cluster.places import Places
 from cluster.rendezvous import Rendezvous, node_address
 from cluster.weight_channel import free_bytes
 from cluster.worker_group import WorkerGroup
@@ -97,6 +100,7 @@ class Fleet:
 
     async def close(self) -> None:
         """End every worker, generators first: nobody then waits for a dead learner."""
+        await self.generator.close()
         for group in (self.generators, *self.rewards, self.references, self.critics, self.learners):
             if group is not None:
                 await group.shutdown()
@@ -108,11 +112,28 @@ class Fleet:
             shutil.rmtree(self._scratch, ignore_errors=True)
 
 
+def recruiting(
+    generators: WorkerGroup, places: Places, publisher: Publisher, kwargs_of: Callable[[int], dict[str, Any]]
+) -> Recruiting:
+    """How a generator joins and leaves this run."""
+
+    async def hire() -> int:
+        slot = await places.take()
+        return generators.add(kwargs_of(generators.next_index), slot)
+
+    return Recruiting(
+        hire, publisher.catch_up, publisher.between_pushes, lambda index: places.give_back(generators.slot(index))
+    )
+
+
 async def assemble(
     config: RunConfig, prepared: Prepared, run_folder: Path, version: WeightVersion,
-    handle: RayHandle | None, nodes: list[NodeSupply], facts: Sequence[Mapping[str, Any]],
+    handle: RayHandle | None, nodes: list[NodeSupply], facts: Sequence[Mapping[str, Any]], event: Event = no_event,
 ) -> Fleet:  # fmt: skip
-    """Place and construct every worker; returns when all are ready.  ``facts``: launch.node_probe of each node."""
+    """Place and construct every worker; returns when all are ready.
+
+    ``facts``: launch.node_probe of each node.  ``event`` hears of workers that die, come back, join and leave.
+    """
     device = choose_device(config.cluster, nodes, num_gpus_asked(config))
     transport = choose_transport(config, device)
     layout = plan_layout(role_demands(config, device == "cuda"), nodes, config.cluster.colocate)
@@ -127,18 +148,18 @@ async def assemble(
             concurrency=concurrency, start_deadline_s=deadline,
         )  # fmt: skip
 
+    def generator_kwargs(index: int) -> dict[str, Any]:
+        return {
+            "name": f"generator-{index}", "model_path": prepared.model_path, "settings": config.generator,
+            "dtype": dtype, "device": device, "max_length": prepared.max_length,
+            "seed": config.run.seed, "version": tuple(version),
+        }  # fmt: skip
+
     sampling = config.generator.sampling
     generators = launch(
         "generator",
         VLLMGenerator,
-        [
-            {
-                "name": f"generator-{i}", "model_path": prepared.model_path, "settings": config.generator,
-                "dtype": dtype, "device": device, "max_length": prepared.max_length,
-                "seed": config.run.seed, "version": tuple(version),
-            }
-            for i in range(config.generator.num_workers)
-        ],
+        [generator_kwargs(i) for i in range(config.generator.num_workers)],
         concurrency=4096,  # an asyncio actor: calls are groups being sampled, and vLLM batches them
         deadline=config.generator.start_deadline_s,
     )  # fmt: skip
@@ -176,7 +197,7 @@ async def assemble(
             ],
             concurrency=1, deadline=config.critic.start_deadline_s,
         )  # fmt: skip
-    pools = reward_pools(config, prepared.model_path, dtype, torch_device(device), launch)
+    pools = reward_pools(config, prepared.model_path, dtype, torch_device(device), launch, event)
     references = None
     if config.algorithm.needs_reference:
         references = launch(
@@ -193,23 +214,24 @@ async def assemble(
     size = 4 if dtype == "float32" else 2
     one_host = len({slot.node for slot in layout.slots}) == 1
     directory = push_directory(config, run_folder, prepared.facts.num_params * size, one_host)
+    generator = GeneratorFleet(generators, config.generator.group_deadline_s, config.health, event)
     fleet = Fleet(
         generators=generators,
         learners=learners,
         critics=critics,
         rewards=tuple(pool.workers for pool in pools),
         references=references,
-        generator=GeneratorFleet(generators, config.generator.group_deadline_s),
+        generator=generator,
         learner=LearnerGang(learners, config.learner.update_deadline_s),
         critic=None if critics is None else CriticGang(
             critics, config.critic.update_deadline_s, config.critic.token_budget
         ),
         scorer=pools[0] if len(pools) == 1 else MixedScorer(pools),
         reference=None if references is None else ReferencePool(
-            references, config.reference.deadline_s, config.reference.token_budget
+            references, config.reference.deadline_s, config.reference.token_budget, config.health, event
         ),
         publisher=Publisher(
-            learners, generators, transport, directory, dtype, config.push.bucket_bytes,
+            learners, generators, generator.roster, transport, directory, dtype, config.push.bucket_bytes,
             config.generator.tensor_parallel_size, config.push.deadline_s,
         ),
         layout=layout,
@@ -224,6 +246,8 @@ async def assemble(
         for group in (learners, critics, generators, *fleet.rewards, references):
             if group is not None:
                 await group.ready()
+        places = Places(layout.of("generator"), placement, config.cluster.placement_deadline_s)
+        generator.open(recruiting(generators, places, fleet.publisher, generator_kwargs))
     except BaseException:
         await fleet.close()
         raise
