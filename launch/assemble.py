@@ -5,6 +5,7 @@ May import: everything.
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ from launch.demands import num_gpus_asked, other_port, role_demands
 from launch.machines import choose_device, dtype_name, torch_device
 from launch.prepare import Prepared
 from launch.reward_pools import reward_pools
+from launch.scale import ScaleDesk
 from launch.scratch import make_scratch
 from trainers.errors import InputError
 from trainers.experience import WeightVersion
@@ -97,9 +99,13 @@ class Fleet:
     _placement: Placement | None
     _ray: RayHandle | None
     _scratch: Path | None
+    _desk: asyncio.Task[None] | None = None  # answers `burnish scale`
 
     async def close(self) -> None:
         """End every worker, generators first: nobody then waits for a dead learner."""
+        if self._desk is not None:
+            self._desk.cancel()
+            await asyncio.gather(self._desk, return_exceptions=True)
         await self.generator.close()
         for group in (self.generators, *self.rewards, self.references, self.critics, self.learners):
             if group is not None:
@@ -124,6 +130,17 @@ def recruiting(
     return Recruiting(
         hire, publisher.catch_up, publisher.between_pushes, lambda index: places.give_back(generators.slot(index))
     )
+
+
+def why_not(num_generators: int, layout: Layout, num_gpus: int, transport: Transport) -> str:
+    """Why a run cannot have so many generators whatever else happens; empty when it may try."""
+    planned = layout.of("generator")
+    if transport == "ipc" and num_generators > len(planned):
+        return f"each generator shares the GPU of a learner rank (push.backend ipc), and there are {len(planned)}"
+    gpus = planned[0].gpus * num_generators
+    if gpus > num_gpus:
+        return f"{num_generators} generators hold {gpus:g} GPUs, and the cluster had {num_gpus} when the run began"
+    return ""
 
 
 async def assemble(
@@ -248,6 +265,9 @@ async def assemble(
                 await group.ready()
         places = Places(layout.of("generator"), placement, config.cluster.placement_deadline_s)
         generator.open(recruiting(generators, places, fleet.publisher, generator_kwargs))
+        num_gpus = sum(node.num_gpus for node in nodes)
+        desk = ScaleDesk(run_folder, generator, lambda n: why_not(n, layout, num_gpus, transport), event)
+        fleet._desk = asyncio.create_task(desk.run())
     except BaseException:
         await fleet.close()
         raise

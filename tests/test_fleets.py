@@ -195,7 +195,7 @@ class World:
         return asyncio.create_task(self.fleet.generate(request(number, **fields)))
 
 
-def test_the_groups_of_a_dead_generator_are_sampled_elsewhere_with_the_same_seeds_and_the_others_are_left_alone() -> None:
+def test_the_groups_of_a_dead_generator_are_sampled_elsewhere_with_the_same_seeds() -> None:
     async def law() -> None:
         world = World(2)
         world.gate.clear()
