@@ -1,6 +1,6 @@
 """Workers that hold no state of the run: one that dies is started again in its place, and its work is done again.
 
-May import: cluster.*, actors.generator_fleet.
+May import: actors.membership, cluster.*.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import asyncio
 import time
 from collections.abc import Callable
 
-from actors.generator_fleet import Event, no_event
+from actors.membership import Event, no_event
 from cluster.errors import WorkerError
 from cluster.outcomes import outcome
 from cluster.settings import HealthSettings

@@ -2,7 +2,7 @@
 
 They hold no state of the run: a worker that dies or does not answer is started again, and its work is done again, up
 to ``health.max_attempts`` times (actors/crew.py).
-May import: actors.{call_batches, crew, dispatch}, cluster.*, trainers.{experience, protocols}.
+May import: actors.{call_batches, crew, dispatch, membership}, cluster.*, trainers.{experience, protocols}.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 from actors.call_batches import CallBatches, LostError
 from actors.crew import Crew
 from actors.dispatch import Dispatcher
-from actors.generator_fleet import Event, no_event
+from actors.membership import Event, no_event
 from cluster.errors import DeadlineError, WorkerError
 from cluster.settings import HealthSettings
 from cluster.worker_group import WorkerGroup

@@ -16,8 +16,9 @@ from actors.critic import CriticLearner
 from actors.example_files import write_examples
 from actors.fleet import CriticGang, LearnerGang
 from actors.generator import VLLMGenerator
-from actors.generator_fleet import Event, GeneratorFleet, Recruiting, no_event
+from actors.generator_fleet import GeneratorFleet
 from actors.learner import DeepSpeedLearner
+from actors.membership import Event, Recruiting, no_event
 from actors.mixed_scorer import MixedScorer
 from actors.publisher import Publisher, Transport
 from actors.reference import ReferenceModel

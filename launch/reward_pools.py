@@ -1,6 +1,6 @@
 """The workers that score a run's samples: its reward functions, and each of its reward models.
 
-May import: actors.{generator_fleet, reward_model, reward_worker, scorer_pools}, cluster.worker_group, launch.config,
+May import: actors.{membership, reward_model, reward_worker, scorer_pools}, cluster.worker_group, launch.config,
 trainers.prompt_format.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from actors.generator_fleet import Event, no_event
+from actors.membership import Event, no_event
 from actors.reward_model import RewardModel
 from actors.reward_worker import RewardWorker
 from actors.scorer_pools import RewardModelPool, RewardPool

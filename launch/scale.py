@@ -4,7 +4,7 @@
     control/request-<id>.json     {"generators": N}; removed when it is answered
 
 The driver looks for requests every ``POLL_S`` and opens no port: whoever may write into the run folder may ask.
-May import: pydantic, actors.generator_fleet (for types), launch.journal, trainers.{errors, settings}.
+May import: pydantic, actors.{generator_fleet, membership} (for types), launch.journal, trainers.{errors, settings}.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from trainers.errors import InputError
 from trainers.settings import Settings
 
 if TYPE_CHECKING:
-    from actors.generator_fleet import Event, GeneratorFleet
+    from actors.generator_fleet import GeneratorFleet
+    from actors.membership import Event
 
 POLL_S = 1.0  # between two looks of the driver
 ANSWER_DEADLINE_S = 60.0  # a driver that is saving or recording looks later

@@ -13,7 +13,7 @@ from test_end_to_end import RUN_S, Run, Start, check_lineage, start
 
 __all__ = ["start"]  # the fixture
 
-DETECT_S = 20.0
+DETECT_S = 60.0
 NUM_STEPS = 8
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(2 * RUN_S + 300)]
@@ -46,7 +46,7 @@ def test_a_generator_that_is_killed_or_frozen_is_replaced_and_every_prompt_is_tr
     at = time.time()
     os.kill(victim.pid, fault)
     died = event(run, "worker_died", worker="generator-1")
-    assert died["time_unix"] - at < DETECT_S + 5.0
+    assert died["time_unix"] - at < 1.5 * DETECT_S
     assert run.end() == 0, run.tail()
     check_lineage(run.folder, NUM_STEPS, lambda step: 0)
     events = run.rows("events.jsonl")

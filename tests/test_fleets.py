@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from actors.generator_fleet import GeneratorFleet, Recruiting
+from actors.generator_fleet import GeneratorFleet
+from actors.membership import Recruiting
 from actors.roster import Member
 from actors.scorer_pools import ReferencePool, RewardPool
 from cluster.errors import DamagedError, DeadlineError, WorkerDiedError, WorkerError

@@ -371,7 +371,7 @@ def test_a_dead_and_a_silent_worker_are_lost_and_one_that_refuses_is_not(launch_
             ("refuse", (), 20.0), ("own_timeout", (), 20.0), ("refuse_or_hang", (30.0,), 0.3), ("die", (), 20.0),
         ):  # fmt: skip
             index = 1 if method == "die" else 0
-            with pytest.raises(Exception) as caught:  # noqa: B017, PT011 - of four kinds
+            with pytest.raises(Exception) as caught:  # of four kinds
                 await group.call(index, method, *arguments, deadline_s=deadline_s)
             found.append(group.is_lost(index, caught.value))
         assert found == [False, False, True, True]
