@@ -12,8 +12,11 @@ from collections.abc import Callable
 from actors.membership import Event, no_event
 from cluster.errors import WorkerError
 from cluster.outcomes import outcome
+from cluster.places import Places
 from cluster.settings import HealthSettings
 from cluster.worker_group import WorkerGroup
+
+GRANT_DEADLINE_S = 60.0  # for a place on another node when a worker's own has died
 
 
 class Crew:
@@ -33,6 +36,7 @@ class Crew:
     ) -> None:
         self.workers, self.health, self.event = workers, health or HealthSettings(), event
         self._on_back, self._on_gone = on_back, on_gone
+        self._places = Places([workers.slot(i) for i in workers.indices], workers.placement, GRANT_DEADLINE_S)
         self._starts = dict.fromkeys(workers.indices, 0)  # how often each was started again
         self._mending: dict[int, asyncio.Task[None]] = {}
 
@@ -50,10 +54,22 @@ class Crew:
         self.event("call_failed", role=self.workers.name, worker=name, num_groups=num_groups, reason=str(error))
         return worker in self._mending
 
+    async def _restart(self, worker: int) -> None:
+        """In its own place while that node is alive, else wherever there is room."""
+        slot = await self._places.take()
+        try:
+            await self.workers.restart(worker, slot)
+        except BaseException:
+            self.workers.end(worker)
+            self._places.give_back(slot)
+            raise
+
     async def _mend(self, worker: int, name: str) -> None:
         started = time.perf_counter()
+        self.workers.end(worker)
+        self._places.give_back(self.workers.slot(worker))
         for attempt in range(1, self.health.max_attempts + 1):
-            restarted = await outcome(self.workers.restart(worker))
+            restarted = await outcome(self._restart(worker))
             if restarted.error is None:
                 self._starts[worker] += 1
                 took_s = round(time.perf_counter() - started, 3)

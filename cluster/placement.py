@@ -143,12 +143,14 @@ class Placement:
             DeadlineError: no node had room in time; nothing stays reserved.
         """
         group = placement_group([_bundle([slot])], strategy="STRICT_PACK")
-        # In a thread: Ray waits for a placement in one blocking call.
-        granted = await asyncio.to_thread(group.wait, deadline_s)
-        if not granted:
+        try:
+            async with asyncio.timeout(deadline_s):
+                await group.ready()
+        except TimeoutError:
             remove_placement_group(group)
             asked = f"{slot.gpus:g} GPUs and {slot.cpus:g} CPUs" if slot.gpus else f"{slot.cpus:g} CPUs"
-            raise DeadlineError(f"{asked} on one node for one more {slot.role}", "the Ray cluster", deadline_s)
+            awaited = f"{asked} on one node for one more {slot.role}"
+            raise DeadlineError(awaited, "the Ray cluster", deadline_s) from None
         self._extra[slot.role, slot.index] = group
 
     def shrink(self, slot: WorkerSlot) -> None:

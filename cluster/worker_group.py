@@ -14,7 +14,7 @@ import logging
 from collections.abc import Coroutine, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import ActorUnschedulableError, NodeDiedError, RayActorError, RayError, RayTaskError
 
 from cluster.errors import DeadlineError, WorkerDiedError, WorkerError
 from cluster.workers import LocalWorker, RayWorker
@@ -79,6 +79,11 @@ class WorkerGroup:
         return len(self._places)
 
     @property
+    def placement(self) -> Placement | None:
+        """What holds the slots; None in this process."""
+        return self._placement
+
+    @property
     def in_process(self) -> bool:
         """Whether the workers are objects of this process, which neither die alone nor can be ended."""
         return self._placement is None
@@ -113,9 +118,10 @@ class WorkerGroup:
         finally:
             self.end(index)
 
-    async def restart(self, index: int) -> None:
-        """End a worker that is lost and construct it again with the same arguments in the same slot."""
+    async def restart(self, index: int, slot: WorkerSlot) -> None:
+        """End a worker that is lost and construct it again with the same arguments, in ``slot``."""
         self.end(index)
+        self._places[index] = self._places[index][0], slot
         self._start(index)
         await self.ready_at(index)
 
@@ -228,7 +234,7 @@ class WorkerGroup:
             if not isinstance(cause, BaseException):
                 raise WorkerError(f"{source}.{method} raised: {_one_line(error)}") from error
             raise cause from error
-        except RayActorError as error:
+        except (RayActorError, NodeDiedError, ActorUnschedulableError) as error:
             raise WorkerDiedError(f"{source} died in or before {method}: {_one_line(error)}") from error
         except RayError as error:
             raise WorkerError(f"{source}.{method} was lost: {_one_line(error)}") from error

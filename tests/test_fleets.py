@@ -28,6 +28,7 @@ class FakeGroup:
     """Stands for a WorkerGroup.  ``doing`` decides what a call does; killed and frozen workers are as in Ray."""
 
     in_process = False
+    placement = None
     start_deadline_s = 30.0
 
     def __init__(self, name: str, num_workers: int, doing: Callable[..., Any]) -> None:
@@ -73,7 +74,7 @@ class FakeGroup:
     async def retire(self, index: int) -> None:
         self.end(index)
 
-    async def restart(self, index: int) -> None:
+    async def restart(self, index: int, slot: WorkerSlot) -> None:
         self.end(index)
         self.alive[index] = asyncio.Event()
         await self.ready_at(index)

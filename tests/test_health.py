@@ -7,7 +7,7 @@ from collections.abc import Callable
 from itertools import cycle
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.errors import WorkerDiedError
@@ -49,6 +49,7 @@ def run_until(
     return deaths
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(0.0, 0.7 * DETECT_S), min_size=1, max_size=8))
 def test_a_member_that_answers_within_three_quarters_of_the_deadline_lives(delays: list[float]) -> None:
     turn = cycle(delays)
@@ -57,6 +58,7 @@ def test_a_member_that_answers_within_three_quarters_of_the_deadline_lives(delay
     assert health.state(1) in (State.ALIVE, State.SUSPECT)
 
 
+@settings(deadline=None)
 @given(st.floats(0.0, 50.0))
 def test_silence_is_noticed_within_detect_s_of_the_last_answer_and_others_are_not_touched(falls_silent: float) -> None:
     health = watched(1, 2)
@@ -74,6 +76,7 @@ def test_silence_is_noticed_within_detect_s_of_the_last_answer_and_others_are_no
     assert at - heard[0] == pytest.approx(DETECT_S) and dead.silent_s == pytest.approx(DETECT_S)
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(0.0, 40 * DETECT_S), min_size=1, max_size=10))
 def test_a_watcher_that_sleeps_kills_nobody_who_answers(pauses: list[float]) -> None:
     turn = cycle(pauses)
@@ -98,6 +101,7 @@ def test_a_work_result_counts_as_a_heartbeat() -> None:
         assert health.tick(now + 0.5) == []
 
 
+@settings(deadline=None)
 @given(st.sampled_from(["starting", "alive", "suspect"]), st.lists(st.sampled_from("shfl"), max_size=6))
 def test_dead_is_final_and_told_once(state: str, later: str) -> None:
     health = Health(DETECT_S)
@@ -133,6 +137,7 @@ def test_a_start_has_a_deadline_of_its_own_and_is_not_asked() -> None:
     assert isinstance(dead, Dead) and dead.reason == "not ready after 60 s"
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.booleans(), st.floats(0.0, 100.0)), max_size=20), st.integers(0, 5), st.integers(0, 5))
 def test_starts_never_exceed_the_target_and_wait_longer_after_each_failure(
     tries: list[tuple[bool, float]], target: int, there: int

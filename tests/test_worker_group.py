@@ -343,7 +343,7 @@ def test_a_restarted_worker_has_its_index_and_arguments_and_nothing_of_its_past(
         group = launch({"rank": 0}, {"rank": 1})
         await group.ready()
         await group.call(1, "touch_on_close", "nowhere", deadline_s=20)
-        await group.restart(1)
+        await group.restart(1, group.slot(1))
         assert await group.call(1, "add", 1, deadline_s=20) == 2 and group.indices == (0, 1)
         assert await group.call(1, "closed_path", deadline_s=20) is None
 
