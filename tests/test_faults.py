@@ -11,6 +11,8 @@ import psutil
 import pytest
 from test_end_to_end import RUN_S, Run, Start, check_lineage, start
 
+from launch.cli import main
+
 __all__ = ["start"]  # the fixture
 
 DETECT_S = 60.0
@@ -69,3 +71,36 @@ def test_a_replaced_generator_samples_again_and_dead_reward_workers_are_started_
     steps = run.rows("metrics.jsonl")[-1]["step"]
     check_lineage(run.folder, steps, lambda step: 0)
     assert joined["num_generators"] == 2
+
+
+def test_a_live_run_is_scaled_from_one_generator_to_three_to_two(start: Start) -> None:
+    run = start("scaled", *SETTINGS, "run.num_steps=5000", "generator.num_workers=1")
+    run.until("metrics.jsonl", lambda row: row["step"] >= 1)
+    assert main(["scale", str(run.folder), "generators=3"]) == 0
+    for index in (1, 2):
+        event(run, "generator_joined", worker=f"generator-{index}")
+    joined = run.rows("metrics.jsonl")[-1]["step"]
+    run.until("metrics.jsonl", lambda row: row["step"] >= joined + 3)
+    assert main(["scale", str(run.folder), "generators=2"]) == 0
+    assert event(run, "generator_left")["worker"] == "generator-2"
+    left = run.rows("metrics.jsonl")[-1]["step"]
+    run.until("metrics.jsonl", lambda row: row["step"] >= left + 2)
+    run.process.terminate()
+    assert run.end() == 0, run.tail()
+    check_lineage(run.folder, run.rows("metrics.jsonl")[-1]["step"], lambda step: 0)
+    assert not [e for e in run.rows("events.jsonl") if e["kind"] in ("worker_died", "start_failed")]
+
+
+def test_a_generator_whose_engine_process_is_killed_is_replaced(start: Start) -> None:
+    run = start("engine", *SETTINGS, "run.num_steps=5000", "generator.engine=beside")
+    run.until("metrics.jsonl", lambda row: row["step"] >= 1)
+    at = time.time()
+    for child in worker(run, "generator-1").children(recursive=True):
+        child.kill()
+    assert event(run, "worker_died", worker="generator-1")["time_unix"] - at < 1.5 * DETECT_S
+    event(run, "generator_joined", worker="generator-2")
+    last = run.rows("metrics.jsonl")[-1]["step"]
+    run.until("metrics.jsonl", lambda row: row["step"] >= last + 2)
+    run.process.terminate()
+    assert run.end() == 0, run.tail()
+    check_lineage(run.folder, run.rows("metrics.jsonl")[-1]["step"], lambda step: 0)
