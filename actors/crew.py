@@ -54,6 +54,13 @@ class Crew:
         self.event("call_failed", role=self.workers.name, worker=name, num_groups=num_groups, reason=str(error))
         return worker in self._mending
 
+    async def close(self) -> None:
+        """No more restarts: the group is about to be shut down."""
+        tasks = list(self._mending.values())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
     async def _restart(self, worker: int) -> None:
         """In its own place while that node is alive, else wherever there is room."""
         slot = await self._places.take()

@@ -58,6 +58,10 @@ class RewardPool:
         tries = self._crew.health.max_attempts
         raise WorkerError(f"group {group.summary.group_id} was given to {tries} workers that died, the last: {last}")
 
+    async def close(self) -> None:
+        """No more restarts; the workers stay."""
+        await self._crew.close()
+
     async def _next(self, group: GeneratedGroup) -> int:
         while not self._dispatcher.open:
             if self._failure is not None:
@@ -99,6 +103,10 @@ class _BatchedPool:
         self._calls: CallBatches[GeneratedGroup, Any] = CallBatches(
             len(workers), token_budget, self._guarded, self._crew.health.max_attempts
         )
+
+    async def close(self) -> None:
+        """No more restarts; the workers stay."""
+        await self._crew.close()
 
     async def _call(self, worker: int, groups: list[GeneratedGroup]) -> Sequence[Any]:
         raise NotImplementedError

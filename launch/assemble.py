@@ -22,7 +22,7 @@ from actors.membership import Event, Recruiting, no_event
 from actors.mixed_scorer import MixedScorer
 from actors.publisher import Publisher, Transport
 from actors.reference import ReferenceModel
-from actors.scorer_pools import ReferencePool
+from actors.scorer_pools import ReferencePool, RewardModelPool, RewardPool
 from cluster.layout import Layout, NodeSupply, plan_layout
 from cluster.placement import Placement, RayHandle
 from cluster.places import Places
@@ -100,6 +100,7 @@ class Fleet:
     _placement: Placement | None
     _ray: RayHandle | None
     _scratch: Path | None
+    _pools: Sequence[RewardPool | RewardModelPool]
     _desk: asyncio.Task[None] | None = None  # answers `burnish scale`
 
     async def close(self) -> None:
@@ -108,6 +109,9 @@ class Fleet:
             self._desk.cancel()
             await asyncio.gather(self._desk, return_exceptions=True)
         await self.generator.close()
+        for pool in (*self._pools, self.reference):
+            if pool is not None:
+                await pool.close()
         for group in (self.generators, *self.rewards, self.references, self.critics, self.learners):
             if group is not None:
                 await group.shutdown()
@@ -258,6 +262,7 @@ async def assemble(
         _placement=placement,
         _ray=handle,
         _scratch=directory if config.push.directory is None else None,
+        _pools=pools,
     )  # fmt: skip
     try:
         # Learners first: in the in-process twin constructors run one after the other.

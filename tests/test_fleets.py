@@ -411,8 +411,8 @@ def test_scaling_down_takes_back_a_start_that_is_going_on() -> None:
         assert len(world.group) == 2
         world.fleet.scale(1)
         await world.until(lambda: world.kinds("generator_left"))
-        assert world.group.ended == [1] and not world.kinds("start_failed")
         await asyncio.sleep(3 * SOON_S)
+        assert world.group.ended == [1] and not world.kinds("start_failed")
         assert world.group.next_index == 2
         await world.fleet.close()
 
@@ -513,5 +513,27 @@ def test_groups_that_die_with_one_worker_restart_it_once() -> None:
         scores.gate.set()
         assert [r.group_id for r in await asyncio.gather(*asked)] == [str(i) for i in range(5)]
         assert scores.kinds().count("worker_died") == 1 == scores.kinds().count("worker_replaced")
+
+    run(law)
+
+
+def test_a_pool_that_is_closed_starts_nobody_again() -> None:
+    async def law() -> None:
+        scores = Scores(1)
+        pool = RewardPool(scores.group, LIMIT_S, HealthSettings(), scores.event)  # type: ignore[arg-type]
+        never = asyncio.Event()
+
+        async def hang(index: int) -> None:
+            await never.wait()
+
+        scores.group.ready_at = hang  # type: ignore[method-assign]
+        asked = asyncio.create_task(pool.score(_generated("1")))
+        await scores.arrived.acquire()
+        scores.group.kill(0)
+        while not scores.kinds().count("call_failed"):  # noqa: ASYNC110
+            await asyncio.sleep(0)
+        await pool.close()
+        asked.cancel()
+        assert "worker_replaced" not in scores.kinds() and not scores.group.alive
 
     run(law)
