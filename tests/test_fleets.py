@@ -521,17 +521,17 @@ def test_a_pool_that_is_closed_starts_nobody_again() -> None:
     async def law() -> None:
         scores = Scores(1)
         pool = RewardPool(scores.group, LIMIT_S, HealthSettings(), scores.event)  # type: ignore[arg-type]
-        never = asyncio.Event()
+        starting, never = asyncio.Event(), asyncio.Event()
 
         async def hang(index: int) -> None:
+            starting.set()
             await never.wait()
 
         scores.group.ready_at = hang  # type: ignore[method-assign]
         asked = asyncio.create_task(pool.score(_generated("1")))
         await scores.arrived.acquire()
         scores.group.kill(0)
-        while not scores.kinds().count("call_failed"):  # noqa: ASYNC110
-            await asyncio.sleep(0)
+        await starting.wait()
         await pool.close()
         asked.cancel()
         assert "worker_replaced" not in scores.kinds() and not scores.group.alive
