@@ -223,6 +223,14 @@ def test_the_groups_of_a_dead_generator_are_sampled_elsewhere_with_the_same_seed
     run(law)
 
 
+def test_a_finished_group_leaves_no_load_behind() -> None:
+    async def law() -> None:
+        world = World(2)
+        assert [(await world.ask(i)).summary.generator for i in range(4)] == ["generator-0"] * 4
+
+    run(law)
+
+
 def test_a_silent_generator_is_held_then_expelled_and_its_groups_move_on() -> None:
     async def law() -> None:
         world = World(2, detect_s=0.4)
