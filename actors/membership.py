@@ -98,6 +98,7 @@ class Membership:
         if member.index not in self._leaving:
             self._lost.append((member.name, now))
         self._forget(member)
+        self._staffing.reset()  # its place is free: whatever failed before may work now
         self.event(
             "worker_died", role=self.workers.name, worker=member.name, reason=member.reason,
             silent_s=round(member.silent_s, 3), detect_s=self.health.detect_s, num_generators=len(self.roster),
@@ -150,7 +151,7 @@ class Membership:
         if num_workers < 1:
             raise ValueError(f"{num_workers} generators: at least one is needed")
         before, self._staffing.target = self._staffing.target, num_workers
-        self._staffing.succeeded()  # who asks for more may have made room for them: no pause
+        self._staffing.reset()  # who asks for more may have made room for them: no pause
         self.event("scaling", role=self.workers.name, before=before, wanted=num_workers)
         self._staff()
 
@@ -164,7 +165,7 @@ class Membership:
         staying = [index for index in self._members if index not in self._leaving]
         # Those that start yet leave first, then the youngest.
         for index in sorted(staying, key=lambda i: (i not in inside, i), reverse=True):
-            if len(staying) + self._num_starting <= self._staffing.target:
+            if len(staying) <= self._staffing.target:  # a start without a place yet is taken back when it has one
                 break
             staying.remove(index)
             self._leaving.add(index)
@@ -179,6 +180,7 @@ class Membership:
         self._num_starting -= 1
         if hired.error is None:
             member = self._enter(hired.value())
+            self._staff()  # fewer may be wanted by now
             joined = await outcome(member.during(self._join(member, recruiting, started)))
             if joined.error is None or isinstance(joined.error, MemberGoneError):  # it was told to leave already
                 return
@@ -191,7 +193,7 @@ class Membership:
         ready = time.perf_counter()
         version = await recruiting.catch_up(member)
         self._admit(member)
-        self._staffing.succeeded()
+        self._staffing.reset()
         now = time.perf_counter()
         self.event(
             "generator_joined", worker=member.name, version=version, start_s=round(ready - started, 3),

@@ -18,6 +18,7 @@ from enum import StrEnum
 
 PROBE_AFTER = 0.25  # of detect_s: the answer has three quarters of it to arrive
 SUSPECT_AFTER = 0.5
+MAX_DOUBLINGS = 6  # of the pause after failed starts: a cluster that has room again is used before long
 
 
 class State(StrEnum):
@@ -179,12 +180,13 @@ class Staffing:
         """``num_there``: workers that serve or are being started."""
         return 0 if now < self._not_before else max(0, self.target - num_there)
 
-    def succeeded(self) -> None:
+    def reset(self) -> None:
+        """A start succeeded, or there is a new reason to try."""
         self.num_failed, self._not_before = 0, -math.inf
 
     def failed(self, now: float) -> float:
         """Seconds until the next try."""
-        pause = self.retry_s * float(2**self.num_failed)
+        pause = self.retry_s * float(2 ** min(self.num_failed, MAX_DOUBLINGS))
         self.num_failed += 1
         self._not_before = now + pause
         return pause

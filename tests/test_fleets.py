@@ -403,6 +403,28 @@ def test_one_that_dies_while_it_leaves_is_not_replaced() -> None:
     run(law)
 
 
+def test_a_start_that_waits_for_a_place_is_taken_back_and_who_works_stays() -> None:
+    async def law() -> None:
+        world = World(1)
+        room = asyncio.Event()
+
+        async def hire() -> int:
+            await room.wait()
+            return world.group.add()
+
+        world.hire = hire  # type: ignore[method-assign]
+        world.open()
+        world.fleet.scale(3)
+        world.fleet.scale(1)
+        room.set()
+        await world.until(lambda: len(world.kinds("generator_left")) == 2)
+        await asyncio.sleep(SOON_S)
+        assert world.group.indices == (0,) and len(world.fleet.roster) == 1 and world.group.next_index == 3
+        await world.fleet.close()
+
+    run(law)
+
+
 def test_scaling_down_takes_back_a_start_that_is_going_on() -> None:
     async def law() -> None:
         world = World(1)
