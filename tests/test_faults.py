@@ -21,7 +21,7 @@ NUM_STEPS = 8
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(2 * RUN_S + 300)]
 
 SETTINGS = (
-    f"run.num_steps={NUM_STEPS}", "evaluation.every=0", "checkpoint.every=0", "checkpoint.export=false",
+    "evaluation.every=0", "checkpoint.every=0", "checkpoint.export=false",
     "learner.num_workers=1", "learner.zero_stage=0", f"health.detect_s={DETECT_S:g}",
 )  # fmt: skip
 
@@ -42,7 +42,7 @@ def event(run: Run, kind: str, **fields: Any) -> dict[str, Any]:
 def test_a_generator_that_is_killed_or_frozen_is_replaced_and_every_prompt_is_trained_once(
     start: Start, fault: signal.Signals
 ) -> None:
-    run = start("killed", *SETTINGS)
+    run = start("killed", *SETTINGS, f"run.num_steps={NUM_STEPS}")
     run.until("metrics.jsonl", lambda row: row["step"] >= 2)
     victim = worker(run, "generator-1")
     at = time.time()
