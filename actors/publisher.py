@@ -58,10 +58,13 @@ class Publisher:
         bucket_bytes: int,
         workers_per_engine: int,
         deadline_s: float,
+        staggered: bool = False,
     ) -> None:
+        """``staggered``: one generator pauses at a time, because the others sample meanwhile; else all at once."""
         self.learner, self.generators, self.roster, self.transport = learner, generators, roster, transport
         self.directory, self.dtype, self.bucket_bytes = directory, dtype, bucket_bytes
         self.workers_per_engine, self.deadline_s = workers_per_engine, deadline_s
+        self.staggered = staggered
         self.version: WeightVersion | None = None  # of the last complete push
         self._connected: set[int] = set()  # engines that have met their serving rank
         self._turns: dict[int, asyncio.Lock] = {}  # of the engines of each serving rank
@@ -126,13 +129,20 @@ class Publisher:
     async def _deliver(
         self, version: WeightVersion, part: Callable[[Member], Coroutine[Any, Any, dict[str, Any]]]
     ) -> list[dict[str, Any]]:
-        """``part`` of every member, at the same time; whoever fails is expelled.  Results of the others.
+        """``part`` of every member; whoever fails is expelled.  Results of the others.
 
         Raises:
             Exception: of the learner's side, as it was raised.
         """
+
+        async def one(member: Member) -> Outcome[dict[str, Any]]:
+            return await outcome(member.during(part(member)))
+
         members = self.roster.members
-        outcomes = await asyncio.gather(*(outcome(member.during(part(member))) for member in members))
+        if self.staggered:
+            outcomes = [await one(member) for member in members]
+        else:
+            outcomes = await asyncio.gather(*(one(member) for member in members))
         for member, came in zip(members, outcomes, strict=True):
             if isinstance(came.error, SenderError):
                 raise came.error.cause from came.error

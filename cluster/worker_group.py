@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Coroutine, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from ray.exceptions import ActorUnschedulableError, NodeDiedError, RayActorError, RayError, RayTaskError
 
@@ -52,7 +52,7 @@ class WorkerGroup:
         slots: Sequence[WorkerSlot],
         concurrency: int = 1,
         start_deadline_s: float,
-    ) -> WorkerGroup:
+    ) -> Self:
         """Start ``factory(**kwargs)`` once for each mapping, in its slot; does not wait for any of them.
 
         ``placement`` None keeps the workers in this process: they are constructed by ``ready``.

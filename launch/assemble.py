@@ -100,7 +100,7 @@ class Fleet:
     _placement: Placement | None
     _ray: RayHandle | None
     _scratch: Path | None
-    _pools: Sequence[RewardPool | RewardModelPool]
+    _pools: Sequence[RewardPool | RewardModelPool | ReferencePool]  # of ``rewards`` and ``references``
     _desk: asyncio.Task[None] | None = None  # answers `burnish scale`
 
     async def close(self) -> None:
@@ -109,9 +109,8 @@ class Fleet:
             self._desk.cancel()
             await asyncio.gather(self._desk, return_exceptions=True)
         await self.generator.close()
-        for pool in (*self._pools, self.reference):
-            if pool is not None:
-                await pool.close()
+        for pool in self._pools:
+            await pool.close()
         for group in (self.generators, *self.rewards, self.references, self.critics, self.learners):
             if group is not None:
                 await group.shutdown()
@@ -236,6 +235,9 @@ async def assemble(
     size = 4 if dtype == "float32" else 2
     one_host = len({slot.node for slot in layout.slots}) == 1
     directory = push_directory(config, run_folder, prepared.facts.num_params * size, one_host)
+    reference = None if references is None else ReferencePool(
+        references, config.reference.deadline_s, config.reference.token_budget, config.health, event
+    )  # fmt: skip
     generator = GeneratorFleet(generators, config.generator.group_deadline_s, config.health, event)
     fleet = Fleet(
         generators=generators,
@@ -249,9 +251,7 @@ async def assemble(
             critics, config.critic.update_deadline_s, config.critic.token_budget
         ),
         scorer=pools[0] if len(pools) == 1 else MixedScorer(pools),
-        reference=None if references is None else ReferencePool(
-            references, config.reference.deadline_s, config.reference.token_budget, config.health, event
-        ),
+        reference=reference,
         publisher=Publisher(
             learners, generators, generator.roster, transport, directory, dtype, config.push.bucket_bytes,
             config.generator.tensor_parallel_size, config.push.deadline_s,
@@ -262,7 +262,7 @@ async def assemble(
         _placement=placement,
         _ray=handle,
         _scratch=directory if config.push.directory is None else None,
-        _pools=pools,
+        _pools=pools if reference is None else [*pools, reference],
     )  # fmt: skip
     try:
         # Learners first: in the in-process twin constructors run one after the other.

@@ -200,6 +200,24 @@ def test_a_joiner_is_admitted_only_at_the_version_that_the_others_serve(
     run(law)
 
 
+def test_a_staggered_push_pauses_one_generator_at_a_time_and_a_failure_stops_nobody(tmp_path: Path) -> None:
+    async def law() -> None:
+        world = World("file", 3, tmp_path)
+        world.publisher.staggered = True
+        world.generators.stalls[0, "load_weights"] = loading = asyncio.Event()
+        world.generators.faults[1, "load_weights"] = DamagedError("q_proj")
+        pushing = asyncio.create_task(world.publisher.push(v(1)))
+        await world.until(lambda: 0 in world.asked("load_weights"))
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert world.asked("load_weights") == [0]
+        loading.set()
+        await pushing
+        assert world.asked("load_weights") == [0, 1, 2] and world.serves == {0: "0.1", 2: "0.1"}
+
+    run(law)
+
+
 @pytest.mark.parametrize("transport", TRANSPORTS)
 def test_a_joiner_that_cannot_load_is_not_admitted(transport: Transport, tmp_path: Path) -> None:
     async def law() -> None:
