@@ -1,6 +1,7 @@
 """Waiting calls become one call: what arrives while every worker computes is served together by the next free one.
 
 No timer and no wish to wait: an idle worker takes what is there, a busy one lets a batch grow up to its budget.
+A batch whose worker is lost goes to the next free one.
 May import: asyncio.
 """
 
@@ -12,6 +13,17 @@ from typing import Generic, TypeVar
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+
+class LostError(Exception):
+    """The worker of a call is lost, and cares for itself: ``put_back`` follows, or ``give_up``.
+
+    ``cause``: what is raised when the batch is not tried again.
+    """
+
+    def __init__(self, cause: BaseException) -> None:
+        self.cause = cause
+        super().__init__(cause)
 
 
 class _Batch(Generic[Item, Result]):
@@ -28,15 +40,21 @@ class CallBatches(Generic[Item, Result]):
 
     Args:
         call: worker, items -> one result for each item, in their order.  It has a deadline, so that no worker is
-            occupied for ever; whatever it raises is raised by the ``submit`` of every item of the batch.
+            occupied for ever; whatever it raises is raised by the ``submit`` of every item of the batch, but a
+            LostError sends the batch to the next worker, ``max_attempts`` workers in all.
         budget: highest total cost of a batch; an item that costs more is a batch of its own.
     """
 
     def __init__(
-        self, num_workers: int, budget: int, call: Callable[[int, list[Item]], Awaitable[Sequence[Result]]]
+        self,
+        num_workers: int,
+        budget: int,
+        call: Callable[[int, list[Item]], Awaitable[Sequence[Result]]],
+        max_attempts: int = 1,
     ) -> None:
-        self._call, self._budget = call, budget
-        self._free: asyncio.Queue[int] = asyncio.Queue()
+        self._call, self._budget, self._max_attempts = call, budget, max_attempts
+        self._num_workers = num_workers
+        self._free: asyncio.Queue[int | BaseException] = asyncio.Queue()
         for worker in range(num_workers):
             self._free.put_nowait(worker)
         self._open: _Batch[Item, Result] | None = None
@@ -53,11 +71,34 @@ class CallBatches(Generic[Item, Result]):
         results = await asyncio.shield(batch.task)
         return results[place]
 
+    def put_back(self, worker: int) -> None:
+        """A lost worker is there again."""
+        self._free.put_nowait(worker)
+
+    def give_up(self, error: BaseException) -> None:
+        """A lost worker does not come back; with the last one every batch fails."""
+        self._num_workers -= 1
+        if not self._num_workers:
+            self._free.put_nowait(error)
+
     async def _serve(self, batch: _Batch[Item, Result]) -> Sequence[Result]:
-        worker = await self._free.get()  # first come, first served; it ends because every call has a deadline
-        if self._open is batch:
-            self._open = None
-        try:
-            return await self._call(worker, batch.items)
-        finally:
-            self._free.put_nowait(worker)
+        tries = 0
+        while True:
+            # First come, first served; it ends because every call has a deadline, and every restart.
+            worker = await self._free.get()
+            if self._open is batch:
+                self._open = None
+            if isinstance(worker, BaseException):
+                self._free.put_nowait(worker)
+                raise worker
+            is_lost = False
+            try:
+                return await self._call(worker, batch.items)
+            except LostError as lost:
+                is_lost = True
+                tries += 1
+                if tries == self._max_attempts:
+                    raise lost.cause from lost
+            finally:
+                if not is_lost:
+                    self._free.put_nowait(worker)

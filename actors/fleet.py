@@ -1,6 +1,7 @@
-"""Groups of workers as the loop's protocols see them: one Generator, one Scorer, one Learner ...
+"""Gangs: all ranks of one trained model as the loop's protocols see them, one Learner, one Critic.
 
-Thin: dispatch, deadlines and nothing else.
+Roles whose workers stand alone are in ``generator_fleet.py`` and ``scorer_pools.py``.
+Thin: deadlines and nothing else.
 May import: actors.*, trainers.protocols, cluster.worker_group.
 """
 
@@ -14,98 +15,16 @@ from typing import Any
 import numpy as np
 
 from actors.call_batches import CallBatches
-from actors.dispatch import Dispatcher
+from actors.scorer_pools import num_scored_tokens
 from cluster.worker_group import WorkerGroup
-from trainers.experience import GroupRewards
 from trainers.protocols import (
     CriticReport,
     GeneratedGroup,
-    GroupRequest,
     LearnerGroup,
     Payload,
     PreparedBatch,
     UpdateReport,
 )
-
-
-class GeneratorFleet:
-    """All generators as one ``Generator``."""
-
-    def __init__(self, workers: WorkerGroup, group_deadline_s: float) -> None:
-        self.workers, self.group_deadline_s = workers, group_deadline_s
-        self._dispatcher = Dispatcher(len(workers))
-
-    async def generate(self, request: GroupRequest) -> GeneratedGroup:
-        cost = int(request.prompt.token_ids.shape[0]) + request.num_samples * request.max_tokens
-        worker = self._dispatcher.assign(cost, request.prompt.prompt_id)
-        try:
-            summary, payload = await self.workers.call_split(
-                worker, "generate", request, deadline_s=self.group_deadline_s
-            )
-        finally:
-            self._dispatcher.done(worker, cost)
-        return GeneratedGroup(summary, payload)
-
-
-class RewardPool:
-    """All reward workers, which run functions, as one ``Scorer``."""
-
-    def __init__(self, workers: WorkerGroup, deadline_s: float) -> None:
-        self.workers, self.deadline_s = workers, deadline_s
-        self._dispatcher = Dispatcher(len(workers))
-
-    async def score(self, group: GeneratedGroup) -> GroupRewards:
-        worker = self._dispatcher.assign(group.summary.num_samples)
-        try:
-            # Not awaited inside the payload's own argument slot: the reference travels in a list, so that
-            # Ray leaves it to the worker to fetch it, with a deadline.
-            rewards: GroupRewards = await self.workers.call(
-                worker, "score", [group.payload], self.deadline_s, deadline_s=self.deadline_s
-            )
-        finally:
-            self._dispatcher.done(worker, group.summary.num_samples)
-        return rewards
-
-
-def num_scored_tokens(group: GeneratedGroup) -> int:
-    """What a forward pass over the group costs: its prompt with each completion."""
-    summary = group.summary
-    return summary.num_samples * summary.num_prompt_tokens + sum(summary.num_completion_tokens)
-
-
-class RewardModelPool:
-    """All replicas of one reward model as one ``Scorer``; waiting groups share a call up to ``token_budget``."""
-
-    def __init__(self, workers: WorkerGroup, deadline_s: float, token_budget: int) -> None:
-        self.workers, self.deadline_s = workers, deadline_s
-        self._calls = CallBatches(len(workers), token_budget, self._call)
-
-    async def score(self, group: GeneratedGroup) -> GroupRewards:
-        return await self._calls.submit(group, num_scored_tokens(group))
-
-    async def _call(self, worker: int, groups: list[GeneratedGroup]) -> Sequence[GroupRewards]:
-        rewards: list[GroupRewards] = await self.workers.call(
-            worker, "score", [g.payload for g in groups], self.deadline_s, deadline_s=self.deadline_s
-        )
-        return rewards
-
-
-class ReferencePool:
-    """All reference replicas as one ``Reference``; waiting groups share a call up to ``token_budget``."""
-
-    def __init__(self, workers: WorkerGroup, deadline_s: float, token_budget: int) -> None:
-        self.workers, self.deadline_s = workers, deadline_s
-        self._calls = CallBatches(len(workers), token_budget, self._call)
-
-    async def logprobs(self, group: GeneratedGroup) -> Payload:
-        return await self._calls.submit(group, num_scored_tokens(group))
-
-    async def _call(self, worker: int, groups: list[GeneratedGroup]) -> Sequence[Payload]:
-        _, *payloads = await self.workers.call_split(
-            worker, "logprobs", [g.payload for g in groups], self.deadline_s, deadline_s=self.deadline_s,
-            num_payloads=len(groups),
-        )  # fmt: skip
-        return payloads
 
 
 class Gang:

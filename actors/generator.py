@@ -151,6 +151,11 @@ class VLLMGenerator:
             "num_at_arrival": verified.num_at_arrival,
         }
 
+    async def ping(self) -> str:
+        """The version that is served.  WorkerDiedError when the engine has ended; no answer when it hangs."""
+        await self._engine.check()
+        return self._engine.version
+
     async def weight_version(self) -> str:
         return self._engine.version
 

@@ -23,6 +23,7 @@ from cluster.weight_channel import (
     WeightManifest,
     bit_sum,
     plan_buckets,
+    unpack_bucket,
 )
 
 GATHER_BYTES = 512 * 2**20  # parameters gathered at once under ZeRO 3
@@ -34,6 +35,7 @@ class WeightSource:
     def __init__(self, engine: TrainingEngine) -> None:
         self.engine = engine
         self._staged: list[torch.Tensor] = []  # uint8 buckets of the staged version
+        self._buckets: list[list[TensorMeta]] = []  # what lies in each
         self._manifest: WeightManifest | None = None
         self._groups: dict[str, TransferGroup] = {}
 
@@ -109,8 +111,22 @@ class WeightSource:
                 fingerprints[name] = bit_sum(target)
         if not keep:
             return None
-        self._manifest = WeightManifest(version, metas, fingerprints)
+        self._manifest, self._buckets = WeightManifest(version, metas, fingerprints), buckets
         return self._manifest.to_dict() if self.engine.rank == 0 else None
+
+    def write_staged(self, path: str) -> dict[str, Any]:
+        """Write the staged version to a file and return its manifest.  Not a collective; rank 0 always has a copy."""
+        if self._manifest is None:
+            raise RuntimeError("write_staged before stage: no version is staged")
+        writer = WeightFileWriter(Path(path), self._manifest.version, self._manifest.tensors)
+        try:
+            for staged, bucket in zip(self._staged, self._buckets, strict=True):
+                for name, tensor in unpack_bucket(staged, bucket):
+                    writer.write(name, tensor)
+            return writer.commit().to_dict()
+        except BaseException:
+            writer.abandon()
+            raise
 
     def open_group(self, name: str, address: str, port: int, size: int, deadline_s: float) -> None:
         """Meet the engine that this rank serves."""

@@ -7,7 +7,7 @@ so that the version of every token is exact.  The CPU default.
 ``BesideEngine``: vLLM's ``AsyncLLM`` with the engine in a process of its own, which overlaps
 scheduling with the device.  The GPU default.
 
-May import: vllm (inside constructors), actors.settings, trainers.experience.
+May import: vllm (inside constructors and methods), cluster.errors.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
+
+from cluster.errors import WorkerDiedError
 
 T = TypeVar("T")
 
@@ -112,6 +114,10 @@ class Engine(ABC):
         """Keep running samples and their KV cache, load the weights, go on under ``version``."""
 
     @abstractmethod
+    async def check(self) -> None:
+        """Return when the engine answers.  WorkerDiedError when it has ended."""
+
+    @abstractmethod
     async def rpc(self, method: str, *args: Any, **kwargs: Any) -> list[Any]:
         """Call a method of every vLLM worker."""
 
@@ -175,7 +181,7 @@ class InProcessEngine(Engine):
             waiting, self._waiting = list(self._waiting.values()), {}
             self._closed = True
         for loop, future, _ in waiting:
-            loop.call_soon_threadsafe(_set_exception, future, RuntimeError(f"vLLM's engine failed: {error!r}"))
+            loop.call_soon_threadsafe(_set_exception, future, WorkerDiedError(f"vLLM's engine failed: {error!r}"))
 
     async def _between_steps(self, work: Callable[[], T]) -> T:
         """Run ``work`` in the stepping thread, between two steps."""
@@ -192,7 +198,7 @@ class InProcessEngine(Engine):
 
         with self._wake:
             if self._closed:
-                raise RuntimeError(f"vLLM's engine has ended: {self._failure!r}")
+                raise WorkerDiedError(f"vLLM's engine has ended: {self._failure!r}")
             self._commands.append(command)
             self._wake.notify()
         return await future
@@ -213,7 +219,7 @@ class InProcessEngine(Engine):
 
         with self._wake:
             if self._closed:
-                raise RuntimeError(f"vLLM's engine has ended: {self._failure!r}")
+                raise WorkerDiedError(f"vLLM's engine has ended: {self._failure!r}")
             self._commands.append(add)
             self._wake.notify()
         return await future
@@ -226,6 +232,11 @@ class InProcessEngine(Engine):
             self._set_version(version)
 
         await self._between_steps(load)
+
+    async def check(self) -> None:
+        # Not between two steps: a push may hold the stepping thread for longer than anyone waits for a heartbeat.
+        if self._closed:
+            raise WorkerDiedError(f"vLLM's engine has ended: {self._failure!r}")
 
     async def rpc(self, method: str, *args: Any, **kwargs: Any) -> list[Any]:
         return await self._between_steps(lambda: self._engine.collective_rpc(method, args=args, kwargs=kwargs))
@@ -246,7 +257,7 @@ class BesideEngine(Engine):
 
         self._engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**engine_args))
         self.version = version
-        self._announced = False
+        self._announced = self._updating = False
 
     async def _announce(self) -> None:
         if not self._announced and hasattr(self._engine, "update_weight_version"):
@@ -254,17 +265,23 @@ class BesideEngine(Engine):
         self._announced = True
 
     async def sample(self, request: SampleRequest) -> Completion:
+        from vllm.v1.engine.exceptions import EngineDeadError
+
         await self._announce()
         submitted_under = self.version
         final = None
-        async for output in self._engine.generate(_prompt(request), _sampling_params(request), request.request_id):
-            final = output
+        try:
+            async for output in self._engine.generate(_prompt(request), _sampling_params(request), request.request_id):
+                final = output
+        except EngineDeadError as error:
+            raise WorkerDiedError(f"vLLM's engine has ended: {error}") from error
         if final is None:
             raise RuntimeError(f"vLLM ended request {request.request_id} without an output")
         return _completion(final, submitted_under, self.version)
 
     async def update_weights(self, info: dict[str, Any], version: str) -> None:
         await self._engine.pause_generation(mode="keep", clear_cache=False)
+        self._updating = True
         try:
             await self.rpc("start_weight_update")
             await self.rpc("update_weights", update_info=info)
@@ -273,7 +290,14 @@ class BesideEngine(Engine):
                 await self._engine.update_weight_version(version)
             self.version, self._announced = version, True
         finally:
+            self._updating = False
             await self._engine.resume_generation()
+
+    async def check(self) -> None:
+        if self._engine.errored:
+            raise WorkerDiedError(f"vLLM's engine has ended: {self._engine.dead_error}")
+        if not self._updating:  # it answers nothing while it loads weights
+            await self._engine.is_sleeping()
 
     async def rpc(self, method: str, *args: Any, **kwargs: Any) -> list[Any]:
         return list(await self._engine.collective_rpc(method, args=args, kwargs=kwargs))

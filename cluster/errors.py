@@ -35,3 +35,7 @@ class DamagedError(ClusterError):
 
 class WorkerError(ClusterError):
     """A worker died or raised; names the group, the rank and the method."""
+
+
+class WorkerDiedError(WorkerError):
+    """A worker, or the engine that it stands for, has ended: it will answer no call."""

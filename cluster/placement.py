@@ -5,6 +5,7 @@ May import: ray and the modules of this room.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import socket
@@ -102,15 +103,16 @@ def nodes_of_cluster() -> list[NodeSupply]:
 
 
 class Placement:
-    """One granted placement group that holds every slot of a layout."""
+    """One granted placement group that holds every slot of a layout, and one for each slot granted since."""
 
     def __init__(self, group: PlacementGroup, layout: Layout) -> None:
-        self._group = group
+        self._group, self._layout = group, layout
         self._bundle_of = {
             (slot.role, slot.index): number
             for number, slots in enumerate(_bundle_keys(layout).values())
             for slot in slots
         }
+        self._extra: dict[tuple[str, int], PlacementGroup] = {}
 
     @classmethod
     def create(cls, layout: Layout, deadline_s: float) -> Placement:
@@ -134,15 +136,42 @@ class Placement:
             raise DeadlineError(f"{len(layout.slots)} worker slots: {missing}", "the Ray cluster", deadline_s) from None
         return cls(group, layout)
 
+    async def grow(self, slot: WorkerSlot, deadline_s: float) -> None:
+        """Reserve one more slot on whichever node has room for it; ``slot.node`` is not looked at.
+
+        Raises:
+            DeadlineError: no node had room in time; nothing stays reserved.
+        """
+        group = placement_group([_bundle([slot])], strategy="STRICT_PACK")
+        try:
+            async with asyncio.timeout(deadline_s):
+                await group.ready()
+        except TimeoutError:
+            remove_placement_group(group)
+            asked = f"{slot.gpus:g} GPUs and {slot.cpus:g} CPUs" if slot.gpus else f"{slot.cpus:g} CPUs"
+            awaited = f"{asked} on one node for one more {slot.role}"
+            raise DeadlineError(awaited, "the Ray cluster", deadline_s) from None
+        self._extra[slot.role, slot.index] = group
+
+    def shrink(self, slot: WorkerSlot) -> None:
+        """Give a slot of :meth:`grow` back; the actor in it is killed by Ray."""
+        remove_placement_group(self._extra.pop((slot.role, slot.index)))
+
+    def stands(self, slot: WorkerSlot) -> bool:
+        """Whether the node of a slot of the layout is alive."""
+        node_id = self._layout.nodes[slot.node].node_id
+        return any(node["NodeID"] == node_id and node["Alive"] for node in ray.nodes())
+
     def options(self, slot: WorkerSlot) -> dict[str, Any]:
         """Options of the actor that fills ``slot``."""
         threads_on = slot.cpu_ids or None
+        extra = self._extra.get((slot.role, slot.index))
         return {
             "num_cpus": slot.cpus,
             "num_gpus": slot.gpus,
             "scheduling_strategy": PlacementGroupSchedulingStrategy(
-                placement_group=self._group,
-                placement_group_bundle_index=self._bundle_of[slot.role, slot.index],
+                placement_group=extra or self._group,
+                placement_group_bundle_index=0 if extra else self._bundle_of[slot.role, slot.index],
                 placement_group_capture_child_tasks=True,
             ),
             "runtime_env": {"env_vars": worker_environment(slot.threads, threads_on) | _import_path(os.environ)},
@@ -151,7 +180,8 @@ class Placement:
     def remove(self) -> None:
         """Give every slot back; the actors in them are killed by Ray."""
         if ray.is_initialized():
-            remove_placement_group(self._group)
+            for group in (*self._extra.values(), self._group):
+                remove_placement_group(group)
 
 
 def _bundle_keys(layout: Layout) -> dict[tuple[object, ...], list[WorkerSlot]]:

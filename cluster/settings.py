@@ -26,3 +26,20 @@ class ClusterSettings(BaseModel):
     placement_deadline_s: float = Field(600.0, gt=0, description="for the cluster to grant the placement")
     start_deadline_s: float = Field(900.0, gt=0, description="for every worker to be constructed")
     object_store_bytes: int = Field(512 * 2**20, ge=80 * 2**20, description="of a Ray started here")
+
+
+class HealthSettings(BaseModel):
+    """When a worker counts as dead, and what is done about it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+    detect_s: float = Field(
+        30.0, gt=0, description="a generator that says nothing for so long, though it was asked, is dead; one that "
+        "is known to have ended is dead at once"
+    )  # fmt: skip
+    max_attempts: int = Field(
+        3, ge=1, description="tries of one prompt group or scoring call whose worker dies, and failed starts in a row "
+        "after which a role without workers ends the run"
+    )  # fmt: skip
+    replace: bool = Field(True, description="start a generator in the place of a dead one")
+    retry_s: float = Field(10.0, gt=0, description="before the next start after a failed one; doubles with each")

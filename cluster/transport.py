@@ -13,6 +13,7 @@ May import: ray and the errors of this room.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from typing import Any
 
@@ -47,6 +48,24 @@ def fetch_all(payloads: Sequence[Any], deadline_s: float) -> list[Any]:
     except RayError as error:
         raise WorkerError(f"a payload never came to be: {' '.join(str(error).split())}") from error
     return [next(values) if isinstance(payload, ray.ObjectRef) else payload for payload in payloads]
+
+
+async def settle(payload: Any, deadline_s: float) -> None:
+    """Return when a copy of the payload is on this node: a worker's node may then be lost without it.
+
+    Raises:
+        DeadlineError: it did not come.
+        WorkerError: it is lost.
+    """
+    if not isinstance(payload, ray.ObjectRef):
+        return
+    try:
+        async with asyncio.timeout(deadline_s):
+            await payload  # the bytes stay in the store and are only mapped here
+    except TimeoutError:
+        raise DeadlineError("a payload", "the object store", deadline_s) from None
+    except RayError as error:
+        raise WorkerError(f"a payload is lost: {' '.join(str(error).split())}") from error
 
 
 def put(value: Any) -> Any:

@@ -1,8 +1,7 @@
 """One plain class -> N Ray actors, or N objects in this process (the serial twin, for a debugger).
 
-The only file that applies ``ray.remote``: a worker is written and tested as a plain class, with
-plain or async methods, and runs unchanged in either form.  Every wait has a deadline, every failure
-names its worker, and an exception raised by a worker arrives with the type it was raised with.
+The two forms are in ``cluster/workers.py``.  Every wait has a deadline, every failure names its worker, and an
+exception raised by a worker arrives with the type it was raised with.
 
 May import: ray and the modules of this room.
 """
@@ -11,17 +10,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import inspect
 import logging
 from collections.abc import Coroutine, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
-import ray
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import ActorUnschedulableError, NodeDiedError, RayActorError, RayError, RayTaskError
 
-from cluster.errors import DeadlineError, WorkerError
-from cluster.host import pin_to
+from cluster.errors import DeadlineError, WorkerDiedError, WorkerError
+from cluster.workers import LocalWorker, RayWorker
 
 if TYPE_CHECKING:
     from cluster.layout import WorkerSlot
@@ -31,12 +27,19 @@ logger = logging.getLogger("burnish.cluster")
 
 
 class WorkerGroup:
-    """``name`` and the N workers behind it; launched at once, addressed by index."""
+    """``name`` and the workers behind it, addressed by index.
 
-    def __init__(self, name: str, workers: Sequence[_RayWorker | _LocalWorker], start_deadline_s: float) -> None:
-        self.name = name
-        self._workers = tuple(workers)
-        self._start_deadline_s = start_deadline_s
+    A gang keeps those it was launched with.  Of a role whose workers stand alone some may end, start again or be
+    added later; an added one has an index that was never used before.
+    """
+
+    def __init__(
+        self, name: str, factory: type, placement: Placement | None, concurrency: int, start_deadline_s: float
+    ) -> None:
+        self.name, self.start_deadline_s = name, start_deadline_s
+        self._factory, self._placement, self._concurrency = factory, placement, concurrency
+        self._workers: dict[int, RayWorker | LocalWorker] = {}
+        self._places: list[tuple[Mapping[str, Any], WorkerSlot]] = []  # by index, of those that ended too
 
     @classmethod
     def launch(
@@ -49,7 +52,7 @@ class WorkerGroup:
         slots: Sequence[WorkerSlot],
         concurrency: int = 1,
         start_deadline_s: float,
-    ) -> WorkerGroup:
+    ) -> Self:
         """Start ``factory(**kwargs)`` once for each mapping, in its slot; does not wait for any of them.
 
         ``placement`` None keeps the workers in this process: they are constructed by ``ready``.
@@ -57,27 +60,110 @@ class WorkerGroup:
         """
         if len(slots) != len(kwargs_per_worker):
             raise ValueError(f"{name}: {len(kwargs_per_worker)} workers but {len(slots)} slots")
-        workers: list[_RayWorker | _LocalWorker] = []
-        for index, (kwargs, slot) in enumerate(zip(kwargs_per_worker, slots, strict=True)):
-            if placement is None:
-                workers.append(_LocalWorker(factory, kwargs, concurrency))
-            else:
-                workers.append(_RayWorker(name, index, factory, kwargs, placement, slot, concurrency))
-        return cls(name, workers, start_deadline_s)
+        group = cls(name, factory, placement, concurrency, start_deadline_s)
+        for kwargs, slot in zip(kwargs_per_worker, slots, strict=True):
+            group.add(kwargs, slot)
+        return group
 
     def __len__(self) -> int:
         return len(self._workers)
 
+    @property
+    def indices(self) -> tuple[int, ...]:
+        """Of the workers that are there, ascending."""
+        return tuple(sorted(self._workers))
+
+    @property
+    def next_index(self) -> int:
+        """What the next added worker will be called by."""
+        return len(self._places)
+
+    @property
+    def placement(self) -> Placement | None:
+        """What holds the slots; None in this process."""
+        return self._placement
+
+    @property
+    def in_process(self) -> bool:
+        """Whether the workers are objects of this process, which neither die alone nor can be ended."""
+        return self._placement is None
+
+    def source(self, index: int) -> str:
+        """How errors call a worker."""
+        return f"{self.name}[{index}]"
+
+    def slot(self, index: int) -> WorkerSlot:
+        """The place of a worker, or that of one that has ended."""
+        return self._places[index][1]
+
+    # --- membership -------------------------------------------------------------------------------
+
+    def add(self, kwargs: Mapping[str, Any], slot: WorkerSlot) -> int:
+        """Start one more worker; does not wait for it.  Its index."""
+        index = len(self._places)
+        self._places.append((kwargs, slot))
+        self._start(index)
+        return index
+
+    def end(self, index: int) -> None:
+        """End one worker at once, whatever it is doing; nothing when it has gone already."""
+        worker = self._workers.pop(index, None)
+        if worker is not None:
+            worker.end()
+
+    async def retire(self, index: int, deadline_s: float = 10.0) -> None:
+        """``close()`` one worker within the deadline, then end it."""
+        try:
+            await self._close(index, deadline_s)
+        finally:
+            self.end(index)
+
+    async def restart(self, index: int, slot: WorkerSlot) -> None:
+        """End a worker that is lost and construct it again with the same arguments, in ``slot``."""
+        self.end(index)
+        self._places[index] = self._places[index][0], slot
+        self._start(index)
+        await self.ready_at(index)
+
+    def is_lost(self, index: int, error: BaseException) -> bool:
+        """Whether ``error``, of a call to this worker, says that it died or did not answer: not that it refused."""
+        silent = isinstance(error, DeadlineError) and error.source == self.source(index)
+        return isinstance(error, WorkerDiedError) or (silent and not self.in_process)
+
+    def _start(self, index: int) -> None:
+        kwargs, slot = self._places[index]
+        if self._placement is None:
+            self._workers[index] = LocalWorker(self._factory, kwargs, self._concurrency)
+        else:
+            self._workers[index] = RayWorker(
+                self.name, index, self._factory, kwargs, self._placement, slot, self._concurrency
+            )
+
+    def _worker(self, index: int) -> RayWorker | LocalWorker:
+        if index not in self._workers:
+            raise WorkerDiedError(f"{self.source(index)} has ended")
+        return self._workers[index]
+
+    # --- calls ------------------------------------------------------------------------------------
+
     async def ready(self) -> None:
         """Return when every constructor has returned; the first one that fails is raised at once."""
-        await self._first_failure(
-            self._bounded(index, "__init__", worker.construct(), self._start_deadline_s)
-            for index, worker in enumerate(self._workers)
-        )
+        await self._first_failure(self.ready_at(index) for index in self.indices)
+
+    async def ready_at(self, index: int) -> None:
+        """Return when one worker is constructed."""
+        await self._bounded(index, "__init__", self._worker(index).construct(), self.start_deadline_s)
+
+    async def ping(self, index: int, deadline_s: float) -> None:
+        """Whether a worker answers: by its own ``ping`` method where it has one.  Errors as of ``call``."""
+        worker = self._worker(index)
+        own = hasattr(worker.factory, "ping")
+        question = worker.call("ping", (), {}) if own else worker.construct()
+        await self._bounded(index, "ping", question, deadline_s)
 
     async def call(self, index: int, method: str, *args: Any, deadline_s: float, **kwargs: Any) -> Any:
         """Result of one method of one worker.  DeadlineError, WorkerError, or what the method raised."""
-        return await self._bounded(index, method, self._workers[index].call(method, args, kwargs), deadline_s)
+        return await self._bounded(index, method, self._worker(index).call(method, args, kwargs), deadline_s)
 
     async def call_all(
         self,
@@ -95,7 +181,8 @@ class WorkerGroup:
         if len(own) != len(self):
             raise ValueError(f"{self.name}.{method}: {len(own)} argument tuples for {len(self)} workers")
         return await self._first_failure(
-            self.call(index, method, *own[index], *args, deadline_s=deadline_s, **kwargs) for index in range(len(self))
+            self.call(index, method, *first, *args, deadline_s=deadline_s, **kwargs)
+            for index, first in zip(self.indices, own, strict=True)
         )
 
     async def call_split(
@@ -107,7 +194,7 @@ class WorkerGroup:
         ``cluster.transport.fetch`` turns it into the value.  In process it is the value itself.
         """
         parts: tuple[Any, ...] = await self._bounded(
-            index, method, self._workers[index].call_split(method, args, num_payloads), deadline_s
+            index, method, self._worker(index).call_split(method, args, num_payloads), deadline_s
         )
         return parts
 
@@ -117,28 +204,26 @@ class WorkerGroup:
         A worker that is dead or does not answer is logged; what a ``close`` raised is raised after the end of all.
         """
 
-        async def close(index: int) -> None:
+        try:
+            closing = (self._close(index, deadline_s) for index in self.indices)
+            outcomes = await asyncio.gather(*closing, return_exceptions=True)
+        finally:
+            for index in self.indices:
+                self.end(index)
+        for outcome in outcomes:
+            if isinstance(outcome, BaseException):
+                raise outcome
+
+    async def _close(self, index: int, deadline_s: float) -> None:
+        worker = self._worker(index)
+        if worker.constructed and hasattr(worker.factory, "close"):
             try:
                 await self.call(index, "close", deadline_s=deadline_s)
             except (DeadlineError, WorkerError) as error:
                 logger.warning("%s", error)
 
-        closing = [
-            close(index)
-            for index, worker in enumerate(self._workers)
-            if worker.constructed and hasattr(worker.factory, "close")
-        ]
-        try:
-            outcomes = await asyncio.gather(*closing, return_exceptions=True)
-        finally:
-            for worker in self._workers:
-                worker.end()
-        for outcome in outcomes:
-            if isinstance(outcome, BaseException):
-                raise outcome
-
     async def _bounded(self, index: int, method: str, call: Coroutine[Any, Any, Any], deadline_s: float) -> Any:
-        source = f"{self.name}[{index}]"
+        source = self.source(index)
         limit = asyncio.timeout(deadline_s)
         try:
             async with limit:
@@ -149,8 +234,8 @@ class WorkerGroup:
             if not isinstance(cause, BaseException):
                 raise WorkerError(f"{source}.{method} raised: {_one_line(error)}") from error
             raise cause from error
-        except RayActorError as error:
-            raise WorkerError(f"{source} died in or before {method}: {_one_line(error)}") from error
+        except (RayActorError, NodeDiedError, ActorUnschedulableError) as error:
+            raise WorkerDiedError(f"{source} died in or before {method}: {_one_line(error)}") from error
         except RayError as error:
             raise WorkerError(f"{source}.{method} was lost: {_one_line(error)}") from error
         except TimeoutError:
@@ -175,88 +260,6 @@ class WorkerGroup:
             await asyncio.gather(*tasks, return_exceptions=True)
 
 
-class _Worker:
-    """What the two forms have in common; each adds ``construct``, ``call``, ``call_split`` and ``end``."""
-
-    def __init__(self, factory: type) -> None:
-        self.factory = factory
-        self.constructed = False  # known to be; a worker that never came to be has nothing to close
-
-
-class _RayWorker(_Worker):
-    """A Ray actor; never restarted by Ray, because its replacement needs a new state."""
-
-    def __init__(
-        self,
-        group: str,
-        index: int,
-        factory: type,
-        kwargs: Mapping[str, Any],
-        placement: Placement,
-        slot: WorkerSlot,
-        concurrency: int,
-    ) -> None:
-        super().__init__(factory)
-        # Ray shows what stands behind the last dot of a class's name.
-        hosted: Any = ray.remote(_hosted(factory, f"burnish-{group.replace('.', '-')}-{index}"))
-        options = {**placement.options(slot), "max_restarts": 0, "max_concurrency": concurrency}
-        cpu_ids = slot.cpu_ids if slot.gpus == 0 else ()
-        self._handle: Any = hosted.options(**options).remote(cpu_ids, dict(kwargs))
-
-    async def construct(self) -> None:
-        await self._handle.burnish_constructed.remote()
-        self.constructed = True
-
-    async def call(self, method: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        return await getattr(self._handle, method).remote(*args, **kwargs)
-
-    async def call_split(self, method: str, args: tuple[Any, ...], num_payloads: int) -> tuple[Any, ...]:
-        summary, *payloads = getattr(self._handle, method).options(num_returns=1 + num_payloads).remote(*args)
-        return await summary, *payloads
-
-    def end(self) -> None:
-        ray.kill(self._handle, no_restart=True)
-
-
-class _LocalWorker(_Worker):
-    """An object of this process.  Its sync methods run in threads of its own, so the loop stays awake."""
-
-    def __init__(self, factory: type, kwargs: Mapping[str, Any], concurrency: int) -> None:
-        super().__init__(factory)
-        self._kwargs = dict(kwargs)
-        self._threads = ThreadPoolExecutor(concurrency, thread_name_prefix=factory.__name__)
-        self._running = asyncio.Semaphore(concurrency)
-        self._object: Any = None
-        self._ended = False
-
-    async def construct(self) -> None:
-        # In the caller's thread: an engine may install signal handlers, which only the main thread can.
-        if self._ended:
-            raise WorkerError(f"{self.factory.__name__}: called after its group was shut down")
-        if not self.constructed:
-            self._object = self.factory(**self._kwargs)
-            self.constructed = True
-
-    async def call(self, method: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        await self.construct()
-        bound = getattr(self._object, method)
-        async with self._running:
-            if inspect.iscoroutinefunction(bound):
-                return await bound(*args, **kwargs)
-            loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(self._threads, lambda: bound(*args, **kwargs))
-
-    async def call_split(self, method: str, args: tuple[Any, ...], num_payloads: int) -> tuple[Any, ...]:
-        summary, *payloads = await self.call(method, args, {})
-        if len(payloads) != num_payloads:
-            raise ValueError(f"{self.factory.__name__}.{method} gave {len(payloads)} payloads for {num_payloads}")
-        return summary, *payloads
-
-    def end(self) -> None:
-        self._threads.shutdown(wait=False, cancel_futures=True)
-        self._object, self._ended = None, True
-
-
 class _Noted(contextlib.AbstractContextManager[None]):
     """Adds a note to whatever its block raises: the type stays, and the reader learns which worker it was."""
 
@@ -267,36 +270,6 @@ class _Noted(contextlib.AbstractContextManager[None]):
         raised = error.cause if isinstance(error, RayTaskError) else error
         if isinstance(raised, Exception):
             raised.add_note(self._note)
-
-
-class _Kept(contextlib.AbstractContextManager[None]):
-    """Keeps an exception of its block, to be raised somewhere else."""
-
-    error: Exception | None = None
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
-        self.error = error if isinstance(error, Exception) else None
-        return self.error is not None
-
-
-def _hosted(factory: Any, title: str) -> type:
-    """``factory`` as an actor class: pinned to its cores first, named ``title`` in process lists and logs."""
-
-    class Hosted(factory):  # type: ignore[misc]
-        def __init__(self, cpu_ids: Sequence[int], kwargs: Mapping[str, Any]) -> None:
-            if cpu_ids:
-                pin_to(cpu_ids)
-            # Ray reduces the exception of a constructor to text; kept, it reaches the caller with its type.
-            self._burnish_start = _Kept()
-            with self._burnish_start:
-                super().__init__(**kwargs)
-
-        def burnish_constructed(self) -> None:
-            if self._burnish_start.error is not None:
-                raise self._burnish_start.error
-
-    Hosted.__name__ = Hosted.__qualname__ = title
-    return Hosted
 
 
 def _one_line(error: BaseException) -> str:

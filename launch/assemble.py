@@ -5,22 +5,27 @@ May import: everything.
 
 from __future__ import annotations
 
+import asyncio
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from actors.critic import CriticLearner
 from actors.example_files import write_examples
-from actors.fleet import CriticGang, GeneratorFleet, LearnerGang, ReferencePool
+from actors.fleet import CriticGang, LearnerGang
 from actors.generator import VLLMGenerator
+from actors.generator_fleet import GeneratorFleet
 from actors.learner import DeepSpeedLearner
+from actors.membership import Event, Recruiting, no_event
 from actors.mixed_scorer import MixedScorer
 from actors.publisher import Publisher, Transport
 from actors.reference import ReferenceModel
+from actors.scorer_pools import ReferencePool, RewardModelPool, RewardPool
 from cluster.layout import Layout, NodeSupply, plan_layout
 from cluster.placement import Placement, RayHandle
+from cluster.places import Places
 from cluster.rendezvous import Rendezvous, node_address
 from cluster.weight_channel import free_bytes
 from cluster.worker_group import WorkerGroup
@@ -29,6 +34,7 @@ from launch.demands import num_gpus_asked, other_port, role_demands
 from launch.machines import choose_device, dtype_name, torch_device
 from launch.prepare import Prepared
 from launch.reward_pools import reward_pools
+from launch.scale import ScaleDesk
 from launch.scratch import make_scratch
 from trainers.errors import InputError
 from trainers.experience import WeightVersion
@@ -94,9 +100,17 @@ class Fleet:
     _placement: Placement | None
     _ray: RayHandle | None
     _scratch: Path | None
+    _pools: Sequence[RewardPool | RewardModelPool | ReferencePool]  # of ``rewards`` and ``references``
+    _desk: asyncio.Task[None] | None = None  # answers `burnish scale`
 
     async def close(self) -> None:
         """End every worker, generators first: nobody then waits for a dead learner."""
+        if self._desk is not None:
+            self._desk.cancel()
+            await asyncio.gather(self._desk, return_exceptions=True)
+        await self.generator.close()
+        for pool in self._pools:
+            await pool.close()
         for group in (self.generators, *self.rewards, self.references, self.critics, self.learners):
             if group is not None:
                 await group.shutdown()
@@ -108,11 +122,39 @@ class Fleet:
             shutil.rmtree(self._scratch, ignore_errors=True)
 
 
+def recruiting(
+    generators: WorkerGroup, places: Places, publisher: Publisher, kwargs_of: Callable[[int], dict[str, Any]]
+) -> Recruiting:
+    """How a generator joins and leaves this run."""
+
+    async def hire() -> int:
+        slot = await places.take()
+        return generators.add(kwargs_of(generators.next_index), slot)
+
+    return Recruiting(
+        hire, publisher.catch_up, publisher.between_pushes, lambda index: places.give_back(generators.slot(index))
+    )
+
+
+def why_not(num_generators: int, layout: Layout, num_gpus: int, transport: Transport) -> str:
+    """Why a run cannot have so many generators whatever else happens; empty when it may try."""
+    planned = layout.of("generator")
+    if transport == "ipc" and num_generators > len(planned):
+        return f"each generator shares the GPU of a learner rank (push.backend ipc), and there are {len(planned)}"
+    gpus = planned[0].gpus * num_generators
+    if gpus > num_gpus:
+        return f"{num_generators} generators hold {gpus:g} GPUs, and the cluster had {num_gpus} when the run began"
+    return ""
+
+
 async def assemble(
     config: RunConfig, prepared: Prepared, run_folder: Path, version: WeightVersion,
-    handle: RayHandle | None, nodes: list[NodeSupply], facts: Sequence[Mapping[str, Any]],
+    handle: RayHandle | None, nodes: list[NodeSupply], facts: Sequence[Mapping[str, Any]], event: Event = no_event,
 ) -> Fleet:  # fmt: skip
-    """Place and construct every worker; returns when all are ready.  ``facts``: launch.node_probe of each node."""
+    """Place and construct every worker; returns when all are ready.
+
+    ``facts``: launch.node_probe of each node.  ``event`` hears of workers that die, come back, join and leave.
+    """
     device = choose_device(config.cluster, nodes, num_gpus_asked(config))
     transport = choose_transport(config, device)
     layout = plan_layout(role_demands(config, device == "cuda"), nodes, config.cluster.colocate)
@@ -127,18 +169,18 @@ async def assemble(
             concurrency=concurrency, start_deadline_s=deadline,
         )  # fmt: skip
 
+    def generator_kwargs(index: int) -> dict[str, Any]:
+        return {
+            "name": f"generator-{index}", "model_path": prepared.model_path, "settings": config.generator,
+            "dtype": dtype, "device": device, "max_length": prepared.max_length,
+            "seed": config.run.seed, "version": tuple(version),
+        }  # fmt: skip
+
     sampling = config.generator.sampling
     generators = launch(
         "generator",
         VLLMGenerator,
-        [
-            {
-                "name": f"generator-{i}", "model_path": prepared.model_path, "settings": config.generator,
-                "dtype": dtype, "device": device, "max_length": prepared.max_length,
-                "seed": config.run.seed, "version": tuple(version),
-            }
-            for i in range(config.generator.num_workers)
-        ],
+        [generator_kwargs(i) for i in range(config.generator.num_workers)],
         concurrency=4096,  # an asyncio actor: calls are groups being sampled, and vLLM batches them
         deadline=config.generator.start_deadline_s,
     )  # fmt: skip
@@ -176,7 +218,7 @@ async def assemble(
             ],
             concurrency=1, deadline=config.critic.start_deadline_s,
         )  # fmt: skip
-    pools = reward_pools(config, prepared.model_path, dtype, torch_device(device), launch)
+    pools = reward_pools(config, prepared.model_path, dtype, torch_device(device), launch, event)
     references = None
     if config.algorithm.needs_reference:
         references = launch(
@@ -193,23 +235,25 @@ async def assemble(
     size = 4 if dtype == "float32" else 2
     one_host = len({slot.node for slot in layout.slots}) == 1
     directory = push_directory(config, run_folder, prepared.facts.num_params * size, one_host)
+    reference = None if references is None else ReferencePool(
+        references, config.reference.deadline_s, config.reference.token_budget, config.health, event
+    )  # fmt: skip
+    generator = GeneratorFleet(generators, config.generator.group_deadline_s, config.health, event)
     fleet = Fleet(
         generators=generators,
         learners=learners,
         critics=critics,
         rewards=tuple(pool.workers for pool in pools),
         references=references,
-        generator=GeneratorFleet(generators, config.generator.group_deadline_s),
+        generator=generator,
         learner=LearnerGang(learners, config.learner.update_deadline_s),
         critic=None if critics is None else CriticGang(
             critics, config.critic.update_deadline_s, config.critic.token_budget
         ),
         scorer=pools[0] if len(pools) == 1 else MixedScorer(pools),
-        reference=None if references is None else ReferencePool(
-            references, config.reference.deadline_s, config.reference.token_budget
-        ),
+        reference=reference,
         publisher=Publisher(
-            learners, generators, transport, directory, dtype, config.push.bucket_bytes,
+            learners, generators, generator.roster, transport, directory, dtype, config.push.bucket_bytes,
             config.generator.tensor_parallel_size, config.push.deadline_s,
         ),
         layout=layout,
@@ -218,12 +262,18 @@ async def assemble(
         _placement=placement,
         _ray=handle,
         _scratch=directory if config.push.directory is None else None,
+        _pools=pools if reference is None else [*pools, reference],
     )  # fmt: skip
     try:
         # Learners first: in the in-process twin constructors run one after the other.
         for group in (learners, critics, generators, *fleet.rewards, references):
             if group is not None:
                 await group.ready()
+        places = Places(layout.of("generator"), placement, config.cluster.placement_deadline_s)
+        generator.open(recruiting(generators, places, fleet.publisher, generator_kwargs))
+        num_gpus = sum(node.num_gpus for node in nodes)
+        desk = ScaleDesk(run_folder, generator, lambda n: why_not(n, layout, num_gpus, transport), event)
+        fleet._desk = asyncio.create_task(desk.run())
     except BaseException:
         await fleet.close()
         raise

@@ -87,6 +87,11 @@ def _parser() -> argparse.ArgumentParser:
     copy.add_argument("target", nargs="?", default=".")
     copy.set_defaults(command=_recipes_cp)
 
+    scaling = commands.add_parser("scale", help="change the number of generators of a live run")
+    scaling.add_argument("run", help="a run folder")
+    scaling.add_argument("assignments", nargs="+", metavar="generators=N", help="how many it is to have")
+    scaling.set_defaults(command=_scale)
+
     inspect = commands.add_parser("inspect", help="tables of samples and metrics of a run")
     inspect.add_argument("run", help="a run folder")
     inspect.add_argument("--step", type=int, default=None, help="whose samples to show; default: the last")
@@ -224,6 +229,15 @@ def _recipes_cp(arguments: argparse.Namespace) -> int:
     from launch.recipe_files import copy_recipe
 
     print(copy_recipe(arguments.name, arguments.target))
+    return 0
+
+
+def _scale(arguments: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from launch.scale import parse_scale, scale
+
+    print(scale(Path(arguments.run), parse_scale(arguments.assignments)))
     return 0
 
 

@@ -21,7 +21,7 @@ from actors.settings import (
     RewardModelSettings,
     RewardWorkerSettings,
 )
-from cluster.settings import ClusterSettings
+from cluster.settings import ClusterSettings, HealthSettings
 from launch.row_settings import PretrainingSettings
 from trainers.alarms import AlarmSettings
 from trainers.algorithms import AlgorithmSettings
@@ -132,6 +132,7 @@ class RunConfig(Settings):
     checkpoint: CheckpointSettings = CheckpointSettings()
     telemetry: TelemetrySettings = TelemetrySettings()
     alarms: AlarmSettings = AlarmSettings()
+    health: HealthSettings = HealthSettings()
     cluster: ClusterSettings = ClusterSettings()
 
     @model_validator(mode="after")

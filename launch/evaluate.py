@@ -19,8 +19,9 @@ from typing import Any, TypeVar
 import numpy as np
 from rich.console import Console
 
-from actors.fleet import GeneratorFleet, ReferencePool, RewardModelPool, RewardPool
+from actors.generator_fleet import GeneratorFleet
 from actors.mixed_scorer import MixedScorer
+from actors.scorer_pools import ReferencePool, RewardModelPool, RewardPool
 from cluster.transport import fetch, put
 from launch.eval_config import EvalConfig
 from launch.eval_files import write_results

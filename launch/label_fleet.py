@@ -9,12 +9,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from actors.fleet import GeneratorFleet, RewardModelPool, RewardPool
 from actors.generator import VLLMGenerator
+from actors.generator_fleet import GeneratorFleet
 from actors.modeling import load_tokenizer
 from actors.pair_worker import PairWorker
 from actors.reward_model import RewardModel
 from actors.reward_worker import RewardWorker
+from actors.scorer_pools import RewardModelPool, RewardPool
 from actors.settings import GeneratorSettings, RewardModelSettings
 from cluster.layout import Layout, RoleDemand, plan_layout
 from cluster.placement import Placement, RayHandle

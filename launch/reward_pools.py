@@ -1,22 +1,25 @@
 """The workers that score a run's samples: its reward functions, and each of its reward models.
 
-May import: actors.{fleet, reward_model, reward_worker}, cluster.worker_group, launch.config, trainers.prompt_format.
+May import: actors.{membership, reward_model, reward_worker, scorer_pools}, cluster.worker_group, launch.config,
+trainers.prompt_format.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-from actors.fleet import RewardModelPool, RewardPool
+from actors.membership import Event, no_event
 from actors.reward_model import RewardModel
 from actors.reward_worker import RewardWorker
+from actors.scorer_pools import RewardModelPool, RewardPool
 from cluster.worker_group import WorkerGroup
 from launch.config import RunConfig
 from trainers.prompt_format import PromptFormat
 
 
 def reward_pools(
-    config: RunConfig, model_path: str, dtype: str, torch_device: str, launch: Callable[..., WorkerGroup]
+    config: RunConfig, model_path: str, dtype: str, torch_device: str, launch: Callable[..., WorkerGroup],
+    event: Event = no_event,
 ) -> list[RewardPool | RewardModelPool]:
     """One pool for all reward functions, if there are any, and one for each reward model."""
     shown = config.prompts
@@ -28,7 +31,7 @@ def reward_pools(
             [{"rewards": config.rewards, "settings": config.reward_workers}] * config.reward_workers.num_workers,
             concurrency=64, deadline=config.cluster.start_deadline_s,
         )  # fmt: skip
-        pools.append(RewardPool(workers, _reward_deadline(config)))
+        pools.append(RewardPool(workers, _reward_deadline(config), config.health, event))
     for index, settings in enumerate(config.reward_models):
         workers = launch(
             f"reward_models.{index}", RewardModel,
@@ -40,7 +43,7 @@ def reward_pools(
             ] * settings.num_workers,
             concurrency=1, deadline=config.cluster.start_deadline_s,
         )  # fmt: skip
-        pools.append(RewardModelPool(workers, settings.deadline_s, settings.token_budget))
+        pools.append(RewardModelPool(workers, settings.deadline_s, settings.token_budget, config.health, event))
     return pools
 
 

@@ -40,7 +40,8 @@ WANDB_FINISH_TIMEOUT_S = 60.0  # then the rest stays on disk for `wandb sync`
 WANDB_MAX_PENDING = 1000  # rows W&B may lag behind; further ones are in metrics.jsonl only
 SAMPLE_TABLE_EVERY = 10  # steps between W&B sample tables, besides the steps with an evaluation
 SHOWN_EVENTS = frozenset(  # also noted on the terminal
-    {"alarm", "rolling_back", "roll_back_failed", "fault", "wandb_fallback", "record_lost"}
+    {"alarm", "rolling_back", "roll_back_failed", "fault", "wandb_fallback", "record_lost", "worker_died",
+     "worker_replaced", "start_failed", "generator_joined", "generator_left", "scale_refused"}
 )
 KEY_METRICS = ("reward", "eval/accuracy", "completions/mean_length", "completions/clipped_ratio", "kl", "entropy",
                "frac_reward_zero_std", "grad_norm", "time/step_s", "throughput/generate_tokens_per_s")

@@ -143,7 +143,9 @@ class _Run:
             self.telemetry.event("resumed", step=self.first_step, checkpoint=source, version=str(self.version))
         try:
             started = time.perf_counter()
-            self.fleet = await assemble(config, self.prepared, self.folder, self.version, handle, nodes, facts)
+            self.fleet = await assemble(
+                config, self.prepared, self.folder, self.version, handle, nodes, facts, self.telemetry.event
+            )
             try:
                 await self._prove(time.perf_counter() - started)
                 await self._loop()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -41,3 +42,29 @@ def test_finished_work_leaves_no_load(num_workers: int, costs: list[int]) -> Non
     for worker, cost in [(dispatcher.assign(c, c), c) for c in costs]:
         dispatcher.done(worker, cost)
     assert dispatcher.loads == (0,) * num_workers
+
+
+@given(st.lists(st.tuples(st.sampled_from("arhxj"), st.integers(0, 4), st.integers(1, 9)), max_size=60))
+def test_only_workers_that_are_there_and_not_held_get_jobs(steps: list[tuple[str, int, int]]) -> None:
+    dispatcher, there, held = Dispatcher(), set[int](), set[int]()
+    for what, worker, cost in steps:
+        if what == "a" and worker not in there:
+            dispatcher.add(worker)
+            there.add(worker)
+        elif what == "x":
+            dispatcher.remove(worker)
+            there.discard(worker)
+            held.discard(worker)
+        elif what == "h":
+            dispatcher.hold(worker)
+            held |= {worker} & there
+        elif what == "r":
+            dispatcher.release(worker)
+            held.discard(worker)
+        elif what == "j" and there - held:
+            assert dispatcher.assign(cost, cost) in there - held
+        elif what == "j":
+            with pytest.raises(LookupError):
+                dispatcher.assign(cost)
+        assert set(dispatcher.open) == there - held
+    dispatcher.done(99, 5)  # of a worker that has gone

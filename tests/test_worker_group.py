@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import socket
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import ray
 
 from cluster import placement as placement_module
-from cluster.errors import ClusterError, DeadlineError, ShortfallError, WorkerError
+from cluster.errors import ClusterError, DeadlineError, ShortfallError, WorkerDiedError, WorkerError
 from cluster.host import host_facts, pin_to, worker_environment
 from cluster.layout import Layout, NodeSupply, RoleDemand, WorkerSlot, plan_layout
 from cluster.placement import Placement, nodes_of_cluster, start_or_join
+from cluster.places import Places
 from cluster.rendezvous import Rendezvous, free_port, join, node_address
 from cluster.settings import ClusterSettings
 from cluster.transport import fetch, fetch_all, put
@@ -81,6 +85,12 @@ class Worker:
 
     def die(self) -> None:
         os._exit(1)
+
+    def closed_path(self) -> str | None:
+        return self.closed_at
+
+    def pid(self) -> int:
+        return os.getpid()
 
     def touch_on_close(self, path: str) -> None:
         self.closed_at = path
@@ -306,6 +316,107 @@ def test_shutdown_closes_every_worker(launch: Launcher, tmp_path: Path) -> None:
         assert all(path.exists() for path in paths)
         with pytest.raises(WorkerError):
             await group.call(0, "add", 1, deadline_s=20)
+
+    asyncio.run(check())
+
+
+def test_a_worker_that_is_added_has_a_new_index_and_one_that_ended_is_missed_by_nobody(launch: Launcher) -> None:
+    async def check() -> None:
+        group = launch({"rank": 0}, {"rank": 1})
+        await group.ready()
+        slot = group.slot(0)
+        group.end(0)
+        with pytest.raises(WorkerDiedError, match=r"worker\[0\] has ended"):
+            await group.call(0, "add", 1, deadline_s=20)
+        index = group.add({"rank": 7}, slot)
+        await group.ready_at(index)
+        assert index == 2 and group.indices == (1, 2) and len(group) == 2
+        assert await group.call_all("add", 1, deadline_s=20) == [2, 8]
+        assert await group.call_all("add", deadline_s=20, per_worker=[(10,), (20,)]) == [11, 27]
+        await group.ping(index, deadline_s=20)
+
+    asyncio.run(check())
+
+
+def test_a_restarted_worker_has_its_index_and_arguments_and_nothing_of_its_past(launch: Launcher) -> None:
+    async def check() -> None:
+        group = launch({"rank": 0}, {"rank": 1})
+        await group.ready()
+        await group.call(1, "touch_on_close", "nowhere", deadline_s=20)
+        await group.restart(1, group.slot(1))
+        assert await group.call(1, "add", 1, deadline_s=20) == 2 and group.indices == (0, 1)
+        assert await group.call(1, "closed_path", deadline_s=20) is None
+
+    asyncio.run(check())
+
+
+def test_a_retired_worker_is_closed_and_the_others_stay(launch: Launcher, tmp_path: Path) -> None:
+    async def check() -> None:
+        group = launch({"rank": 0}, {"rank": 1})
+        await group.ready()
+        await group.call(1, "touch_on_close", str(tmp_path / "closed"), deadline_s=20)
+        await group.retire(1)
+        assert (tmp_path / "closed").exists() and group.indices == (0,)
+        assert await group.call(0, "add", 1, deadline_s=20) == 1
+
+    asyncio.run(check())
+
+
+def test_a_dead_and_a_silent_worker_are_lost_and_one_that_refuses_is_not(launch_ray: Launcher) -> None:
+    async def check() -> None:
+        group = launch_ray({"rank": 0}, {"rank": 1})
+        await group.ready()
+        found: list[bool] = []
+        for method, arguments, deadline_s in (
+            ("refuse", (), 20.0), ("own_timeout", (), 20.0), ("refuse_or_hang", (30.0,), 0.3), ("die", (), 20.0),
+        ):  # fmt: skip
+            index = 1 if method == "die" else 0
+            with pytest.raises(Exception) as caught:  # of four kinds
+                await group.call(index, method, *arguments, deadline_s=deadline_s)
+            found.append(group.is_lost(index, caught.value))
+        assert found == [False, False, True, True]
+        with pytest.raises(WorkerDiedError):
+            await group.ping(1, deadline_s=20)
+
+    asyncio.run(check())
+
+
+def test_a_frozen_worker_is_ended_and_its_place_can_be_filled(launch_ray: Launcher) -> None:
+    async def check() -> None:
+        group = launch_ray({"rank": 0}, {"rank": 1})
+        await group.ready()
+        pid = await group.call(1, "pid", deadline_s=20)
+        os.kill(pid, signal.SIGSTOP)
+        with pytest.raises(DeadlineError):
+            await group.ping(1, deadline_s=0.5)
+        group.end(1)
+        index = group.add({"rank": 5}, group.slot(1))
+        await group.ready_at(index)
+        assert await group.call(index, "add", 1, deadline_s=20) == 6
+        psutil.wait_procs([psutil.Process(pid)] if psutil.pid_exists(pid) else [], timeout=30)
+        assert not psutil.pid_exists(pid), "a frozen process holds its memory for ever"
+
+    asyncio.run(check())
+
+
+def test_a_placement_grows_by_a_place_and_gives_it_back(ray_placement: tuple[Placement, Layout]) -> None:
+    async def check() -> None:
+        placement, layout = ray_placement
+        places = Places(layout.slots, placement, deadline_s=30)
+        slot = await places.take()
+        assert slot.index == 2 and slot.cpu_ids == ()
+        group = WorkerGroup.launch(
+            "worker", Worker, [{"rank": 9}], placement=placement, slots=[slot], start_deadline_s=60
+        )
+        await group.ready()
+        assert await group.call(0, "add", 1, deadline_s=20) == 10
+        await group.shutdown()
+        places.give_back(slot)
+        places.give_back(layout.slots[1])
+        assert await places.take() == layout.slots[1], "a place of the layout is used again"
+        assert (await places.take()).index == 3
+        with pytest.raises(DeadlineError, match="1000 GPUs and .* on one node for one more worker"):
+            await placement.grow(replace(slot, index=8, gpus=1000.0), deadline_s=0.5)
 
     asyncio.run(check())
 

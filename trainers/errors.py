@@ -2,7 +2,8 @@
 
     BurnishError
     |- InputError          bad configuration, data, model folder or reward function (exit code 2)
-    `- VerificationError   two things that must be equal are not (fingerprints, checksums, probes)
+    |- VerificationError   two things that must be equal are not (fingerprints, checksums, probes)
+    `- GroupFailedError    a prompt group that no generator could sample
 """
 
 from __future__ import annotations
@@ -33,3 +34,14 @@ class InputError(BurnishError):
 
 class VerificationError(BurnishError):
     """A check of equality between two parts of the system failed."""
+
+
+class GroupFailedError(BurnishError):
+    """Every try to sample a group failed; ``reasons``: of each, oldest first."""
+
+    def __init__(self, group_id: str, reasons: tuple[str, ...]) -> None:
+        self.group_id, self.reasons = group_id, reasons
+        super().__init__(group_id, reasons)
+
+    def __str__(self) -> str:
+        return f"group {self.group_id} was tried {len(self.reasons)} times: {'; '.join(self.reasons)}"

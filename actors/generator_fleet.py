@@ -1,0 +1,90 @@
+"""All generators as one ``Generator``: dispatch, and re-issue of what a dead one was sampling.
+
+A generator that dies in a call, misses its deadline, fails a push or falls silent is expelled at once: whoever
+waits for it is told (actors/roster.py), and its groups are sampled elsewhere with the same seeds.
+May import: actors.{membership, roster}, cluster.*, trainers.{errors, experience, protocols}.
+"""
+
+from __future__ import annotations
+
+from actors.membership import Event, Membership, no_event
+from actors.roster import Member, MemberGoneError
+from cluster.errors import DeadlineError, WorkerError
+from cluster.settings import HealthSettings
+from cluster.transport import settle
+from cluster.worker_group import WorkerGroup
+from trainers.errors import GroupFailedError
+from trainers.experience import GroupSummary
+from trainers.protocols import GeneratedGroup, GroupRequest, Payload
+
+
+class GeneratorFleet(Membership):
+    """``workers`` are ready, or will be before the first call; ``event`` hears of every change."""
+
+    def __init__(
+        self,
+        workers: WorkerGroup,
+        group_deadline_s: float,
+        health: HealthSettings | None = None,
+        event: Event = no_event,
+    ) -> None:
+        super().__init__(workers, health, event)
+        self.group_deadline_s = group_deadline_s
+
+    async def generate(self, request: GroupRequest) -> GeneratedGroup:
+        """Sample one group, on another generator when one dies over it.
+
+        Raises:
+            GroupFailedError: ``health.max_attempts`` generators died over it, or none is left.
+        """
+        cost = int(request.prompt.token_ids.shape[0]) + request.num_samples * request.max_tokens
+        reasons: list[str] = []
+        while len(reasons) < self.health.max_attempts:
+            member = await self._next(cost, request.prompt.prompt_id, request.group_id, reasons)
+            try:
+                return await self._sample(member, request)
+            except MemberGoneError as gone:
+                reasons.append(f"{gone.name}: {gone.reason}")
+                self.event(
+                    "group_reissued", group_id=request.group_id, attempt=len(reasons), worker=gone.name,
+                    reason=gone.reason,
+                )  # fmt: skip
+            finally:
+                self._dispatcher.done(member.index, cost)
+                member.num_running -= 1
+                if not member.num_running:
+                    member.idle.set()
+        raise GroupFailedError(request.group_id, tuple(reasons))
+
+    async def _next(self, cost: int, affinity: str, group_id: str, reasons: list[str]) -> Member:
+        """The member that takes a job now; waits while all are suspect or being replaced."""
+        while self._failure is not None or not self._dispatcher.open:
+            if self._failure is not None:
+                reasons.append(f"no generator is left: {self._failure}")
+                raise GroupFailedError(group_id, tuple(reasons)) from self._failure
+            self._opened.clear()
+            # Ends: a suspect recovers or dies, and a fleet without members starts one or fails.
+            await self._opened.wait()
+        member = self._members[self._dispatcher.assign(cost, affinity)]
+        member.num_running += 1
+        member.idle.clear()
+        return member
+
+    async def _sample(self, member: Member, request: GroupRequest) -> GeneratedGroup:
+        try:
+            summary, payload = await member.during(self._whole(member.index, request))
+        except (WorkerError, DeadlineError) as error:
+            if isinstance(error, DeadlineError) and not self.workers.is_lost(member.index, error):
+                raise
+            self.roster.expel(member, str(error))
+            raise MemberGoneError(member.name, member.reason) from error
+        self._beats.heard(member.index)
+        return GeneratedGroup(summary, payload)
+
+    async def _whole(self, index: int, request: GroupRequest) -> tuple[GroupSummary, Payload]:
+        """One group, whose bytes no longer depend on the generator's node."""
+        summary, payload = await self.workers.call_split(
+            index, "generate", request, deadline_s=self.group_deadline_s
+        )
+        await settle(payload, self.group_deadline_s)
+        return summary, payload

@@ -1,0 +1,569 @@
+"""Fleets whose workers die, freeze, start and leave as they are told: what becomes of their work."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from actors.generator_fleet import GeneratorFleet
+from actors.membership import Recruiting
+from actors.roster import Member
+from actors.scorer_pools import ReferencePool, RewardPool
+from cluster.errors import DamagedError, DeadlineError, WorkerDiedError, WorkerError
+from cluster.layout import WorkerSlot
+from cluster.settings import HealthSettings
+from trainers.errors import GroupFailedError
+from trainers.experience import GroupRewards, GroupSummary, Prompt, WeightVersion
+from trainers.protocols import GeneratedGroup, GroupRequest
+
+LIMIT_S = 20.0  # for a whole law; the waits in it are for events
+SOON_S = 0.05
+
+
+class FakeGroup:
+    """Stands for a WorkerGroup.  ``doing`` decides what a call does; killed and frozen workers are as in Ray."""
+
+    in_process = False
+    placement = None
+    start_deadline_s = 30.0
+
+    def __init__(self, name: str, num_workers: int, doing: Callable[..., Any]) -> None:
+        self.name, self.doing = name, doing
+        self.alive: dict[int, asyncio.Event] = {}  # set when the worker has died
+        self.frozen: set[int] = set()
+        self.bad_starts = 0  # starts that will fail
+        self.next_index = 0
+        self.ended: list[int] = []
+        self.calls: list[tuple[int, str, Any]] = []
+        for _ in range(num_workers):
+            self.add()
+
+    def __len__(self) -> int:
+        return len(self.alive)
+
+    @property
+    def indices(self) -> tuple[int, ...]:
+        return tuple(sorted(self.alive))
+
+    def add(self) -> int:
+        self.next_index += 1
+        self.alive[self.next_index - 1] = asyncio.Event()
+        return self.next_index - 1
+
+    def slot(self, index: int) -> WorkerSlot:
+        return WorkerSlot(self.name, index, 0, 0.0, 1.0, 1, ())
+
+    def source(self, index: int) -> str:
+        return f"{self.name}[{index}]"
+
+    def is_lost(self, index: int, error: BaseException) -> bool:
+        silent = isinstance(error, DeadlineError) and error.source == self.source(index)
+        return isinstance(error, WorkerDiedError) or silent
+
+    def kill(self, index: int) -> None:
+        self.alive[index].set()
+
+    def end(self, index: int) -> None:
+        if self.alive.pop(index, None) is not None:
+            self.ended.append(index)
+
+    async def retire(self, index: int) -> None:
+        self.end(index)
+
+    async def restart(self, index: int, slot: WorkerSlot) -> None:
+        self.end(index)
+        self.alive[index] = asyncio.Event()
+        await self.ready_at(index)
+
+    async def ready_at(self, index: int) -> None:
+        if self.bad_starts:
+            self.bad_starts -= 1
+            raise MemoryError("no room on the device")
+
+    async def ping(self, index: int, deadline_s: float) -> None:
+        await self.call(index, "ping", deadline_s=deadline_s)
+
+    async def call_split(self, index: int, method: str, *args: Any, deadline_s: float, num_payloads: int = 1) -> Any:
+        return await self.call(index, method, *args, deadline_s=deadline_s)
+
+    async def call(self, index: int, method: str, *args: Any, deadline_s: float) -> Any:
+        self.calls.append((index, method, args))
+        if index not in self.alive:
+            raise WorkerDiedError(f"{self.source(index)} has ended")
+        died = self.alive[index]
+        answer = asyncio.ensure_future(self._answer(index, method, args))
+        dying = asyncio.ensure_future(died.wait())
+        try:
+            async with asyncio.timeout(deadline_s):
+                await asyncio.wait((answer, dying), return_when=asyncio.FIRST_COMPLETED)
+        except TimeoutError:
+            raise DeadlineError(method, self.source(index), deadline_s) from None
+        finally:
+            dying.cancel()
+            if not answer.done():
+                answer.cancel()
+        if died.is_set():
+            raise WorkerDiedError(f"{self.source(index)} died in {method}")
+        return answer.result()
+
+    async def _answer(self, index: int, method: str, args: tuple[Any, ...]) -> Any:
+        if index in self.frozen:
+            await asyncio.Event().wait()
+        return None if method == "ping" else await self.doing(index, method, *args)
+
+
+def request(number: int, prompt: str | None = None, num_samples: int = 2) -> GroupRequest:
+    ids = np.array([1, 2, 3], np.int32)
+    seeds = tuple(1000 * number + i for i in range(num_samples))
+    return GroupRequest(str(number), Prompt(prompt or f"p{number}", ids, "text"), num_samples, seeds, 1.0, 8)
+
+
+def summary(group: GroupRequest, worker: int) -> GroupSummary:
+    now, lengths = WeightVersion(0, 0), (4,) * group.num_samples
+    reasons: tuple[Any, ...] = ("stop",) * group.num_samples
+    name = f"generator-{worker}"
+    return GroupSummary(group.group_id, group.prompt.prompt_id, 3, lengths, reasons, now, now, name, 0.1)
+
+
+def run(law: Callable[[], Any]) -> Any:
+    async def bounded() -> Any:
+        async with asyncio.timeout(LIMIT_S):
+            return await law()
+
+    return asyncio.run(bounded())
+
+
+class World:
+    """One fleet, the engines behind it, and everything that was told of it."""
+
+    def __init__(self, num_workers: int, **health: Any) -> None:
+        self.events: list[tuple[str, dict[str, Any]]] = []
+        self.told = asyncio.Condition()
+        self.gate = asyncio.Event()  # generation waits for it
+        self.gate.set()
+        self.sampled: list[tuple[int, GroupRequest]] = []  # (worker, request) as they reach an engine
+        self.quiet = asyncio.Event()
+        self.quiet.set()
+        self.bad_catch_ups = 0
+        self.vacated: list[int] = []
+        self.group = FakeGroup("generator", num_workers, self.generate)
+        settings = HealthSettings(**{"detect_s": 60.0, "retry_s": SOON_S} | health)
+        self.fleet = GeneratorFleet(self.group, LIMIT_S, settings, self.event)  # type: ignore[arg-type]
+
+    def open(self) -> None:
+        self.fleet.open(Recruiting(self.hire, self.catch_up, self.quiet.wait, self.vacated.append))  # type: ignore[arg-type]
+
+    def event(self, kind: str, **fields: Any) -> None:
+        self.events.append((kind, fields))
+        self._notify()
+
+    def _notify(self) -> None:
+        async def notify() -> None:
+            async with self.told:
+                self.told.notify_all()
+
+        self.notifying = asyncio.ensure_future(notify())
+
+    async def until(self, true: Callable[[], Any]) -> None:
+        async with self.told:
+            await self.told.wait_for(true)
+
+    def kinds(self, kind: str) -> list[dict[str, Any]]:
+        return [fields for k, fields in self.events if k == kind]
+
+    async def hire(self) -> int:
+        self._notify()
+        return self.group.add()
+
+    async def catch_up(self, member: Member) -> str:
+        if self.bad_catch_ups:
+            self.bad_catch_ups -= 1
+            raise DamagedError("weights.safetensors: q_proj has another fingerprint")
+        self.fleet.roster.admit(member)
+        self._notify()
+        return "0.7"
+
+    async def generate(self, index: int, method: str, asked: GroupRequest) -> Any:
+        self.sampled.append((index, asked))
+        self._notify()
+        await self.gate.wait()
+        return summary(asked, index), f"payload {asked.group_id}"
+
+    def ask(self, number: int, **fields: Any) -> asyncio.Task[GeneratedGroup]:
+        return asyncio.create_task(self.fleet.generate(request(number, **fields)))
+
+
+def test_the_groups_of_a_dead_generator_are_sampled_elsewhere_with_the_same_seeds() -> None:
+    async def law() -> None:
+        world = World(2)
+        world.gate.clear()
+        asked = [world.ask(i) for i in range(4)]
+        await world.until(lambda: len(world.sampled) == 4)
+        of = {r.group_id: worker for worker, r in world.sampled}
+        assert sorted(of.values()) == [0, 0, 1, 1]
+        world.group.kill(1)
+        await world.until(lambda: len(world.sampled) == 6)
+        world.gate.set()
+        groups = await asyncio.gather(*asked)
+        assert [g.summary.group_id for g in groups] == ["0", "1", "2", "3"]
+        assert {g.summary.generator for g in groups} == {"generator-0"}
+        again = [r for worker, r in world.sampled[4:]]
+        assert {r.group_id for r in again} == {name for name, worker in of.items() if worker == 1}
+        for r in again:
+            (first,) = [f for worker, f in world.sampled[:4] if f.group_id == r.group_id]
+            assert r.seeds == first.seeds and first is r
+        (died,) = world.kinds("worker_died")
+        assert died["worker"] == "generator-1" and "died in generate" in died["reason"] and died["num_generators"] == 1
+        assert len(world.kinds("group_reissued")) == 2 and world.group.ended == [1]
+
+    run(law)
+
+
+def test_a_finished_group_leaves_no_load_behind() -> None:
+    async def law() -> None:
+        world = World(2)
+        assert [(await world.ask(i)).summary.generator for i in range(4)] == ["generator-0"] * 4
+
+    run(law)
+
+
+def test_a_silent_generator_is_held_then_expelled_and_its_groups_move_on() -> None:
+    async def law() -> None:
+        world = World(2, detect_s=0.4)
+        world.open()
+        world.group.frozen.add(0)
+        asked = [world.ask(i) for i in range(2)]
+        await world.until(lambda: world.kinds("worker_suspect"))
+        held = [world.ask(i) for i in (10, 11, 12)]
+        groups = await asyncio.gather(*asked, *held)
+        assert {g.summary.generator for g in groups[2:]} == {"generator-1"}
+        assert world.kinds("worker_died")[0]["worker"] == "generator-0"
+        assert world.kinds("worker_died")[0]["silent_s"] >= 0.4
+        given = {args[0].group_id for index, what, args in world.group.calls if (index, what) == (0, "generate")}
+        assert len(given) == 1 and not given & {"10", "11", "12"}, "a suspect got new work"
+        await world.fleet.close()
+
+    run(law)
+
+
+def test_a_group_that_kills_every_generator_fails_with_all_reasons_and_only_then() -> None:
+    async def law() -> None:
+        world = World(3, max_attempts=2)
+        world.gate.clear()
+        asked = world.ask(7)
+        for tries in (1, 2):
+            await world.until(lambda tries=tries: len(world.sampled) == tries)
+            world.group.kill(world.sampled[-1][0])
+        with pytest.raises(GroupFailedError, match=r"group 7 was tried 2 times: generator-\d: .*; generator-\d: "):
+            await asked
+        assert len(world.sampled) == 2 and len(world.fleet.roster) == 1
+
+    run(law)
+
+
+def test_what_a_generator_refuses_is_raised_and_costs_no_generator() -> None:
+    async def law() -> None:
+        world = World(2)
+
+        async def refuse(index: int, method: str, asked: GroupRequest) -> Any:
+            raise ValueError("the prompt is longer than the model")
+
+        world.group.doing = refuse
+        with pytest.raises(ValueError, match="longer than the model"):
+            await world.ask(1)
+        assert len(world.fleet.roster) == 2 and not world.events
+
+    run(law)
+
+
+def test_without_recruiting_the_last_death_fails_waiting_groups_with_its_reason() -> None:
+    async def law() -> None:
+        world = World(1)
+        world.gate.clear()
+        asked = world.ask(1)
+        await world.until(lambda: world.sampled)
+        world.group.kill(0)
+        with pytest.raises(GroupFailedError, match=r"died in generate; no generator is left: the last one went"):
+            await asked
+
+    run(law)
+
+
+def test_a_replacement_works_only_after_it_caught_up_and_a_waiting_group_goes_to_it() -> None:
+    async def law() -> None:
+        world = World(1)
+        world.open()
+        caught_up = asyncio.Event()
+        admit = world.catch_up
+
+        async def slowly(member: Member) -> str:
+            await caught_up.wait()
+            return await admit(member)
+
+        world.fleet._recruiting = Recruiting(world.hire, slowly, world.quiet.wait, world.vacated.append)  # type: ignore[arg-type]
+        world.gate.clear()
+        asked = world.ask(1)
+        await world.until(lambda: world.sampled)
+        world.group.kill(0)
+        await world.until(lambda: world.kinds("group_reissued") and len(world.group) == 1)
+        world.gate.set()
+        await asyncio.sleep(SOON_S)
+        assert not asked.done() and len(world.sampled) == 1, "it got work before it had the weights"
+        caught_up.set()
+        assert (await asked).summary.generator == "generator-1"
+        kinds = [kind for kind, _ in world.events]
+        assert kinds == ["worker_died", "group_reissued", "generator_joined", "worker_replaced"]
+        assert world.kinds("worker_replaced")[0] | {"recover_s": 0} == {
+            "role": "generator", "worker": "generator-0", "by": "generator-1", "recover_s": 0,
+        }  # fmt: skip
+        assert world.vacated == [0] and world.kinds("generator_joined")[0]["version"] == "0.7"
+        await world.fleet.close()
+
+    run(law)
+
+
+@pytest.mark.parametrize("fault", ["start", "catch_up"])
+def test_a_start_that_fails_is_tried_again_and_too_many_end_a_fleet_that_has_nobody(fault: str) -> None:
+    async def law(num_faults: int) -> World:
+        world = World(1, max_attempts=3)
+        world.open()
+        world.group.bad_starts = num_faults if fault == "start" else 0
+        world.bad_catch_ups = num_faults if fault == "catch_up" else 0
+        world.group.kill(0)
+        asked = world.ask(1)
+        await asyncio.wait((asked,))
+        await world.fleet.close()
+        assert len(world.vacated) == 1 + num_faults
+        if num_faults < 3:
+            assert (await asked).summary.generator == f"generator-{1 + num_faults}"
+        else:
+            with pytest.raises(GroupFailedError, match="3 starts in a row failed, the last: (Memory|Damaged)Error"):
+                await asked
+        return world
+
+    pauses = [e["again_in_s"] for e in run(lambda: law(2)).kinds("start_failed")]
+    assert pauses == [SOON_S, 2 * SOON_S]
+    run(lambda: law(3))
+
+
+def test_scaling_up_adds_members_and_scaling_down_drains_the_youngest_without_losing_a_group() -> None:
+    async def law() -> None:
+        world = World(1)
+        world.open()
+        world.fleet.scale(3)
+        await world.until(lambda: len(world.fleet.roster) == 3)
+        world.gate.clear()
+        asked = [world.ask(i) for i in range(6)]
+        await world.until(lambda: len(world.sampled) == 6)
+        assert sorted(worker for worker, _ in world.sampled) == [0, 0, 1, 1, 2, 2]
+        world.fleet.scale(1)
+        await world.until(lambda: len(world.kinds("generator_leaving")) == 2)
+        more = [world.ask(i) for i in range(6, 9)]
+        await world.until(lambda: len(world.sampled) == 9)
+        assert {worker for worker, _ in world.sampled[6:]} == {0}, "a leaving one got new work"
+        assert len(world.fleet.roster) == 3, "it stays in pushes while it samples"
+        world.quiet.clear()
+        world.gate.set()
+        groups = await asyncio.gather(*asked, *more)
+        assert [g.summary.group_id for g in groups] == [str(i) for i in range(9)] and len(world.sampled) == 9
+        await asyncio.sleep(SOON_S)
+        assert not world.kinds("generator_left"), "it went in the middle of a push"
+        world.quiet.set()
+        await world.until(lambda: len(world.kinds("generator_left")) == 2)
+        assert sorted(world.vacated) == [1, 2] == sorted(world.group.ended) and len(world.fleet.roster) == 1
+        assert not world.kinds("worker_died") and not world.kinds("group_reissued")
+        await world.fleet.close()
+
+    run(law)
+
+
+def test_one_that_dies_while_it_leaves_is_not_replaced() -> None:
+    async def law() -> None:
+        world = World(2)
+        world.open()
+        world.gate.clear()
+        asked = [world.ask(i) for i in range(2)]
+        await world.until(lambda: len(world.sampled) == 2)
+        world.fleet.scale(1)
+        await world.until(lambda: world.kinds("generator_leaving"))
+        world.group.kill(1)
+        world.gate.set()
+        assert {g.summary.generator for g in await asyncio.gather(*asked)} == {"generator-0"}
+        await asyncio.sleep(SOON_S)
+        assert len(world.group) == 1 and world.group.next_index == 2
+        world.fleet.scale(2)
+        await world.until(lambda: world.kinds("generator_joined"))
+        assert not world.kinds("worker_replaced"), "nobody was to stand for it"
+        await world.fleet.close()
+
+    run(law)
+
+
+def test_a_start_that_waits_for_a_place_is_taken_back_and_who_works_stays() -> None:
+    async def law() -> None:
+        world = World(1)
+        room = asyncio.Event()
+
+        async def hire() -> int:
+            await room.wait()
+            return world.group.add()
+
+        world.hire = hire  # type: ignore[method-assign]
+        world.open()
+        world.fleet.scale(3)
+        world.fleet.scale(1)
+        room.set()
+        await world.until(lambda: len(world.kinds("generator_left")) == 2)
+        await asyncio.sleep(SOON_S)
+        assert world.group.indices == (0,) and len(world.fleet.roster) == 1 and world.group.next_index == 3
+        await world.fleet.close()
+
+    run(law)
+
+
+def test_scaling_down_takes_back_a_start_that_is_going_on() -> None:
+    async def law() -> None:
+        world = World(1)
+        world.open()
+        never = asyncio.Event()
+
+        async def hang(index: int) -> None:
+            await never.wait()
+
+        world.group.ready_at = hang  # type: ignore[method-assign]
+        world.fleet.scale(2)
+        await world.until(lambda: True)
+        await asyncio.sleep(SOON_S)
+        assert len(world.group) == 2
+        world.fleet.scale(1)
+        await world.until(lambda: world.kinds("generator_left"))
+        await asyncio.sleep(3 * SOON_S)
+        assert world.group.ended == [1] and not world.kinds("start_failed")
+        assert world.group.next_index == 2
+        await world.fleet.close()
+
+    run(law)
+
+
+# --- scorers --------------------------------------------------------------------------------------
+
+
+class Scores:
+    """Scoring workers of one role, which answer when they may."""
+
+    def __init__(self, num_workers: int) -> None:
+        self.events: list[tuple[str, dict[str, Any]]] = []
+        self.group = FakeGroup("reference", num_workers, self.score)
+        self.gate = asyncio.Event()
+        self.arrived = asyncio.Semaphore(0)
+
+    async def score(self, index: int, method: str, payloads: list[Any], deadline_s: float) -> Any:
+        self.arrived.release()
+        await self.gate.wait()
+        if method == "logprobs":
+            return "", *(f"log-probs of {p}" for p in payloads)
+        return GroupRewards(payloads[0], np.zeros(2), {}, ())
+
+    def event(self, kind: str, **fields: Any) -> None:
+        self.events.append((kind, fields))
+
+    def kinds(self) -> list[str]:
+        return [kind for kind, _ in self.events]
+
+    def pool(self, kind: str) -> Callable[[str], Any]:
+        health = HealthSettings(max_attempts=2)
+        if kind == "reward":
+            return lambda name: RewardPool(self.group, LIMIT_S, health, self.event).score(_generated(name))  # type: ignore[arg-type]
+        pool = ReferencePool(self.group, LIMIT_S, 1000, health, self.event)  # type: ignore[arg-type]
+        return lambda name: pool.logprobs(_generated(name))
+
+
+def _generated(name: str) -> GeneratedGroup:
+    return GeneratedGroup(summary(request(int(name)), 0), name)
+
+
+@pytest.mark.parametrize("kind", ["reward", "reference"])
+def test_a_dead_scorer_is_started_again_and_its_work_is_done_again(kind: str) -> None:
+    async def law() -> None:
+        scores = Scores(1)
+        asked = asyncio.create_task(scores.pool(kind)("5"))
+        await scores.arrived.acquire()
+        scores.group.kill(0)
+        await scores.arrived.acquire()
+        scores.gate.set()
+        found = await asked
+        assert (found.group_id if kind == "reward" else found) == ("5" if kind == "reward" else "log-probs of 5")
+        assert scores.kinds() == ["worker_died", "call_failed", "worker_replaced"] and scores.group.ended == [0]
+
+    run(law)
+
+
+@pytest.mark.parametrize("kind", ["reward", "reference"])
+def test_work_that_kills_its_scorer_each_time_fails_after_the_stated_tries(kind: str) -> None:
+    async def law() -> None:
+        scores = Scores(1)
+        asked = asyncio.create_task(scores.pool(kind)("5"))
+        for _ in range(2):
+            await scores.arrived.acquire()
+            scores.group.kill(0)
+        with pytest.raises(WorkerError, match="died"):
+            await asked
+        assert len(scores.group.calls) == 2
+
+    run(law)
+
+
+@pytest.mark.parametrize("kind", ["reward", "reference"])
+def test_a_scorer_that_cannot_be_started_again_fails_its_work_with_the_reason(kind: str) -> None:
+    async def law() -> None:
+        scores = Scores(1)
+        asked = asyncio.create_task(scores.pool(kind)("5"))
+        await scores.arrived.acquire()
+        scores.group.bad_starts = 2
+        scores.group.kill(0)
+        with pytest.raises(WorkerError, match="could not be started 2 times in a row, the last: MemoryError: no room"):
+            await asked
+        assert scores.kinds().count("start_failed") == 2
+
+    run(law)
+
+
+def test_groups_that_die_with_one_worker_restart_it_once() -> None:
+    async def law() -> None:
+        scores = Scores(1)
+        pool = RewardPool(scores.group, LIMIT_S, HealthSettings(), scores.event)  # type: ignore[arg-type]
+        asked = [asyncio.create_task(pool.score(_generated(str(i)))) for i in range(5)]
+        for _ in range(5):
+            await scores.arrived.acquire()
+        scores.group.kill(0)
+        scores.gate.set()
+        assert [r.group_id for r in await asyncio.gather(*asked)] == [str(i) for i in range(5)]
+        assert scores.kinds().count("worker_died") == 1 == scores.kinds().count("worker_replaced")
+
+    run(law)
+
+
+def test_a_pool_that_is_closed_starts_nobody_again() -> None:
+    async def law() -> None:
+        scores = Scores(1)
+        pool = RewardPool(scores.group, LIMIT_S, HealthSettings(), scores.event)  # type: ignore[arg-type]
+        starting, never = asyncio.Event(), asyncio.Event()
+
+        async def hang(index: int) -> None:
+            starting.set()
+            await never.wait()
+
+        scores.group.ready_at = hang  # type: ignore[method-assign]
+        asked = asyncio.create_task(pool.score(_generated("1")))
+        await scores.arrived.acquire()
+        scores.group.kill(0)
+        await starting.wait()
+        await pool.close()
+        asked.cancel()
+        assert "worker_replaced" not in scores.kinds() and not scores.group.alive
+
+    run(law)

@@ -1,0 +1,72 @@
+"""Places of a role: each is taken once, those of the layout first, and only on nodes that are alive."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cluster.errors import DeadlineError
+from cluster.layout import WorkerSlot
+from cluster.places import Places
+
+SLOTS = [WorkerSlot("generator", i, i % 2, 1.0, 4.0, 4, (i,)) for i in range(3)]
+
+
+class Cluster:
+    """Stands for a placement: two nodes of the layout, which may die, and room for more workers."""
+
+    def __init__(self, room: int) -> None:
+        self.room, self.dead = room, set[int]()
+        self.grown: set[int] = set()
+
+    def stands(self, slot: WorkerSlot) -> bool:
+        return slot.node not in self.dead
+
+    async def grow(self, slot: WorkerSlot, deadline_s: float) -> None:
+        if len(self.grown) == self.room:
+            raise DeadlineError("1 GPUs", "the Ray cluster", deadline_s)
+        assert slot.index not in self.grown
+        self.grown.add(slot.index)
+
+    def shrink(self, slot: WorkerSlot) -> None:
+        self.grown.remove(slot.index)
+
+
+@settings(deadline=None)
+@given(st.lists(st.sampled_from(["take", "back", "die"]), max_size=30), st.integers(0, 3))
+def test_a_place_has_one_worker_and_no_place_is_on_a_dead_node(steps: list[str], room: int) -> None:
+    cluster = Cluster(room)
+    places = Places(SLOTS, cluster, 1.0)  # type: ignore[arg-type]
+    taken = {slot.index: slot for slot in SLOTS}
+    for step in steps:
+        if step == "die" and taken:
+            cluster.dead.add(next(iter(taken.values())).node)
+        elif step == "back" and taken:
+            places.give_back(taken.pop(min(taken)))
+        elif step == "take":
+            free = [s for s in SLOTS if s.index not in taken and s.node not in cluster.dead]
+            try:
+                slot = asyncio.run(places.take())
+            except DeadlineError:
+                assert not free and len(cluster.grown) == room
+                continue
+            assert slot.index not in taken and (slot in free if free else slot.index in cluster.grown)
+            taken[slot.index] = slot
+    assert cluster.grown == {index for index in taken if index >= len(SLOTS)}
+
+
+def test_in_this_process_there_is_always_room_and_a_new_place_is_like_the_others() -> None:
+    places = Places(SLOTS, None, 1.0)
+    new = asyncio.run(places.take())
+    assert (new.role, new.index, new.gpus, new.threads, new.cpu_ids) == ("generator", 3, 1.0, 4, ())
+    places.give_back(new)
+    assert asyncio.run(places.take()).index == 4
+
+
+def test_no_room_is_said_in_time_and_costs_nothing() -> None:
+    cluster = Cluster(0)
+    with pytest.raises(DeadlineError, match="waited 1 s for 1 GPUs"):
+        asyncio.run(Places(SLOTS, cluster, 1.0).take())  # type: ignore[arg-type]
