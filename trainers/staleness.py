@@ -1,33 +1,53 @@
-"""Admission: how far generators may run ahead of the learner.  A pure state machine.
+"""How far generators may run ahead, and when a finished group must be trained on.  Pure.
 
-    accepted + running <= (max_staleness + version + 1) * groups_per_step
+Admission:    accepted + running <= (max_staleness + version + 1) * groups_per_step
+Consumption:  a group admitted at version a is trained on at a version <= a + max_staleness
 
-``accepted`` counts finished groups over the whole run, ``running`` those being sampled; a group that
-is filtered or fails gives its slot back.  With ``max_staleness`` 0 exactly one step's groups are
-sampled under each version: synchronous, on-policy training.
+``accepted`` counts finished groups over the whole run, ``running`` those under way; a group that is filtered or
+fails gives its slot back.  Admission alone does not bound the age of a straggler; consumption alone could ask for
+more groups than a batch holds.  Together they cannot: at version v at most ``groups_per_step`` groups that are not
+trained on yet were admitted at v - max_staleness or before, so one batch always holds all that are at their bound.
+The learner takes what finished first and waits only for a group at its bound; nothing is ever dropped for its age,
+because slow groups are long ones, and a model that is never trained on long answers learns to be short.
+
+A version is one lap.  With ``max_staleness`` 0 exactly one step's groups are sampled under each version, and all
+of them are at their bound: synchronous, on-policy training.
 May import: the standard library.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+
 
 class AdmissionGate:
-    """Counts slots.  ``version`` is the number of laps finished since the run began."""
+    """Counts slots.  ``version`` is the number of laps finished since the run began.
 
-    def __init__(self, max_staleness: int, groups_per_step: int, version: int = 0) -> None:
-        if max_staleness < 0 or groups_per_step < 1 or version < 0:
-            raise ValueError(f"{max_staleness=}, {groups_per_step=}, {version=}")
+    Args:
+        num_finished: groups that a resumed run brought along, finished and not trained on.
+        num_steps: laps of the whole run: nothing is admitted that none of them would train on.
+    """
+
+    def __init__(
+        self, max_staleness: int, groups_per_step: int, version: int = 0, num_finished: int = 0,
+        num_steps: int | None = None,
+    ) -> None:  # fmt: skip
+        if max_staleness < 0 or groups_per_step < 1 or version < 0 or num_finished < 0:
+            raise ValueError(f"{max_staleness=}, {groups_per_step=}, {version=}, {num_finished=}")
         self.max_staleness, self.groups_per_step = max_staleness, groups_per_step
-        self.version = version
+        self.version, self.num_steps = version, num_steps
         self.running = 0
         # Everything up to the present version was accepted, trained and is history.
-        self.accepted = version * groups_per_step
+        self.accepted = version * groups_per_step + num_finished
 
     @property
     def free_slots(self) -> int:
         """Groups that may be started now."""
-        bound = (self.max_staleness + self.version + 1) * self.groups_per_step
-        return max(0, bound - self.accepted - self.running)
+        laps = self.max_staleness + self.version + 1
+        if self.num_steps is not None:
+            laps = min(laps, self.num_steps)
+        return max(0, laps * self.groups_per_step - self.accepted - self.running)
 
     def admit(self) -> None:
         """A group starts."""
@@ -52,3 +72,39 @@ class AdmissionGate:
         if self.running == 0:
             raise ValueError("no group is running")
         self.running -= 1
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The next batch, or what it waits for."""
+
+    batch: tuple[int, ...] = ()  # positions in stream order; empty: wait
+    at_bound: tuple[int, ...] = ()  # positions that are waited for although enough others have finished
+
+
+def choose_batch(
+    version: int, max_staleness: int, groups_per_step: int, running: Mapping[int, int], finished: Mapping[int, int]
+) -> Choice:
+    """What the lap that starts from ``version`` trains on.
+
+    Args:
+        running: position -> version at admission, of groups that are not finished.
+        finished: the same of those that are, in the order in which they finished.
+
+    Raises:
+        ValueError: more groups are at their bound than a batch holds, or one is past it: admission was not kept.
+    """
+    oldest = version - max_staleness
+    due = [p for p, admitted in finished.items() if admitted <= oldest]
+    late = tuple(p for p, admitted in running.items() if admitted <= oldest)
+    if len(due) + len(late) > groups_per_step or min([*running.values(), *finished.values()], default=oldest) < oldest:
+        raise ValueError(
+            f"version {version}, max_staleness {max_staleness}: {len(due) + len(late)} groups are at their bound or "
+            f"past it, and a batch holds {groups_per_step}"
+        )
+    if len(finished) < groups_per_step:
+        return Choice()
+    if late:
+        return Choice(at_bound=late)
+    first = due + [p for p in finished if finished[p] > oldest][: groups_per_step - len(due)]
+    return Choice(batch=tuple(sorted(first)))
