@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,10 +42,13 @@ class Publisher:
         bucket_bytes: int,
         workers_per_engine: int,
         deadline_s: float,
+        staggered: bool = False,
     ) -> None:
+        """``staggered``: one generator pauses at a time, because the others sample meanwhile; else all at once."""
         self.learner, self.generators, self.transport = learner, generators, transport
         self.directory, self.dtype, self.bucket_bytes = directory, dtype, bucket_bytes
         self.workers_per_engine, self.deadline_s = workers_per_engine, deadline_s
+        self.staggered = staggered
         self._connected = transport != "group"
 
     def serving_rank(self, engine: int) -> int:
@@ -76,15 +80,16 @@ class Publisher:
             "weights_call", "publish_file", str(path), str(version), self.dtype, deadline_s=self.deadline_s
         )
         info = {"transport": "file", "path": str(path)}
-        loads = await self.generators.call_all("load_weights", info, manifests[0], deadline_s=self.deadline_s)
+        loads = await self._each(
+            lambda e: self.generators.call(e, "load_weights", info, manifests[0], deadline_s=self.deadline_s)
+        )
         for old in self.directory.glob("weights-*.safetensors"):
             if old != path:  # the newest stays: it is how a late generator catches up
                 old.unlink(missing_ok=True)
         return manifests[0], loads
 
     async def _push_staged(self, version: WeightVersion) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        engines = range(len(self.generators))
-        serving = {self.serving_rank(e) for e in engines}
+        serving = {self.serving_rank(e) for e in range(len(self.generators))}
         manifests = await self.learner.call_all(
             "stage_weights",
             str(version),
@@ -94,8 +99,14 @@ class Publisher:
             per_worker=[(rank in serving,) for rank in range(len(self.learner))],
         )
         manifest = manifests[0]
-        loads = await asyncio.gather(*(self._deliver(e, manifest) for e in engines))
-        return manifest, list(loads)
+        return manifest, await self._each(lambda e: self._deliver(e, manifest))
+
+    async def _each(self, load: Callable[[int], Awaitable[dict[str, Any]]]) -> list[dict[str, Any]]:
+        """``load`` of every engine, in engine order.  Requests that run keep their KV cache and go on afterwards."""
+        engines = range(len(self.generators))
+        if self.staggered:
+            return [await load(e) for e in engines]
+        return list(await asyncio.gather(*(load(e) for e in engines)))
 
     async def _deliver(self, engine: int, manifest: dict[str, Any]) -> dict[str, Any]:
         rank = self.serving_rank(engine)

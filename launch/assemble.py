@@ -210,7 +210,7 @@ async def assemble(
         ),
         publisher=Publisher(
             learners, generators, transport, directory, dtype, config.push.bucket_bytes,
-            config.generator.tensor_parallel_size, config.push.deadline_s,
+            config.generator.tensor_parallel_size, config.push.deadline_s, staggered=config.run.max_staleness > 0,
         ),
         layout=layout,
         device=device,

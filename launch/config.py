@@ -26,6 +26,7 @@ from launch.row_settings import PretrainingSettings
 from trainers.alarms import AlarmSettings
 from trainers.algorithms import AlgorithmSettings
 from trainers.kl_controller import MAX_ERROR
+from trainers.ledger import MAX_ATTEMPTS
 from trainers.rewards import RewardSettings
 from trainers.settings import Settings
 
@@ -103,7 +104,10 @@ class RunSettings(Settings):
     num_steps: Positive = Field(description="laps: batches sampled, trained on and pushed")
     groups_per_step: Positive = Field(description="prompts trained on in one step")
     samples_per_prompt: Positive = Field(8, description="completions of one prompt: the group")
-    max_staleness: int = Field(0, ge=0, description="versions a trained sample may lag; 0: on-policy")
+    max_staleness: int = Field(
+        0, ge=0, description="steps a trained sample may lag behind the learner; 0: synchronous, on-policy"
+    )
+    max_attempts: Positive = Field(MAX_ATTEMPTS, description="times a group is tried before it counts as failed")
 
     @model_validator(mode="after")
     def _plain_name(self) -> Self:
@@ -137,9 +141,10 @@ class RunConfig(Settings):
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:
         run, alg = self.run, self.algorithm
-        if run.max_staleness > 0:
+        if run.max_staleness > 0 and self.cluster.backend == "in_process":
             raise ValueError(
-                f"run.max_staleness={run.max_staleness}: only synchronous runs are built so far; use 0"
+                f"run.max_staleness={run.max_staleness}: generators and learner share one process with "
+                "cluster.backend=in_process and cannot work at the same time; use 0 or cluster.backend=ray"
             )
         if run.samples_per_prompt < 2 and not alg.needs_critic:
             raise ValueError(

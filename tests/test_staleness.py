@@ -86,10 +86,18 @@ def test_only_a_group_at_its_bound_is_waited_for_and_it_goes_before_all_others()
 
 
 def test_a_group_past_its_bound_or_too_many_at_it_are_a_mistake_of_admission() -> None:
-    with pytest.raises(ValueError, match="past it"):
+    with pytest.raises(ValueError, match="-1 laps before"):
         choose_batch(2, 1, 2, {0: 0}, {})
     with pytest.raises(ValueError, match="a batch holds 1"):
         choose_batch(1, 1, 1, {0: 0}, {1: 0})
+
+
+def test_young_groups_do_not_crowd_out_more_old_ones_than_the_lap_at_their_bound_can_hold() -> None:
+    """Four old groups and two laps of two: both must be old ones, although two young ones finished before."""
+    finished = {8: 1, 9: 1, 4: 0, 1: 0, 7: 0}
+    assert choose_batch(2, 3, 2, {0: 0}, finished).batch == (1, 4)
+    assert choose_batch(2, 4, 2, {0: 0}, finished).batch == (8, 9)
+    assert choose_batch(2, 3, 2, {0: 0, 1: 0, 7: 0}, {8: 1, 9: 1, 4: 0}) == Choice(at_bound=(0, 1, 7))
 
 
 @settings(max_examples=300, deadline=None)

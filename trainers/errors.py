@@ -1,7 +1,8 @@
-"""The errors a user can cause.  One line each: field, value, reason, remedy.  Imports nothing.
+"""The errors that Burnish raises on purpose.  One line each: field, value, reason, remedy.  Imports nothing.
 
     BurnishError
     |- InputError          bad configuration, data, model folder or reward function (exit code 2)
+    |- GroupLost           one group could not be sampled or scored; the run tries it again, or goes on without it
     `- VerificationError   two things that must be equal are not (fingerprints, checksums, probes)
 """
 
@@ -29,6 +30,10 @@ class InputError(BurnishError):
             shown = shown[:157] + "..."
         line = f"{self.field} = {shown}: {self.reason}; {self.remedy}"
         return " ".join(line.split())
+
+
+class GroupLost(BurnishError):
+    """Raised by a generator or scorer for one group that came to nothing; its text is the reason, in one line."""
 
 
 class VerificationError(BurnishError):

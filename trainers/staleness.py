@@ -4,11 +4,14 @@ Admission:    accepted + running <= (max_staleness + version + 1) * groups_per_s
 Consumption:  a group admitted at version a is trained on at a version <= a + max_staleness
 
 ``accepted`` counts finished groups over the whole run, ``running`` those under way; a group that is filtered or
-fails gives its slot back.  Admission alone does not bound the age of a straggler; consumption alone could ask for
-more groups than a batch holds.  Together they cannot: at version v at most ``groups_per_step`` groups that are not
-trained on yet were admitted at v - max_staleness or before, so one batch always holds all that are at their bound.
-The learner takes what finished first and waits only for a group at its bound; nothing is ever dropped for its age,
-because slow groups are long ones, and a model that is never trained on long answers learns to be short.
+fails gives its slot back.  Admission alone does not bound the age of a straggler, so consumption does.  The learner
+takes what finished first, as long as what it leaves can still be trained on in time: with D(u) groups that are not
+trained on yet and must be at version u at the latest, laps v + 1 .. u have room for (u - v) * groups_per_step of
+them, and the rest, D(u) - (u - v) * groups_per_step, must be in the batch of lap v.  Only where too few of those
+have finished it waits for one.  Looking at u = v alone is not enough: fast young groups would then crowd out more
+old ones than the last lap before their bound can hold.  Admission keeps the rest within one batch: everything not
+trained on is at most (max_staleness + 1) * groups_per_step groups.  Nothing is ever dropped for its age, because
+slow groups are long ones, and a model that is never trained on long answers learns to be short.
 
 A version is one lap.  With ``max_staleness`` 0 exactly one step's groups are sampled under each version, and all
 of them are at their bound: synchronous, on-policy training.
@@ -79,7 +82,7 @@ class Choice:
     """The next batch, or what it waits for."""
 
     batch: tuple[int, ...] = ()  # positions in stream order; empty: wait
-    at_bound: tuple[int, ...] = ()  # positions that are waited for although enough others have finished
+    at_bound: tuple[int, ...] = ()  # running positions, one of which is waited for although enough others finished
 
 
 def choose_batch(
@@ -92,19 +95,26 @@ def choose_batch(
         finished: the same of those that are, in the order in which they finished.
 
     Raises:
-        ValueError: more groups are at their bound than a batch holds, or one is past it: admission was not kept.
+        ValueError: a group is past its bound, or more must be in this batch than it holds: admission was not kept.
     """
-    oldest = version - max_staleness
-    due = [p for p, admitted in finished.items() if admitted <= oldest]
-    late = tuple(p for p, admitted in running.items() if admitted <= oldest)
-    if len(due) + len(late) > groups_per_step or min([*running.values(), *finished.values()], default=oldest) < oldest:
-        raise ValueError(
-            f"version {version}, max_staleness {max_staleness}: {len(due) + len(late)} groups are at their bound or "
-            f"past it, and a batch holds {groups_per_step}"
-        )
+    chosen: list[int] = []
+    late: tuple[int, ...] = ()
+    for admitted in sorted({*running.values(), *finished.values()}):  # the groups that must be trained first, first
+        laps_left = admitted + max_staleness - version
+        due = [p for p, a in finished.items() if a <= admitted]
+        awaited = tuple(p for p, a in running.items() if a <= admitted)
+        num_needed = len(due) + len(awaited) - laps_left * groups_per_step
+        if laps_left < 0 or num_needed > groups_per_step:
+            raise ValueError(
+                f"version {version}, max_staleness {max_staleness}: {len(due) + len(awaited)} groups admitted at "
+                f"{admitted} or before, {laps_left} laps before their bound; a batch holds {groups_per_step}"
+            )
+        if num_needed > len(due) and not late:
+            late = awaited
+        chosen += [p for p in due if p not in chosen][: max(0, num_needed - len(chosen))]
     if len(finished) < groups_per_step:
         return Choice()
     if late:
         return Choice(at_bound=late)
-    first = due + [p for p in finished if finished[p] > oldest][: groups_per_step - len(due)]
-    return Choice(batch=tuple(sorted(first)))
+    chosen += [p for p in finished if p not in chosen][: groups_per_step - len(chosen)]
+    return Choice(batch=tuple(sorted(chosen)))
