@@ -25,6 +25,7 @@ from cluster.settings import ClusterSettings
 from launch.row_settings import PretrainingSettings
 from trainers.alarms import AlarmSettings
 from trainers.algorithms import AlgorithmSettings
+from trainers.filtering import FilterSettings
 from trainers.kl_controller import MAX_ERROR
 from trainers.ledger import MAX_ATTEMPTS
 from trainers.rewards import RewardSettings
@@ -126,6 +127,7 @@ class RunConfig(Settings):
     reward_models: tuple[RewardModelSettings, ...] = ()
     algorithm: AlgorithmSettings = AlgorithmSettings()
     pretraining: PretrainingSettings | None = None
+    filtering: FilterSettings = FilterSettings()
     generator: GeneratorSettings = GeneratorSettings()
     learner: LearnerSettings = LearnerSettings()
     critic: CriticSettings = CriticSettings()
@@ -149,6 +151,11 @@ class RunConfig(Settings):
         if run.samples_per_prompt < 2 and not alg.needs_critic:
             raise ValueError(
                 f"run.samples_per_prompt={run.samples_per_prompt}: a group-relative advantage needs at least 2 samples"
+            )
+        if self.filtering.zero_variance and alg.needs_critic:
+            raise ValueError(
+                f"filtering.zero_variance=true: with algorithm.name={alg.name} advantages come from the critic, and a "
+                "group of equal rewards teaches as much as any other; leave it out"
             )
         if run.groups_per_step % alg.num_minibatches:
             raise ValueError(

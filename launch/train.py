@@ -181,7 +181,8 @@ class _Run:
         settings = LoopSettings(
             num_steps=run.num_steps, groups_per_step=run.groups_per_step, samples_per_prompt=run.samples_per_prompt,
             max_staleness=run.max_staleness, temperature=sampling.temperature, max_tokens=sampling.max_tokens,
-            seed=run.seed, max_attempts=run.max_attempts,
+            seed=run.seed, max_attempts=run.max_attempts, filtering=config.filtering,
+            mask_truncated=config.algorithm.mask_truncated,
         )  # fmt: skip
         fleet = self.fleet
         self.ppo = self._ppo_lap()

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from trainers.errors import GroupLost, VerificationError
 from trainers.evaluation import evaluate
 from trainers.experience import GroupRewards, GroupSummary, Prompt, WeightVersion
+from trainers.filtering import FilterSettings, RefillLimit, useless
 from trainers.ledger import Ledger, Trained
 from trainers.loop import LoopParts, LoopSettings, TrainingLoop
 from trainers.protocols import GeneratedGroup, GroupRequest, LearnerGroup, PushReport, UpdateReport
@@ -145,7 +146,8 @@ class World:
         self.saved = step, json.dumps(state), finished
         self.calls.append((now(), "saved", step))
 
-    def start(self, num_steps: int, max_staleness: int, *, ppo: Any = None, resume: bool = False) -> TrainingLoop:
+    def start(self, num_steps: int, max_staleness: int, *, ppo: Any = None, resume: bool = False,
+              filtering: FilterSettings | None = None) -> TrainingLoop:  # fmt: skip
         parts = LoopParts(
             prompts=self, generator=self, scorer=self, reference=None, learner=self, publisher=self, recorder=self,
             between_steps=self.between, on_update=lambda step, batch, report: None, after_record=self.after, ppo=ppo,
@@ -158,6 +160,8 @@ class World:
         self.version = WeightVersion(self.version.incarnation + resume, first)
         del self.trained[first * G :]
         chosen = LoopSettings(num_steps, G, SAMPLES, max_staleness, 1.0, 8, 0)
+        if filtering is not None:
+            chosen = replace(chosen, filtering=filtering)
         self.loop = TrainingLoop(chosen, parts, first, self.version, 0, ledger, finished)
         return self.loop
 
@@ -371,3 +375,91 @@ def test_values_are_those_of_the_critic_before_this_very_update(max_staleness: i
         end = order.index(("update", step))
         begin = 0 if step == 0 else order.index(("update", step - 1)) + 1
         assert sorted(order[begin:end]) == [("values", p) for p in sorted(positions(batch))]
+
+
+# --- filtering ----------------------------------------------------------------------------------------
+
+
+def filtered(equal: Callable[[int], bool], max_refills: int = 4, at_limit: str = "keep") -> tuple[World, FilterSettings]:
+    """A world in which the samples of some positions all get the same reward."""
+    world = World(generate_s=lambda p: 1.0 + p % 3, update_s=1.0)
+
+    async def score(group: GeneratedGroup) -> GroupRewards:
+        name, n = group.summary.group_id, group.summary.num_samples
+        totals = np.ones(n) if equal(int(name)) else np.arange(n, dtype=np.float64)
+        return GroupRewards(name, totals, {"r": totals})
+
+    world.score = score  # type: ignore[method-assign]
+    chosen = FilterSettings.model_validate(
+        {"zero_variance": True, "max_refills": max_refills, "at_limit": at_limit}
+    )
+    return world, chosen
+
+
+@pytest.mark.parametrize("max_staleness", [0, 2])
+def test_groups_without_a_spread_are_replaced_and_every_one_of_them_is_counted(max_staleness: int) -> None:
+    world, filtering = filtered(lambda p: p % 3 == 0)
+    run(world, 6, max_staleness, filtering=filtering)
+    assert sorted(world.trained) == [p for p in range(18) if p % 3]
+    rows = [world.rows[step] for step in range(1, 7)]
+    assert {row["groups/num_trained"] for row in rows} == {G}
+    assert sum(row["groups/num_generated"] for row in rows) == 18 + (world.attempts.get(18, 0))
+    assert sum(row["groups/num_dropped"] for row in rows) >= 6
+    assert all(row["reward"] == 1.5 for row in rows)
+    dropped = [row for row in rows if row["groups/num_dropped"]]
+    for row in dropped:  # what a reader of the unfiltered run would have seen
+        total = G + row["groups/num_dropped"]
+        assert row["frac_reward_zero_std"] == pytest.approx(row["groups/num_dropped"] / total)
+        assert row["groups/reward_generated"] == pytest.approx((1.5 * G + row["groups/num_dropped"]) / total)
+    assert world.loop is not None
+    counts = world.loop.rollouts.ledger.counts
+    assert counts["trained"] == 12 and counts["dropped"] == sum(row["groups/num_dropped"] for row in rows)
+
+
+def test_nothing_is_filtered_unless_asked_for() -> None:
+    world, _ = filtered(lambda p: True)
+    run(world, 2, 0)
+    assert world.trained == [0, 1, 2, 3] and world.rows[1]["groups/num_dropped"] == 0
+    assert "groups/reward_generated" not in world.rows[1] and world.rows[1]["frac_reward_zero_std"] == 1
+
+
+@pytest.mark.parametrize("max_staleness", [0, 1])
+def test_at_the_limit_useless_groups_stay_and_the_step_ends(max_staleness: int) -> None:
+    world, filtering = filtered(lambda p: True, max_refills=3)
+    run(world, 3, max_staleness, filtering=filtering)
+    assert [len(batch) for batch in world.batches] == [G] * 3
+    assert all(row["groups/num_dropped"] <= 3 * G for row in world.rows.values())
+    assert world.rows[1]["groups/num_dropped"] == 3 * G and world.rows[1]["frac_reward_zero_std"] == 1
+
+
+def test_at_the_limit_the_run_ends_with_what_to_do_if_that_is_wanted() -> None:
+    world, filtering = filtered(lambda p: p > 1, max_refills=2, at_limit="fail")
+    with pytest.raises(RefillLimit, match=r"max_refills = 2: 4 groups were dropped for step 2.*medium difficulty"):
+        run(world, 3, 0, filtering=filtering)
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("totals", "reasons", "mask_truncated", "expected"),
+    [
+        ([1.0, 1.0, 1.0], "sss", False, "no spread"),
+        ([1.0, 1.0, 0.0], "sss", False, None),
+        ([1.0, 1.0, NAN], "sss", False, "no spread"),
+        ([NAN, NAN, NAN], "sss", False, "no sample may be trained on"),
+        ([1.0, NAN, NAN], "sss", False, "no spread"),
+        ([1.0, 1.0, 0.0], "ssa", False, "no spread"),
+        ([1.0, 1.0, 0.0], "ssl", True, None),
+        ([1.0, 0.0, 0.5], "lll", True, "no sample may be trained on"),
+        ([1.0, 0.0, 0.5], "lll", False, None),
+    ],
+)
+def test_a_group_is_useless_exactly_when_it_has_no_advantage(
+    totals: list[float], reasons: str, mask_truncated: bool, expected: str | None
+) -> None:
+    """Masked and aborted samples are no part of the baseline; truncated ones are, even where they are not trained."""
+    names: dict[str, Any] = {"s": "stop", "l": "length", "a": "abort"}
+    version, n = WeightVersion(0, 0), len(totals)
+    summary = GroupSummary("0", "p", 2, (3,) * n, tuple(names[r] for r in reasons), version, version, "g", 0.0)
+    assert useless(summary, GroupRewards("0", np.array(totals), {}), mask_truncated) == expected

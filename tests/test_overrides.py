@@ -147,6 +147,11 @@ def test_sections_that_disagree_are_refused_in_one_line(override: str, field: st
         assert error.field == field
 
 
+def test_groups_of_equal_rewards_are_not_dropped_where_a_critic_is_the_baseline() -> None:
+    error = refuse("filtering.zero_variance=true", recipe="cpu-ppo")
+    assert error.field == "filtering.zero_variance" and "algorithm.name=ppo" in str(error)
+
+
 def test_one_process_that_computes_one_thing_at_a_time_is_never_ahead() -> None:
     error = refuse("run.max_staleness=2", "cluster.backend=in_process")
     assert error.field == "run.max_staleness" and "cluster.backend=ray" in str(error)

@@ -104,7 +104,7 @@ class TrainingLoop:
             return
         batch, tally = taken
         self._check_lag(batch)
-        metrics = group_metrics(batch, self.version)
+        metrics = group_metrics(batch, self.version, tally.dropped if s.filtering.zero_variance else None)
         learn_from = parts.clock()
         parts.recorder.phase("learn", 0, 1)
         report = await (parts.learner if parts.ppo is None else parts.ppo).update(batch, self.step)
@@ -126,6 +126,12 @@ class TrainingLoop:
         metrics |= dict(report.metrics) | times
         sampling_s = times.get("time/generate_s", tally.taken_at - tally.since)
         metrics |= throughput(times, sampling_s, tally.num_tokens, report.num_tokens, len(batch) * s.samples_per_prompt)
+        metrics |= {
+            "groups/num_generated": float(tally.num_sampled),
+            "groups/num_dropped": float(len(tally.dropped)),
+            "groups/num_failed": float(tally.num_failed),
+            "groups/num_trained": float(len(batch)),
+        }
         metrics |= {"num_tokens": float(self.num_tokens), "push/num_bytes": float(push.num_bytes)}
         metrics |= await parts.between_steps(self.step, self.version, last)
         parts.recorder.step(self.step, metrics)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from trainers.experience import Prompt, WeightVersion
+from trainers.filtering import FilterSettings
 from trainers.ledger import MAX_ATTEMPTS
 from trainers.ppo_lap import PPOLap
 from trainers.protocols import (
@@ -42,6 +43,8 @@ class LoopSettings:
     max_tokens: int
     seed: int
     max_attempts: int = MAX_ATTEMPTS
+    filtering: FilterSettings = FilterSettings()
+    mask_truncated: bool = False  # as the algorithm has it: which samples may be trained on
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,7 @@
 
     pending --> [gate] --> in flight: generate --> score      \\
        ^                                     |--> reference --> finished --> take: the next batch
-       |                                     \\--> values    /
+       |                                     \\--> values    /   `--> dropped, which makes room for another
        `--- lost, n times at most
 
 The ledger says what became of every position, the gate how many may be under way, ``choose_batch`` which of the
@@ -14,9 +14,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from trainers.errors import GroupLost
+from trainers.experience import GroupRewards
+from trainers.filtering import RefillLimit, useless
 from trainers.ledger import Ledger
 from trainers.loop_parts import LoopParts, LoopSettings
 from trainers.protocols import GeneratedGroup, GroupRequest, LearnerGroup, Payload
@@ -32,6 +34,7 @@ class Tally:
     num_sampled: int = 0  # groups
     num_tokens: int = 0  # of their completions
     num_failed: int = 0  # groups given up
+    dropped: list[GroupRewards] = field(default_factory=list)  # of groups that were filtered
     sampled_at: float = 0.0  # the last of them; 0: none
     taken_at: float = 0.0  # when the batch was complete
     wait_s: float = 0.0  # the learner had no batch
@@ -93,6 +96,12 @@ class Rollouts:
         except GroupLost as error:
             self._lost(position, error)
             return
+        if (reason := self._reason_to_drop(group)) is not None:
+            self.tally.dropped.append(group.rewards)
+            self.ledger.drop(position, reason)
+            self._gate.give_back()
+            self._slots.set()
+            return
         self._groups[position] = group
         self.ledger.finish(position)
         self._gate.accept()
@@ -130,6 +139,17 @@ class Rollouts:
         if self.parts.ppo is None or self.settings.max_staleness > 0:
             return None
         return await self.parts.ppo.critic.values(generated)
+
+    def _reason_to_drop(self, group: LearnerGroup) -> str | None:
+        filtering, num_dropped = self.settings.filtering, len(self.tally.dropped)
+        if not filtering.zero_variance:
+            return None
+        reason = useless(group.summary, group.rewards, self.settings.mask_truncated)
+        if reason is None or num_dropped < filtering.max_refills * self.settings.groups_per_step:
+            return reason
+        if filtering.at_limit == "fail":
+            raise RefillLimit(filtering, num_dropped, self._gate.version + 1)
+        return None
 
     def _lost(self, position: int, error: GroupLost) -> None:
         again = self.ledger.lose(position, str(error))
