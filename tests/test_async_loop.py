@@ -380,7 +380,9 @@ def test_values_are_those_of_the_critic_before_this_very_update(max_staleness: i
 # --- filtering ----------------------------------------------------------------------------------------
 
 
-def filtered(equal: Callable[[int], bool], max_refills: int = 4, at_limit: str = "keep") -> tuple[World, FilterSettings]:
+def filtered(
+    equal: Callable[[int], bool], max_refills: int = 4, at_limit: str = "keep"
+) -> tuple[World, FilterSettings]:
     """A world in which the samples of some positions all get the same reward."""
     world = World(generate_s=lambda p: 1.0 + p % 3, update_s=1.0)
 

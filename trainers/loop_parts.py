@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from trainers.experience import Prompt, WeightVersion
@@ -43,7 +43,7 @@ class LoopSettings:
     max_tokens: int
     seed: int
     max_attempts: int = MAX_ATTEMPTS
-    filtering: FilterSettings = FilterSettings()
+    filtering: FilterSettings = field(default_factory=FilterSettings)
     mask_truncated: bool = False  # as the algorithm has it: which samples may be trained on
 
 
