@@ -87,7 +87,7 @@ def test_only_a_group_at_its_bound_is_waited_for_and_it_goes_before_all_others()
 
 def test_a_group_past_its_bound_or_too_many_at_it_are_a_mistake_of_admission() -> None:
     with pytest.raises(ValueError, match="-1 laps before"):
-        choose_batch(2, 1, 2, {0: 0}, {})
+        choose_batch(2, 1, 1, {0: 0}, {1: 2})
     with pytest.raises(ValueError, match="a batch holds 1"):
         choose_batch(1, 1, 1, {0: 0}, {1: 0})
 

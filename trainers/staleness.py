@@ -97,7 +97,9 @@ def choose_batch(
     Raises:
         ValueError: a group is past its bound, or more must be in this batch than it holds: admission was not kept.
     """
-    chosen: list[int] = []
+    if len(finished) < groups_per_step:
+        return Choice()
+    chosen: dict[int, None] = {}  # in the order of choice
     late: tuple[int, ...] = ()
     for admitted in sorted({*running.values(), *finished.values()}):  # the groups that must be trained first, first
         laps_left = admitted + max_staleness - version
@@ -111,10 +113,8 @@ def choose_batch(
             )
         if num_needed > len(due) and not late:
             late = awaited
-        chosen += [p for p in due if p not in chosen][: max(0, num_needed - len(chosen))]
-    if len(finished) < groups_per_step:
-        return Choice()
+        chosen |= dict.fromkeys([p for p in due if p not in chosen][: max(0, num_needed - len(chosen))])
     if late:
         return Choice(at_bound=late)
-    chosen += [p for p in finished if p not in chosen][: groups_per_step - len(chosen)]
+    chosen |= dict.fromkeys([p for p in finished if p not in chosen][: groups_per_step - len(chosen)])
     return Choice(batch=tuple(sorted(chosen)))
