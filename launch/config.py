@@ -27,7 +27,6 @@ from trainers.alarms import AlarmSettings
 from trainers.algorithms import AlgorithmSettings
 from trainers.filtering import FilterSettings
 from trainers.kl_controller import MAX_ERROR
-from trainers.ledger import MAX_ATTEMPTS
 from trainers.rewards import RewardSettings
 from trainers.settings import Settings
 
@@ -108,7 +107,6 @@ class RunSettings(Settings):
     max_staleness: int = Field(
         0, ge=0, description="steps a trained sample may lag behind the learner; 0: synchronous, on-policy"
     )
-    max_attempts: Positive = Field(MAX_ATTEMPTS, description="times a group is tried before it counts as failed")
 
     @model_validator(mode="after")
     def _plain_name(self) -> Self:

@@ -65,15 +65,15 @@ def restored_ledger(config: RunConfig, checkpoint: Checkpoint | None) -> tuple[L
     Groups that were saved under other settings are sampled again, like those that were in flight.
     """
     if checkpoint is None:
-        return Ledger(config.run.max_attempts), []
+        return Ledger(), []
     saved = checkpoint.metadata
     if "ledger" not in saved:  # made before there was one: every position below the frontier was trained on
-        return Ledger(config.run.max_attempts, int(saved["prompts"]["position"])), []
+        return Ledger(frontier=int(saved["prompts"]["position"])), []
     spool = checkpoint.path / UNTRAINED
     usable = spool.exists() and saved["made_with"] == made_with(config)
     groups = read_spool(spool) if usable else []
     kept = {int(g.summary.group_id) for g in groups}
-    return Ledger.restore(saved["ledger"], kept, config.run.max_attempts), groups
+    return Ledger.restore(saved["ledger"], kept), groups
 
 
 def _target(folder: Path) -> int:

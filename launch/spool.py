@@ -53,8 +53,8 @@ _SCHEMA = pa.schema(
 )
 
 
-def write_spool(path: Path, groups: Sequence[LearnerGroup], deadline_s: float) -> None:
-    """Fetch the groups' payloads and write them.  Blocks.  OSError when the disk refuses."""
+def encode_spool(groups: Sequence[LearnerGroup], deadline_s: float) -> bytes:
+    """The file's content.  Blocks until the groups' payloads are here; DeadlineError when one does not come."""
     payloads = fetch_all([g.payload for g in groups], deadline_s)
     with_reference = [g.reference_payload for g in groups if g.reference_payload is not None]
     references = iter(fetch_all(with_reference, deadline_s))
@@ -65,12 +65,15 @@ def write_spool(path: Path, groups: Sequence[LearnerGroup], deadline_s: float) -
         }
         for g, payload in zip(groups, payloads, strict=True)
     ]  # fmt: skip
-    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, _SCHEMA) as writer:
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, _SCHEMA) as writer:
         writer.write_batch(pa.RecordBatch.from_pylist(rows, schema=_SCHEMA))
+    content: bytes = sink.getvalue().to_pybytes()
+    return content
 
 
 def read_spool(path: Path) -> list[LearnerGroup]:
-    """What :func:`write_spool` was given, in its order; the payloads are owned by this process."""
+    """What :func:`encode_spool` was given, in its order; the payloads are owned by this process."""
     with pa.memory_map(str(path)) as file:
         return [_group(row) for row in pa.ipc.open_file(file).read_all().to_pylist()]
 

@@ -36,7 +36,7 @@ from launch.prompts import PromptStream
 from launch.resuming import earlier_attempts, made_with, newest_checkpoint, restored_ledger
 from launch.rolling_back import WatchedRecorder
 from launch.signals import stop_on_signals
-from launch.spool import UNTRAINED, write_spool
+from launch.spool import UNTRAINED, encode_spool
 from launch.telemetry import Telemetry
 from launch.validate import refuse_problems, refuse_shortfall
 from trainers.alarms import AlarmBoard
@@ -181,8 +181,7 @@ class _Run:
         settings = LoopSettings(
             num_steps=run.num_steps, groups_per_step=run.groups_per_step, samples_per_prompt=run.samples_per_prompt,
             max_staleness=run.max_staleness, temperature=sampling.temperature, max_tokens=sampling.max_tokens,
-            seed=run.seed, max_attempts=run.max_attempts, filtering=config.filtering,
-            mask_truncated=config.algorithm.mask_truncated,
+            seed=run.seed, filtering=config.filtering, mask_truncated=config.algorithm.mask_truncated,
         )  # fmt: skip
         fleet = self.fleet
         self.ppo = self._ppo_lap()
@@ -268,7 +267,8 @@ class _Run:
         try:
             await self.fleet.learner.save(str(directory / "learner"))
             if untrained:
-                await asyncio.to_thread(write_spool, directory / UNTRAINED, untrained, PAYLOAD_DEADLINE_S)
+                spooled = await asyncio.to_thread(encode_spool, untrained, PAYLOAD_DEADLINE_S)
+                (directory / UNTRAINED).write_bytes(spooled)
             prompts = self.stream.identity() | {"position": ledger["frontier"]}
             shards = {"learner": _shards(self.config.learner)}
             if self.fleet.critic is not None and self.ppo is not None:

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainers.errors import GroupLost, VerificationError
+from trainers.errors import GroupFailedError, VerificationError
 from trainers.evaluation import evaluate
 from trainers.experience import GroupRewards, GroupSummary, Prompt, WeightVersion
 from trainers.filtering import FilterSettings, RefillLimit, useless
@@ -67,6 +67,7 @@ class World:
     evaluate_s: float = 0.0
     save_s: float = 0.0
     loses: Callable[[int, int], bool] = lambda position, attempt: False
+    deaths: int = 1  # generators that die over a group before the fleet gives it back
     version: WeightVersion = field(default_factory=lambda: WeightVersion(0, 0))
     calls: list[tuple[float, str, int]] = field(default_factory=list)  # when, what, position or step
     batches: list[list[LearnerGroup]] = field(default_factory=list)
@@ -92,7 +93,7 @@ class World:
         oldest = self.version
         await asyncio.sleep(self.generate_s(position) if position >= 0 else self.evaluate_s)
         if lost:
-            raise GroupLost(f"generator-0 died, attempt {self.attempts[position]}")
+            raise GroupFailedError(name, (f"generator-0 died, attempt {self.attempts[position]}",) * self.deaths)
         n = request.num_samples
         return GeneratedGroup(
             GroupSummary(name, request.prompt.prompt_id, 2, tuple(range(1, n + 1)), ("stop",) * n, oldest,
@@ -271,8 +272,14 @@ def test_a_lost_group_comes_again_and_one_that_is_lost_too_often_makes_room_for_
     assert world.loop.rollouts.ledger.counts == {"trained": 8, "dropped": 0, "failed": 1}
 
 
+def test_what_the_fleet_has_tried_often_enough_is_not_tried_again() -> None:
+    world = World(loses=lambda position, attempt: position == 3, deaths=3)
+    run(world, 4, 1)
+    assert sorted(world.trained) == [0, 1, 2, 4, 5, 6, 7, 8] and world.attempts[3] == 1
+
+
 def test_when_more_groups_fail_than_a_step_holds_the_run_ends_with_the_reason() -> None:
-    with pytest.raises(GroupLost, match="attempt 3"):
+    with pytest.raises(GroupFailedError, match="attempt 3"):
         run(World(loses=lambda position, attempt: position > 1), 4, 1)
 
 

@@ -15,7 +15,7 @@ from cluster.checkpoints import Checkpoint
 from launch.config import RunConfig
 from launch.overrides import load_config
 from launch.resuming import made_with, restored_ledger
-from launch.spool import UNTRAINED, read_spool, write_spool
+from launch.spool import UNTRAINED, encode_spool, read_spool
 from trainers.experience import (
     GroupRewards,
     Prompt,
@@ -59,7 +59,7 @@ def test_groups_come_back_as_they_were_in_the_order_in_which_they_finished(
     tmp_path: Path, with_reference: bool
 ) -> None:
     groups = [group(position, with_reference) for position in (7, 3, 11)]
-    write_spool(tmp_path / UNTRAINED, groups, 10.0)
+    (tmp_path / UNTRAINED).write_bytes(encode_spool(groups, 10.0))
     again = read_spool(tmp_path / UNTRAINED)
     assert [g.summary for g in again] == [g.summary for g in groups]
     assert again[0].summary.oldest_versions == (WeightVersion(1, 4), WeightVersion(1, 5))
@@ -88,7 +88,7 @@ def checkpoint(folder: Path) -> Checkpoint:
     for position in (0, 7, 3):
         ledger.finish(position)
     ledger.train([0], 1)
-    write_spool(folder / UNTRAINED, [group(7, False), group(3, False)], 10.0)
+    (folder / UNTRAINED).write_bytes(encode_spool([group(7, False), group(3, False)], 10.0))
     state = json.loads(json.dumps(ledger.state_dict()))
     metadata = {"ledger": state, "prompts": {"position": 1}, "made_with": made_with(config())}
     return Checkpoint(folder, 1, metadata)

@@ -2,8 +2,8 @@
 
     BurnishError
     |- InputError          bad configuration, data, model folder or reward function (exit code 2)
-    |- GroupLost           one group could not be sampled or scored; the run tries it again, or goes on without it
-    `- VerificationError   two things that must be equal are not (fingerprints, checksums, probes)
+    |- VerificationError   two things that must be equal are not (fingerprints, checksums, probes)
+    `- GroupFailedError    a prompt group that no generator could sample
 """
 
 from __future__ import annotations
@@ -32,9 +32,16 @@ class InputError(BurnishError):
         return " ".join(line.split())
 
 
-class GroupLost(BurnishError):
-    """Raised by a generator or scorer for one group that came to nothing; its text is the reason, in one line."""
-
-
 class VerificationError(BurnishError):
     """A check of equality between two parts of the system failed."""
+
+
+class GroupFailedError(BurnishError):
+    """Every try to sample a group failed; ``reasons``: of each, oldest first."""
+
+    def __init__(self, group_id: str, reasons: tuple[str, ...]) -> None:
+        self.group_id, self.reasons = group_id, reasons
+        super().__init__(group_id, reasons)
+
+    def __str__(self) -> str:
+        return f"group {self.group_id} was tried {len(self.reasons)} times: {'; '.join(self.reasons)}"

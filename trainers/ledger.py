@@ -152,11 +152,14 @@ class Ledger:
         entry = self._in_flight(position, "finish")
         self._put(position, Finished(entry.version, entry.attempts))
 
-    def lose(self, position: int, reason: str) -> bool:
-        """An attempt came to nothing.  True: pending again; False: failed, for it was the last one."""
+    def lose(self, position: int, reason: str, num_attempts: int = 1) -> bool:
+        """So many attempts came to nothing.  True: pending again; False: failed, for there were enough."""
+        if num_attempts < 1:
+            raise ValueError(f"{num_attempts=}")
         entry = self._in_flight(position, "lose")
-        again = entry.attempts < self.max_attempts
-        self._put(position, Pending(entry.attempts) if again else Failed(entry.attempts, reason))
+        attempts = entry.attempts - 1 + num_attempts
+        again = attempts < self.max_attempts
+        self._put(position, Pending(attempts) if again else Failed(attempts, reason))
         return again
 
     def withdraw(self, position: int) -> None:

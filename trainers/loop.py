@@ -60,7 +60,7 @@ class TrainingLoop:
         self.num_tokens = num_tokens  # prompt and completion tokens of trained samples, over the whole run
         self._stopping = asyncio.Event()
         if ledger is None:
-            ledger = Ledger(settings.max_attempts, first_step * settings.groups_per_step)
+            ledger = Ledger(frontier=first_step * settings.groups_per_step)
         self.rollouts = Rollouts(settings, parts, first_step, ledger, finished, self._stopping)
 
     def stop(self) -> None:

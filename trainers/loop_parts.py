@@ -9,7 +9,6 @@ from typing import Protocol
 
 from trainers.experience import Prompt, WeightVersion
 from trainers.filtering import FilterSettings
-from trainers.ledger import MAX_ATTEMPTS
 from trainers.ppo_lap import PPOLap
 from trainers.protocols import (
     Generator,
@@ -42,7 +41,6 @@ class LoopSettings:
     temperature: float
     max_tokens: int
     seed: int
-    max_attempts: int = MAX_ATTEMPTS
     filtering: FilterSettings = field(default_factory=FilterSettings)
     mask_truncated: bool = False  # as the algorithm has it: which samples may be trained on
 

@@ -64,7 +64,7 @@ _ROWS: tuple[Metric, ...] = (
            RUN, SUM),
     Metric("groups/num_dropped", "groups scored and dropped because they teach nothing (filtering.zero_variance)",
            "groups", RUN, SUM),
-    Metric("groups/num_failed", "groups given up after run.max_attempts attempts", "groups", RUN, SUM),
+    Metric("groups/num_failed", "groups given up after too many attempts", "groups", RUN, SUM),
     Metric("groups/num_trained", "groups in the batch", "groups", RUN, SUM),
     Metric("groups/reward_generated", "total reward of trained and dropped groups: what reward would be unfiltered",
            "reward", VALID + ", dropped ones included", MEAN),

@@ -16,7 +16,7 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from trainers.errors import GroupLost
+from trainers.errors import GroupFailedError
 from trainers.experience import GroupRewards
 from trainers.filtering import RefillLimit, useless
 from trainers.ledger import Ledger
@@ -93,7 +93,7 @@ class Rollouts:
     async def _group(self, position: int) -> None:
         try:
             group = await self._rollout(position)
-        except GroupLost as error:
+        except GroupFailedError as error:
             self._lost(position, error)
             return
         if (reason := self._reason_to_drop(group)) is not None:
@@ -151,8 +151,8 @@ class Rollouts:
             raise RefillLimit(filtering, num_dropped, self._gate.version + 1)
         return None
 
-    def _lost(self, position: int, error: GroupLost) -> None:
-        again = self.ledger.lose(position, str(error))
+    def _lost(self, position: int, error: GroupFailedError) -> None:
+        again = self.ledger.lose(position, str(error), max(1, len(error.reasons)))
         self.parts.recorder.event("group_lost", position=position, reason=str(error), again=again)
         self._gate.give_back()
         if not again:
