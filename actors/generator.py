@@ -7,6 +7,7 @@ May import: numpy, actors.*, trainers.{experience, protocols}, cluster.weight_ch
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import time
 from collections.abc import Sequence
@@ -86,16 +87,18 @@ class VLLMGenerator:
         kind: type[Engine] = InProcessEngine if in_process else BesideEngine
         self._engine: Engine = kind(arguments, str(WeightVersion(*version)))  # type: ignore[call-arg]
         self._fused: dict[str, list[str]] | None = None
+        self._numbers = itertools.count()  # of the groups that were asked for
 
     async def generate(self, request: GroupRequest) -> tuple[GroupSummary, pa.Buffer]:
         """Sample one group.  Returns (what the controller may know, the group as Arrow)."""
-        started = time.perf_counter()
+        # A group that comes back to an engine that still runs its first try must not be taken for that one.
+        started, number = time.perf_counter(), next(self._numbers)
         prompt_ids = request.prompt.token_ids.tolist()
         completions = await asyncio.gather(
             *(
                 self._engine.sample(
                     SampleRequest(
-                        request_id=f"{request.group_id}/{i}",
+                        request_id=f"{request.group_id}/{i}/{number}",
                         token_ids=prompt_ids,
                         temperature=0.0 if request.greedy else request.temperature,
                         max_tokens=request.max_tokens,

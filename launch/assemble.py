@@ -254,7 +254,7 @@ async def assemble(
         reference=reference,
         publisher=Publisher(
             learners, generators, generator.roster, transport, directory, dtype, config.push.bucket_bytes,
-            config.generator.tensor_parallel_size, config.push.deadline_s,
+            config.generator.tensor_parallel_size, config.push.deadline_s, staggered=config.run.max_staleness > 0,
         ),
         layout=layout,
         device=device,

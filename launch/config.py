@@ -25,6 +25,7 @@ from cluster.settings import ClusterSettings, HealthSettings
 from launch.row_settings import PretrainingSettings
 from trainers.alarms import AlarmSettings
 from trainers.algorithms import AlgorithmSettings
+from trainers.filtering import FilterSettings
 from trainers.kl_controller import MAX_ERROR
 from trainers.rewards import RewardSettings
 from trainers.settings import Settings
@@ -103,7 +104,9 @@ class RunSettings(Settings):
     num_steps: Positive = Field(description="laps: batches sampled, trained on and pushed")
     groups_per_step: Positive = Field(description="prompts trained on in one step")
     samples_per_prompt: Positive = Field(8, description="completions of one prompt: the group")
-    max_staleness: int = Field(0, ge=0, description="versions a trained sample may lag; 0: on-policy")
+    max_staleness: int = Field(
+        0, ge=0, description="steps a trained sample may lag behind the learner; 0: synchronous, on-policy"
+    )
 
     @model_validator(mode="after")
     def _plain_name(self) -> Self:
@@ -122,6 +125,7 @@ class RunConfig(Settings):
     reward_models: tuple[RewardModelSettings, ...] = ()
     algorithm: AlgorithmSettings = AlgorithmSettings()
     pretraining: PretrainingSettings | None = None
+    filtering: FilterSettings = FilterSettings()
     generator: GeneratorSettings = GeneratorSettings()
     learner: LearnerSettings = LearnerSettings()
     critic: CriticSettings = CriticSettings()
@@ -138,9 +142,10 @@ class RunConfig(Settings):
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:
         run, alg = self.run, self.algorithm
-        if run.max_staleness > 0:
+        if run.max_staleness > 0 and self.cluster.backend == "in_process":
             raise ValueError(
-                f"run.max_staleness={run.max_staleness}: only synchronous runs are built so far; use 0"
+                f"run.max_staleness={run.max_staleness}: generators and learner share one process with "
+                "cluster.backend=in_process and cannot work at the same time; use 0 or cluster.backend=ray"
             )
         if self.learner.optimizer.head_lr_factor != 1.0:
             raise ValueError(
@@ -150,6 +155,11 @@ class RunConfig(Settings):
         if run.samples_per_prompt < 2 and not alg.needs_critic:
             raise ValueError(
                 f"run.samples_per_prompt={run.samples_per_prompt}: a group-relative advantage needs at least 2 samples"
+            )
+        if self.filtering.zero_variance and alg.needs_critic:
+            raise ValueError(
+                f"filtering.zero_variance=true: with algorithm.name={alg.name} advantages come from the critic, and a "
+                "group of equal rewards teaches as much as any other; leave it out"
             )
         if run.groups_per_step % alg.num_minibatches:
             raise ValueError(

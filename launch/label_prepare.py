@@ -118,7 +118,7 @@ def prepare_label(config: LabelConfig) -> PreparedLabel:
         "run.seed": str(config.run.seed),
         "model.path": folder_digest(path),
         "model.dtype": config.model.dtype,
-        "prompts": str(PromptStream(prompts, config.run.seed, config.prompts.shuffle).state_dict()["digest"]),
+        "prompts": str(PromptStream(prompts, config.run.seed, config.prompts.shuffle).identity()["digest"]),
         "sampling": _digest(config.sampling.model_dump(mode="json")),
         "label": _digest([config.label.model_dump(mode="json"), labeller]),
         "keep.drop_identical": str(config.keep.drop_identical),

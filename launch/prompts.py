@@ -1,4 +1,4 @@
-"""Prompts: from rows to token ids, held-out questions kept apart, and a stream that resumes.
+"""Prompts: from rows to token ids, held-out questions kept apart, and a stream of them.
 
 May import: numpy, trainers.errors, trainers.experience, launch.config, launch.datasets.
 """
@@ -180,15 +180,14 @@ def _plain(value: Any, where: str) -> Any:
 class PromptStream:
     """Epoch after epoch of ``prompts``, each in an order that ``seed`` and the epoch alone determine.
 
-    A position counts prompts from the start of the run; what stands there is pure arithmetic, so the
-    state is one number, and a position that is issued again yields the same prompt.
+    A position counts prompts from the start of the run; what stands there is pure arithmetic, so the stream has
+    no cursor (the ledger knows what was used), and a position that is issued again yields the same prompt.
     """
 
     def __init__(self, prompts: Sequence[Prompt], seed: int, shuffle: bool = True) -> None:
         if not prompts:
             raise InputError(TRAIN, 0, "has no prompts", "give a dataset that has some")
         self._prompts, self._seed, self._shuffle = tuple(prompts), seed, shuffle
-        self._position = 0
         self._order: tuple[int, np.ndarray] = (-1, np.arange(0))  # epoch, its order
         self._copies: dict[str, list[int]] = {}  # prompt id -> indices of its copies
         for i, prompt in enumerate(self._prompts):
@@ -196,19 +195,9 @@ class PromptStream:
         names = [str(seed), str(shuffle), *(p.prompt_id for p in self._prompts)]
         self._digest = hashlib.blake2b("\n".join(names).encode(), digest_size=16).hexdigest()
 
-    @property
-    def position(self) -> int:
-        """Position of the prompt that comes next."""
-        return self._position
-
     def __len__(self) -> int:
         """Prompts in one epoch."""
         return len(self._prompts)
-
-    def take(self, n: int) -> list[tuple[int, Prompt]]:
-        """The next ``n`` prompts, each with its position."""
-        first, self._position = self._position, self._position + n
-        return [(position, self.at(position)) for position in range(first, first + n)]
 
     def at(self, position: int) -> Prompt:
         """The prompt at ``position``."""
@@ -223,20 +212,19 @@ class PromptStream:
         copies = self._copies[self._prompts[index].prompt_id]
         return position // len(self) * len(copies) + copies.index(index)
 
-    def state_dict(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, Any]:
         """JSON values; ``digest`` names the prompts and their order."""
-        return {"position": self._position, "num_prompts": len(self), "digest": self._digest}
+        return {"num_prompts": len(self), "digest": self._digest}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue where ``state`` was taken; InputError when it belongs to other prompts or another order."""
-        if state["digest"] != self._digest or state["num_prompts"] != len(self):
+    def check(self, identity: Mapping[str, Any]) -> None:
+        """InputError when ``identity`` was taken of other prompts or another order."""
+        if identity["digest"] != self._digest or identity["num_prompts"] != len(self):
             raise InputError(
                 TRAIN,
                 f"{len(self)} prompts",
-                f"are not the {state['num_prompts']} prompts (or their order) that the checkpoint was made with",
+                f"are not the {identity['num_prompts']} prompts (or their order) that the checkpoint was made with",
                 "restore the dataset, its settings, prompts.shuffle and run.seed, or start a new run",
             )
-        self._position = int(state["position"])
 
     def _index(self, position: int) -> int:
         epoch, place = divmod(position, len(self))

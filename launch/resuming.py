@@ -1,17 +1,22 @@
 """What a run folder knows of the attempts before this one.
 
-May import: cluster.{checkpoints, errors}, trainers.errors, launch.{config, telemetry}.
+May import: cluster.{checkpoints, errors}, trainers.{errors, ledger, protocols}, launch.{config, journal, spool}.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 
 from cluster.checkpoints import Checkpoint, CheckpointStore
 from cluster.errors import DamagedError
 from launch.config import RunConfig
 from launch.journal import read_rows
+from launch.spool import UNTRAINED, read_spool
 from trainers.errors import InputError
+from trainers.ledger import Ledger
+from trainers.protocols import LearnerGroup
 
 
 def newest_checkpoint(config: RunConfig, folder: Path) -> Checkpoint | None:
@@ -41,6 +46,35 @@ def newest_checkpoint(config: RunConfig, folder: Path) -> Checkpoint | None:
                 reason = f"the checkpoint of step {checkpoint.step} is in shards of {made_with}"
                 raise InputError(f"{role}.{name}", value, reason, f"resume with {role}.{name}={made_with}")
     return checkpoint
+
+
+def made_with(config: RunConfig) -> str:
+    """Digest of the settings that shape a finished group, and of those that say when it must be trained on."""
+    run = config.run
+    shape = [
+        config.model_dump(mode="json", include={"model", "rewards", "reward_models"}),
+        config.generator.sampling.model_dump(mode="json"),
+        [run.seed, run.samples_per_prompt, run.groups_per_step, run.max_staleness, config.algorithm.needs_reference],
+    ]
+    return hashlib.blake2b(json.dumps(shape, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def restored_ledger(config: RunConfig, checkpoint: Checkpoint | None) -> tuple[Ledger, list[LearnerGroup]]:
+    """The ledger to go on with, and the finished groups that come with it.
+
+    Groups that were saved under other settings are sampled again, like those that were in flight.
+    """
+    max_attempts = config.health.max_attempts
+    if checkpoint is None:
+        return Ledger(max_attempts), []
+    saved = checkpoint.metadata
+    if "ledger" not in saved:  # made before there was one: every position below the frontier was trained on
+        return Ledger(max_attempts, frontier=int(saved["prompts"]["position"])), []
+    spool = checkpoint.path / UNTRAINED
+    usable = spool.exists() and saved["made_with"] == made_with(config)
+    groups = read_spool(spool) if usable else []
+    kept = {int(g.summary.group_id) for g in groups}
+    return Ledger.restore(saved["ledger"], kept, max_attempts), groups
 
 
 def _target(folder: Path) -> int:

@@ -33,9 +33,10 @@ from launch.plots import before_after, before_after_table, reward_plot
 from launch.prepare import Prepared, check_run_folder, prepare
 from launch.progress import Progress
 from launch.prompts import PromptStream
-from launch.resuming import earlier_attempts, newest_checkpoint
+from launch.resuming import earlier_attempts, made_with, newest_checkpoint, restored_ledger
 from launch.rolling_back import WatchedRecorder
 from launch.signals import stop_on_signals
+from launch.spool import UNTRAINED, encode_spool
 from launch.telemetry import Telemetry
 from launch.validate import refuse_problems, refuse_shortfall
 from trainers.alarms import AlarmBoard
@@ -105,10 +106,9 @@ class _Run:
             self.first_step = checkpoint.step
             incarnation = max(incarnation, int(state["incarnation"]))
             self.wandb_id = state.get("wandb_id") or self.wandb_id
-            self.stream.load_state_dict(state["prompts"])
+            self.stream.check(state["prompts"])
             self.num_tokens = int(state["num_tokens"])
         self.version = WeightVersion(incarnation + 1, self.first_step)
-        self.first_position = self.stream.position
         self.checkpoint_s: float | None = None  # of the last step's checkpoint, for the next step's row
         self.saved_step = self.first_step if checkpoint is not None else -1
         self.fleet: Fleet
@@ -183,7 +183,7 @@ class _Run:
         settings = LoopSettings(
             num_steps=run.num_steps, groups_per_step=run.groups_per_step, samples_per_prompt=run.samples_per_prompt,
             max_staleness=run.max_staleness, temperature=sampling.temperature, max_tokens=sampling.max_tokens,
-            seed=run.seed,
+            seed=run.seed, filtering=config.filtering, mask_truncated=config.algorithm.mask_truncated,
         )  # fmt: skip
         fleet = self.fleet
         self.ppo = self._ppo_lap()
@@ -202,7 +202,14 @@ class _Run:
             between_steps=self._between_steps, on_update=self._record,
             after_record=self._after_record, ppo=self.ppo,
         )  # fmt: skip
-        self.loop = TrainingLoop(settings, parts, self.first_step, self.version, self.num_tokens)
+        ledger, untrained = restored_ledger(config, self.checkpoint)
+        if self.checkpoint is not None:
+            self.telemetry.event(
+                "ledger", frontier=ledger.frontier, num_untrained=len(untrained), num_reissued=len(ledger.to_reissue)
+            )
+        self.loop = TrainingLoop(
+            settings, parts, self.first_step, self.version, self.num_tokens, ledger, untrained
+        )
         with stop_on_signals(self.loop, self.telemetry) as received:
             await self.loop.run()
         if self.recorder.target is not None:
@@ -258,21 +265,23 @@ class _Run:
     async def _save(self, step: int, version: WeightVersion) -> float:
         started = time.perf_counter()
         directory = self.store.begin(step)
+        ledger, untrained = self.loop.snapshot()  # before the first wait: it belongs to these weights
         try:
             await self.fleet.learner.save(str(directory / "learner"))
-            # The consumption frontier, not the read cursor: prompts taken but not trained on come again.
-            trained = (step - self.first_step) * self.config.run.groups_per_step
-            prompts = self.stream.state_dict() | {"position": self.first_position + trained}
+            if untrained:
+                spooled = await asyncio.to_thread(encode_spool, untrained, PAYLOAD_DEADLINE_S)
+                (directory / UNTRAINED).write_bytes(spooled)
+            prompts = self.stream.identity() | {"position": ledger["frontier"]}
             shards = {"learner": _shards(self.config.learner)}
             if self.fleet.critic is not None and self.ppo is not None:
                 await self.fleet.critic.save(str(directory / "critic"))
                 shards |= {"critic": _shards(self.config.critic), "ppo": self.ppo.state.state_dict()}
             metadata = {
-                "incarnation": version.incarnation, "prompts": prompts, "wandb_id": self.telemetry.wandb_id,
+                "incarnation": version.incarnation, "prompts": prompts, "ledger": ledger,
+                "made_with": made_with(self.config), "wandb_id": self.telemetry.wandb_id,
                 "num_tokens": self.loop.num_tokens, "seed": self.config.run.seed,
                 "alarms": self.board.state_dict(), "first_evaluation": self.held_out.state_dict(), **shards,
             }  # fmt: skip
-            # In this thread: the run must not go on while its frontier is being written down.
             self.store.commit(step, metadata)
         except OSError as error:
             # A full disk costs this checkpoint, not the run: the last one is still there.

@@ -36,15 +36,11 @@ class World:
         self.version = WeightVersion(0, 0)
         self.delays, self.fail = delays, fail
         self.rows: list[tuple[int, Mapping[str, float]]] = []
-        self.position = 0
         self.hold: asyncio.Event | None = None
         self.asked = asyncio.Event()
 
-    def take(self, n: int) -> list[tuple[int, Prompt]]:
-        first, self.position = self.position, self.position + n
-        return [
-            (p, Prompt(f"p{p % 4}", np.array([1, 2], np.int32), f"prompt {p % 4}")) for p in range(first, first + n)
-        ]
+    def at(self, position: int) -> Prompt:
+        return Prompt(f"p{position % 4}", np.array([1, 2], np.int32), f"prompt {position % 4}")
 
     def occurrence(self, position: int) -> int:
         return position // 4
@@ -100,7 +96,7 @@ class World:
             between_steps=self.between, on_update=lambda step, batch, report: None,
             ppo=ppo,
         )  # fmt: skip
-        self.position = first_step * 2
+        self.version = WeightVersion(0, first_step)
         settings = LoopSettings(num_steps, 2, 2, 0, 1.0, 8, 0)
         return TrainingLoop(settings, parts, first_step, WeightVersion(0, first_step))
 

@@ -133,7 +133,6 @@ def test_a_wrong_value_is_refused_with_what_is_expected(override: str, field: st
 @pytest.mark.parametrize(
     ("override", "field", "words"),
     [
-        ("run.max_staleness=2", "run.max_staleness", "use 0"),
         ("learner.offload_param=cpu", "learner.offload_param", "zero_stage=3"),
         ("generator.sampling.top_p=0.9", "generator.sampling.top_p", "use top_p=1.0"),
         ("algorithm.num_minibatches=3", "run.groups_per_step", "algorithm.num_minibatches"),
@@ -146,6 +145,17 @@ def test_sections_that_disagree_are_refused_in_one_line(override: str, field: st
     assert words in str(error)
     if field != "prompts.eval":  # its message names the other section's key first
         assert error.field == field
+
+
+def test_groups_of_equal_rewards_are_not_dropped_where_a_critic_is_the_baseline() -> None:
+    error = refuse("filtering.zero_variance=true", recipe="cpu-ppo")
+    assert error.field == "filtering.zero_variance" and "algorithm.name=ppo" in str(error)
+
+
+def test_one_process_that_computes_one_thing_at_a_time_is_never_ahead() -> None:
+    error = refuse("run.max_staleness=2", "cluster.backend=in_process")
+    assert error.field == "run.max_staleness" and "cluster.backend=ray" in str(error)
+    assert load_config("cpu-demo", ["run.max_staleness=2"]).config.run.max_staleness == 2
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The errors a user can cause.  One line each: field, value, reason, remedy.  Imports nothing.
+"""The errors that Burnish raises on purpose.  One line each: field, value, reason, remedy.  Imports nothing.
 
     BurnishError
     |- InputError          bad configuration, data, model folder or reward function (exit code 2)

@@ -92,6 +92,7 @@ class GroupSummary:
     newest_version: WeightVersion
     generator: str
     generate_s: float
+    oldest_versions: tuple[WeightVersion, ...] = ()  # [G], of each sample's first token; empty: not known
 
     @property
     def num_samples(self) -> int:
@@ -148,6 +149,9 @@ def summarize(group: TrajectoryGroup, generator: str, generate_s: float) -> Grou
         newest_version=max(versions),
         generator=generator,
         generate_s=generate_s,
+        oldest_versions=tuple(
+            min((span.version for span in t.version_spans), default=min(versions)) for t in group.trajectories
+        ),
     )
 
 

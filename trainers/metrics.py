@@ -43,13 +43,14 @@ LAST = "value at the end of the step; equal on all ranks"
 _ROWS: tuple[Metric, ...] = (
     # --- reward -------------------------------------------------------------------------------
     Metric("reward", "total reward: the weighted sum of the parts, before any KL penalty", "reward", VALID, MEAN),
-    Metric("reward_std", "standard deviation of the total reward inside a group", "reward", GROUPS, "mean over groups"),
+    Metric("reward_std", "standard deviation of the total reward inside a group", "reward",
+           GROUPS + ", dropped ones included", "mean over groups"),
     Metric("rewards/<name>/mean", "reward part <name>, unweighted", "reward", "samples where the part has a value",
            MEAN),
     Metric("rewards/<name>/std", "standard deviation of reward part <name> over the batch", "reward",
            "samples where the part has a value", "standard deviation over samples"),
     Metric("frac_reward_zero_std", "share of groups whose valid rewards are all equal: they give no policy gradient",
-           "fraction", GROUPS, "mean over groups"),
+           "fraction", GROUPS + ", dropped ones included", "mean over groups"),
     Metric("advantages/mean", "advantage of a sample", "advantage", VALID, MEAN),
     Metric("advantages/std", "standard deviation of the advantages", "advantage", VALID,
            "standard deviation over samples"),
@@ -59,6 +60,14 @@ _ROWS: tuple[Metric, ...] = (
            "samples", COMPLETIONS, SUM),
     Metric("failures/masked_fraction", "share of samples left out of the update because they have no valid reward",
            "fraction", COMPLETIONS, MEAN),
+    Metric("groups/num_generated", "groups sampled; asynchronous: between the last batch and this one", "groups",
+           RUN, SUM),
+    Metric("groups/num_dropped", "groups scored and dropped because they teach nothing (filtering.zero_variance)",
+           "groups", RUN, SUM),
+    Metric("groups/num_failed", "groups given up after too many attempts", "groups", RUN, SUM),
+    Metric("groups/num_trained", "groups in the batch", "groups", RUN, SUM),
+    Metric("groups/reward_generated", "total reward of trained and dropped groups: what reward would be unfiltered",
+           "reward", VALID + ", dropped ones included", MEAN),
     # --- completions --------------------------------------------------------------------------
     Metric("completions/mean_length", "length of a completion, EOS included", "tokens", COMPLETIONS, MEAN),
     Metric("completions/max_length", "longest completion, EOS included", "tokens", COMPLETIONS, MAX),
@@ -100,12 +109,22 @@ _ROWS: tuple[Metric, ...] = (
     Metric("staleness/mean", "version trained on minus oldest version that sampled a token of the group", "steps",
            "all trained groups", "mean over groups"),
     Metric("staleness/max", "largest such lag", "steps", "all trained groups", "maximum over groups"),
+    *(
+        Metric(f"staleness/length_quartile_{i}",
+               f"such lag of a sample, in quartile {i} of completion length ({which})", "steps",
+               "a quarter of the trained samples, by length", MEAN)
+        for i, which in enumerate(("the shortest", "below the median", "above the median", "the longest"), 1)
+    ),
     # --- time and throughput ------------------------------------------------------------------
-    Metric("time/step_s", "wall time from the first request to verified new weights; evaluation and checkpoint follow",
-           "s", RUN, CONTROLLER),
-    Metric("time/generate_s", "from the first request to the last finished group", "s", RUN, CONTROLLER),
-    Metric("time/score_s", "from the last sampled group to the last scored one (reference included)", "s", RUN,
+    Metric("time/step_s", "wall time from the first request (asynchronous: the wish for a batch) to verified new "
+           "weights; evaluation and checkpoint follow", "s", RUN, CONTROLLER),
+    Metric("time/generate_s", "from the first request to the last finished group; synchronous runs only", "s", RUN,
            CONTROLLER),
+    Metric("time/score_s", "from the last sampled group to the last scored one (reference included); synchronous runs "
+           "only", "s", RUN, CONTROLLER),
+    Metric("time/wait_groups_s", "the learner had no whole batch", "s", RUN, CONTROLLER),
+    Metric("time/wait_bound_s", "part of time/wait_groups_s in which enough groups had finished and one at its "
+           "staleness bound had not", "s", RUN, CONTROLLER),
     Metric("time/reference_s", "time in which at least one group was at the reference", "s", RUN, CONTROLLER),
     Metric("time/learn_s", "update: log-probs, forward, backward, optimizer", "s", RUN, "maximum over ranks"),
     Metric("time/push_s", "from the start of a push until every generator is verified", "s", RUN, CONTROLLER),
@@ -114,7 +133,8 @@ _ROWS: tuple[Metric, ...] = (
     Metric("time/evaluate_s", "held-out evaluation", "s", "steps with an evaluation", CONTROLLER),
     Metric("time/checkpoint_s", "saving and committing the checkpoint before this step", "s",
            "steps after a checkpoint", CONTROLLER),
-    Metric("throughput/generate_tokens_per_s", "completion tokens / time/generate_s", "tokens/s", COMPLETIONS,
+    Metric("throughput/generate_tokens_per_s", "completion tokens / time/generate_s; in asynchronous runs / time "
+           "between two batches", "tokens/s", "all completions sampled for or during the step",
            "sum over generators / wall time"),
     Metric("throughput/learn_tokens_per_s", "completion tokens trained on / time/learn_s", "tokens/s", TOKENS,
            "sum over ranks / wall time"),

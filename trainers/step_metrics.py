@@ -6,17 +6,29 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from trainers.experience import WeightVersion
+from trainers.experience import GroupRewards, WeightVersion
 from trainers.protocols import LearnerGroup
 
+NUM_LENGTH_PARTS = 4
 
-def group_metrics(groups: Sequence[LearnerGroup], version: WeightVersion) -> dict[str, float]:
-    """Rewards, lengths, failures and lag of one batch.  ``version``: the learner's, before the update."""
+
+def group_metrics(
+    groups: Sequence[LearnerGroup], version: WeightVersion, dropped: Sequence[GroupRewards] | None = None
+) -> dict[str, float]:
+    """Rewards, lengths, failures and lag of one batch.
+
+    Args:
+        version: the learner's, before the update.
+        dropped: groups that were filtered; None when nothing is.  The share of groups without a spread counts them:
+            without them it would be 0 whatever the prompts are worth.
+    """
     totals = np.concatenate([g.rewards.totals for g in groups])
     lengths = np.array([t for g in groups for t in g.summary.num_completion_tokens], dtype=np.float64)
     reasons = np.array([r for g in groups for r in g.summary.finish_reasons])
-    stds = [_std(g.rewards.totals) for g in groups if g.rewards.valid.any()]
+    scored = [g.rewards for g in groups] + list(dropped or ())
+    stds = [_std(r.totals) for r in scored if r.valid.any()]
     lags = np.array([version.step - g.summary.oldest_version.step for g in groups], dtype=np.float64)
+    sample_lags = np.array([version.step - v.step for g in groups for v in _oldest_versions(g)], dtype=np.float64)
     ended = lengths[reasons == "stop"]
     metrics = {
         "reward": _mean(totals),
@@ -36,6 +48,10 @@ def group_metrics(groups: Sequence[LearnerGroup], version: WeightVersion) -> dic
     if any(g.summary.num_samples > 1 for g in groups):  # one sample has no spread, neither 0 nor any other
         metrics["reward_std"] = _mean(np.array(stds))
         metrics["frac_reward_zero_std"] = _mean(np.array([float(s == 0.0) for s in stds]))
+    if dropped is not None:
+        metrics["groups/reward_generated"] = _mean(np.concatenate([r.totals for r in scored]))
+    by_length = np.array_split(sample_lags[np.argsort(lengths, kind="stable")], NUM_LENGTH_PARTS)
+    metrics |= {f"staleness/length_quartile_{i + 1}": float(p.mean()) for i, p in enumerate(by_length) if p.size}
     for name in groups[0].rewards.parts:
         part = np.concatenate([g.rewards.parts[name] for g in groups])
         metrics[f"rewards/{name}/mean"] = _mean(part)
@@ -44,17 +60,22 @@ def group_metrics(groups: Sequence[LearnerGroup], version: WeightVersion) -> dic
 
 
 def throughput(
-    times: Mapping[str, float], num_generated: int, num_learned: int, num_samples: int
+    times: Mapping[str, float], generate_s: float, num_generated: int, num_learned: int, num_samples: int
 ) -> dict[str, float]:
-    """Tokens and samples per second of the phases that took time."""
+    """Tokens and samples per second of the phases that took time.  ``generate_s``: in which were ``num_generated``."""
     rates = {}
-    if times.get("time/generate_s", 0) > 0:
-        rates["throughput/generate_tokens_per_s"] = num_generated / times["time/generate_s"]
+    if generate_s > 0:
+        rates["throughput/generate_tokens_per_s"] = num_generated / generate_s
     if times.get("time/learn_s", 0) > 0:
         rates["throughput/learn_tokens_per_s"] = num_learned / times["time/learn_s"]
     if times.get("time/step_s", 0) > 0:
         rates["throughput/samples_per_s"] = num_samples / times["time/step_s"]
     return rates
+
+
+def _oldest_versions(group: LearnerGroup) -> tuple[WeightVersion, ...]:
+    summary = group.summary
+    return summary.oldest_versions or (summary.oldest_version,) * summary.num_samples
 
 
 def _mean(values: np.ndarray) -> float:

@@ -1,0 +1,51 @@
+"""Which finished groups teach nothing: dynamic sampling.  Pure.
+
+A group whose samples all got the same reward has no advantage and so no policy gradient.  Dropping it and sampling
+another prompt in its place keeps the number of groups that do teach the same from step to step: DAPO
+(arXiv:2503.14476), section 3.2, which samples on until the batch is full of prompts of accuracy between 0 and 1.
+Rewards are compared here, not accuracies, so a group with partial credit in it stays.
+May import: numpy, pydantic, trainers.{errors, experience, settings}.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+from pydantic import Field
+
+from trainers.errors import BurnishError
+from trainers.experience import GroupRewards, GroupSummary, may_train
+from trainers.settings import Settings
+
+
+class FilterSettings(Settings):
+    """Dropping groups that teach nothing and sampling others in their place."""
+
+    zero_variance: bool = Field(False, description="drop groups whose rewards are all equal (dynamic sampling, DAPO)")
+    max_refills: int = Field(
+        4, ge=1, description="groups dropped for one step, at most, in multiples of run.groups_per_step"
+    )
+    at_limit: Literal["keep", "fail"] = Field(
+        "keep", description="keep: further such groups stay, and the step ends; fail: the run ends"
+    )
+
+
+class RefillLimit(BurnishError):
+    """As many groups were dropped for one step as may be, and another one would have to go."""
+
+    def __init__(self, settings: FilterSettings, num_dropped: int, step: int) -> None:
+        super().__init__(
+            f"filtering.max_refills = {settings.max_refills}: {num_dropped} groups were dropped for step {step}, and "
+            "the next one teaches nothing either; choose prompts of medium difficulty, raise run.samples_per_prompt "
+            "or generator.sampling.temperature, or set filtering.at_limit=keep"
+        )
+
+
+def useless(summary: GroupSummary, rewards: GroupRewards, mask_truncated: bool) -> str | None:
+    """Why the group has no policy gradient; None when it has one.  ``mask_truncated``: as the algorithm has it."""
+    if not may_train(summary, rewards, mask_truncated).any():
+        return "no sample may be trained on"
+    finished = np.array([reason != "abort" for reason in summary.finish_reasons])
+    totals = rewards.totals[rewards.valid & finished]  # what the baseline is taken over
+    return "no spread" if np.ptp(totals) == 0 else None
