@@ -160,7 +160,7 @@ def gradients_and_updates(learner: Any, folder: str) -> dict[str, Any]:
     found["one update"] = learner.update(groups, 0).metrics, learner.weights.whole_state(torch.float32)
     configure(learner, SEVERAL_UPDATES, 30, True)
     found["several updates"] = learner.update(groups, 1).metrics, learner.weights.whole_state(torch.float32)
-    learner.save(f"{folder}/state")
+    learner.begin_save(f"{folder}/state"), learner.save_outcome(DEADLINE_S)
     found["next update"] = learner.update(groups, 2).metrics, learner.weights.whole_state(torch.float32)
     learner.load(f"{folder}/state")
     found["next update again"] = learner.update(groups, 2).metrics, learner.weights.whole_state(torch.float32)
