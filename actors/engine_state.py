@@ -31,7 +31,7 @@ class _Held:
     """Elements ``start`` .. ``start + count`` of a parameter are this rank's to keep."""
 
     name: str
-    parameter: nn.Parameter
+    parameter: Any  # an nn.Parameter with DeepSpeed's attributes
     start: int
     count: int
 
@@ -52,7 +52,8 @@ class EngineState:
         """``zero``: DeepSpeed's optimizer.  ``whole``: gathers a parameter, and spreads what rank 0 made of it."""
         self._zero, self._adam, self._stage = zero, adam, zero_stage
         self.rank, self.num_ranks, self._whole = rank, num_ranks, whole
-        self._parameters = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+        trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+        self._parameters: list[tuple[str, Any]] = trained
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -151,14 +152,14 @@ class EngineState:
         if self._stage == 3:
             from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
 
-            local = (
+            local: torch.Tensor = (
                 safe_get_local_fp32_param(parameter)
                 if field == WEIGHT
                 else safe_get_local_optimizer_state(parameter, field)
             )
             return local.view(-1)[: held.count]
         if self._stage == 0:
-            tensor = parameter if field == WEIGHT else self._adam.state[parameter][field]
+            tensor: torch.Tensor = parameter if field == WEIGHT else self._adam.state[parameter][field]
             return tensor.detach().view(-1)[held.start : held.start + held.count]
         mapping = parameter._hp_mapping
         flat = self._zero.single_partition_of_fp32_groups[mapping.param_group_index]

@@ -90,13 +90,14 @@ def write_shard(path: Path, snapshot: Snapshot) -> FileEntry:
     header[RNG] = {"dtype": "U8", "shape": [rng.size], "data_offsets": [offset, offset + rng.size]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 64)
-    parts = (np.frombuffer(struct.pack("<Q", len(text)) + text, np.uint8), data.view(np.uint8), rng)
+    head = np.frombuffer(struct.pack("<Q", len(text)) + text, np.uint8)
+    parts: tuple[np.ndarray, ...] = (head, data.view(np.uint8), rng)
     digest, size = new_digest(), 0
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("wb", buffering=0) as file:
         for part in parts:
             for begin in range(0, part.size, WRITE_BYTES):
-                chunk = memoryview(part[begin : begin + WRITE_BYTES])
+                chunk = memoryview(part[begin : begin + WRITE_BYTES].data)
                 digest.update(chunk)
                 while chunk:  # a write may take less than it was given
                     taken = file.write(chunk)

@@ -9,7 +9,7 @@ May import: actors.shards, cluster.manifest.
 from __future__ import annotations
 
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,14 +59,10 @@ class StateWriter:
         """
         if self._writing is None:
             raise RuntimeError("no save was begun")
-        try:
-            outcome = self._writing.result(timeout=wait_s)
-        except TimeoutError:
-            if not self._writing.done():
-                return None
-            raise
-        self._writing = None
-        return outcome
+        if not wait([self._writing], wait_s).done:
+            return None
+        written, self._writing = self._writing, None
+        return written.result()
 
     def close(self) -> None:
         """Begin nothing more; what is being written is not waited for."""
