@@ -15,7 +15,7 @@ import math
 import os
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,8 @@ from cluster.errors import DamagedError
 from cluster.manifest import FileEntry, new_digest
 
 WRITE_BYTES = 16 * 2**20  # written and hashed at a time; both release the interpreter lock
+# 256 MiB: a power of two, which is what torch rounds pinned memory up to.
+BUFFER_ELEMENTS = 64 * 2**20
 RNG = "rng"  # the random state of the rank, uint8
 
 
@@ -48,26 +50,36 @@ class Snapshot:
     """One rank's state, copied to the host: nothing that happens to the model afterwards changes it."""
 
     keys: tuple[str, ...]
-    sizes: tuple[int, ...]  # elements of each piece, in ``buffer``'s order
-    buffer: torch.Tensor  # float32 [sum(sizes)]
+    sizes: tuple[int, ...]  # elements of each piece, in the order in which they fill the buffers
+    buffers: tuple[torch.Tensor, ...]  # float32, together [sum(sizes)]
     rng: torch.Tensor  # uint8
     metadata: Mapping[str, Any]  # JSON values
 
     @property
     def num_bytes(self) -> int:
-        return self.buffer.nbytes + self.rng.nbytes
+        return sum(buffer.nbytes for buffer in self.buffers) + self.rng.nbytes
 
 
 def copy_to_host(pieces: Sequence[Piece], rng: torch.Tensor, metadata: Mapping[str, Any]) -> Snapshot:
-    """Copy every piece into one host buffer, which is all that training has to wait for."""
+    """Copy every piece to the host, which is all that training has to wait for.  A piece may become several."""
     on_device = any(piece.tensor.is_cuda for piece in pieces)
-    sizes = tuple(piece.tensor.numel() for piece in pieces)
-    buffer = torch.empty(sum(sizes), dtype=torch.float32, pin_memory=on_device)
-    for piece, place in zip(pieces, buffer.split(sizes), strict=True):
-        place.copy_(piece.tensor.detach(), non_blocking=on_device)
+    left = sum(piece.tensor.numel() for piece in pieces)
+    keys, sizes, buffers, room = list[str](), list[int](), list[torch.Tensor](), 0
+    for piece in pieces:
+        values, done = piece.tensor.detach().view(-1), 0
+        while done < values.numel():
+            if not room:
+                room = min(BUFFER_ELEMENTS, left)
+                buffers.append(torch.empty(room, dtype=torch.float32, pin_memory=on_device))
+            size = min(room, values.numel() - done)
+            place = buffers[-1].narrow(0, buffers[-1].numel() - room, size)
+            place.copy_(values.narrow(0, done, size), non_blocking=on_device)
+            keys.append(replace(piece, start=piece.start + done).key)
+            sizes.append(size)
+            done, room, left = done + size, room - size, left - size
     if on_device:
         torch.cuda.synchronize()
-    return Snapshot(tuple(piece.key for piece in pieces), sizes, buffer, rng, metadata)
+    return Snapshot(tuple(keys), tuple(sizes), tuple(buffers), rng, metadata)
 
 
 def shard_name(rank: int) -> str:
@@ -80,7 +92,6 @@ def write_shard(path: Path, snapshot: Snapshot) -> FileEntry:
     Raises:
         OSError: the disk refuses; what it took so far is left there.
     """
-    data = snapshot.buffer.numpy()
     header: dict[str, Any] = {"__metadata__": {"burnish": json.dumps(dict(snapshot.metadata))}}
     offset = 0
     for key, size in zip(snapshot.keys, snapshot.sizes, strict=True):
@@ -91,7 +102,7 @@ def write_shard(path: Path, snapshot: Snapshot) -> FileEntry:
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 64)
     head = np.frombuffer(struct.pack("<Q", len(text)) + text, np.uint8)
-    parts: tuple[np.ndarray, ...] = (head, data.view(np.uint8), rng)
+    parts: list[np.ndarray] = [head, *(buffer.numpy().view(np.uint8) for buffer in snapshot.buffers), rng]
     digest, size = new_digest(), 0
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("wb", buffering=0) as file:

@@ -1,0 +1,132 @@
+"""Laws of saved pieces: they are what was there at the moment of the copy, and any range can be read back."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from actors import shards, state_saving
+from actors.shards import Piece, ShardFolder, Snapshot, copy_to_host, cut, shard_name, write_shard
+from actors.state_saving import SaveOutcome, StateWriter
+from cluster.errors import DamagedError
+from cluster.manifest import FileEntry, digest_of
+
+SHAPES = {"a.weight": (5, 3), "a.bias": (1,), "b": (7,)}
+DEADLINE_S = 30.0
+
+
+def values() -> dict[str, torch.Tensor]:
+    return {name: torch.randn(shape, generator=torch.Generator().manual_seed(3)) for name, shape in SHAPES.items()}
+
+
+def snapshot(rank: int, num_ranks: int, whole: dict[str, torch.Tensor], rng: int = 0) -> Snapshot:
+    pieces = []
+    for name, tensor in whole.items():
+        start, count = cut(tensor.numel(), rank, num_ranks)
+        for field, factor in (("weight", 1.0), ("exp_avg", 10.0)):
+            if count:
+                pieces.append(Piece(name, field, start, (tensor * factor).view(-1)[start : start + count]))
+    shapes = {name: list(tensor.shape) for name, tensor in whole.items()}
+    metadata = {"rank": rank, "num_ranks": num_ranks, "adam_step": 4.0, "shapes": shapes}
+    return copy_to_host(pieces, torch.full((3,), rng + rank, dtype=torch.uint8), metadata)
+
+
+def write_all(folder: Path, num_ranks: int) -> dict[str, torch.Tensor]:
+    for rank in range(num_ranks):
+        write_shard(folder / shard_name(rank), snapshot(rank, num_ranks, values()))
+    return values()
+
+
+@pytest.mark.parametrize("buffer_elements", [1, 4, 2**20])
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 8])
+def test_any_range_can_be_read_however_many_ranks_wrote(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_ranks: int, buffer_elements: int
+) -> None:
+    monkeypatch.setattr(shards, "BUFFER_ELEMENTS", buffer_elements)
+    whole = write_all(tmp_path, num_ranks)
+    saved = ShardFolder(tmp_path)
+    saved.expect(SHAPES)
+    assert saved.adam_step == 4.0
+    for name, tensor in whole.items():
+        assert torch.equal(saved.read(name, "weight").view(tensor.shape), tensor)
+        for start in range(tensor.numel()):
+            for count in range(1, tensor.numel() - start + 1):
+                expected = (tensor * 10.0).view(-1)[start : start + count]
+                assert torch.equal(saved.read(name, "exp_avg", start, count), expected)
+    assert [int(saved.rng(rank)[0]) for rank in range(num_ranks + 1)] == [*range(num_ranks), 0]
+
+
+def test_a_shard_is_a_safetensors_file_whose_bytes_are_those_that_were_reported(tmp_path: Path) -> None:
+    path = tmp_path / shard_name(0)
+    found = snapshot(0, 1, values())
+    assert write_shard(path, found) == FileEntry(path.stat().st_size, digest_of(path))
+    assert torch.equal(load_file(path)["b@0|weight"], values()["b"])
+    assert found.num_bytes == sum(2 * 4 * t.numel() for t in values().values()) + 3
+
+
+def test_what_is_missing_or_of_another_model_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no training state"):
+        ShardFolder(tmp_path)
+    write_all(tmp_path, 3)
+    saved = ShardFolder(tmp_path)
+    with pytest.raises(DamagedError, match=r"b has shape \(7,\), the model's has \(8,\)"):
+        saved.expect(SHAPES | {"b": (8,)})
+    with pytest.raises(DamagedError, match=r"c has shape none, the model's has \(1,\)"):
+        saved.expect(SHAPES | {"c": (1,)})
+    with pytest.raises(DamagedError, match=r"7 of 7 elements of b \(exp_avg_sq\) are missing"):
+        saved.read("b", "exp_avg_sq")
+    (tmp_path / shard_name(1)).unlink()
+    with pytest.raises(DamagedError, match=r"shards of ranks \[0, 2\] of 3"):
+        ShardFolder(tmp_path)
+
+
+def test_what_training_does_after_the_copy_is_not_in_the_file(tmp_path: Path) -> None:
+    live = torch.zeros(6)
+    rng = torch.zeros(3, dtype=torch.uint8)
+    taken = copy_to_host([Piece("w", "weight", 0, live)], rng, {})
+    live += 1.0
+    write_shard(tmp_path / "x", taken)
+    assert torch.equal(load_file(tmp_path / "x")["w@0|weight"], torch.zeros(6))
+
+
+def test_a_write_goes_on_beside_its_rank_and_its_outcome_is_given_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = threading.Event()
+
+    def slow(path: Path, found: Snapshot) -> FileEntry:
+        assert gate.wait(DEADLINE_S)
+        return write_shard(path, found)
+
+    monkeypatch.setattr(state_saving, "write_shard", slow)
+    writer, path = StateWriter(), tmp_path / "learner" / shard_name(0)
+    with pytest.raises(RuntimeError, match="no save was begun"):
+        writer.outcome()
+    writer.begin(path, snapshot(0, 1, values()))
+    assert writer.outcome() is None and not path.exists()
+    with pytest.raises(RuntimeError, match="the save before it is not over"):
+        writer.begin(path, snapshot(0, 1, values()))
+    gate.set()
+    outcome = writer.outcome(DEADLINE_S)
+    assert outcome is not None and outcome.error is None
+    assert outcome.files == {shard_name(0): FileEntry(path.stat().st_size, digest_of(path))}
+    with pytest.raises(RuntimeError, match="no save was begun"):
+        writer.outcome()
+    writer.close()
+
+
+def test_a_full_disk_is_an_outcome_and_the_next_write_succeeds(tmp_path: Path) -> None:
+    full, writer = tmp_path / "full", StateWriter()
+    full.symlink_to("/dev/full")
+    writer.begin(full, snapshot(0, 1, values()))
+    refused = writer.outcome(DEADLINE_S)
+    assert isinstance(refused, SaveOutcome) and refused.files == {}
+    assert refused.error is not None and "No space left on device" in refused.error
+    writer.begin(tmp_path / shard_name(0), snapshot(0, 1, values()))
+    written = writer.outcome(DEADLINE_S)
+    assert written is not None and written.error is None
+    writer.close()
