@@ -73,8 +73,7 @@ class EngineState:
 
     def adam_step(self) -> float:
         """Steps that Adam has counted; 0 before the first one, when there are no moments."""
-        steps = [float(state["step"]) for state in self._adam.state.values() if "step" in state]
-        return steps[0] if steps else 0.0
+        return next((float(state["step"]) for state in self._adam.state.values() if "step" in state), 0.0)
 
     def metadata(self) -> dict[str, Any]:
         """JSON values; of every rank the same but for ``rank``."""

@@ -49,6 +49,18 @@ def _name(step: int) -> str:
     return f"step-{step:06d}"
 
 
+def _remove(path: Path) -> None:
+    """Remove a folder that is no checkpoint.
+
+    What cannot be removed now is left for the next commit or start: a process that outlived its run may still write
+    there.
+    """
+    try:
+        shutil.rmtree(path)
+    except OSError as error:
+        log.warning("%s cannot be removed now: %s", path, error)
+
+
 class CheckpointStore:
     """The checkpoints of one run; the newest ``keep`` complete ones stay, and the ``keep_best`` of the best score."""
 
@@ -66,7 +78,7 @@ class CheckpointStore:
         whole = set(self._complete().values())
         aside = [p for p in self._contents() if _ASIDE.fullmatch(p.name) and p not in whole]
         for path in aside:
-            shutil.rmtree(path)
+            _remove(path)
         return sorted(path.name for path in aside)
 
     def begin(self, step: int) -> Path:
@@ -74,16 +86,16 @@ class CheckpointStore:
         for path in self._contents():
             aside = _ASIDE.fullmatch(path.name)
             if aside and aside[2] == "partial" and int(aside[1]) == step:
-                shutil.rmtree(path)
+                _remove(path)
         partial = self.directory / f".{_name(step)}.{secrets.token_hex(4)}.partial"
         partial.mkdir(parents=True)
         self._begun[step] = partial
         return partial
 
     def abandon(self, step: int) -> None:
-        """Remove what was written since ``begin(step)``, as far as the disk lets us; the others stay as they are."""
+        """Remove what was written since ``begin(step)``; the others stay as they are."""
         if (partial := self._begun.pop(step, None)) is not None:
-            shutil.rmtree(partial, ignore_errors=True)
+            _remove(partial)
 
     def commit(
         self,
@@ -130,7 +142,7 @@ class CheckpointStore:
         kept_paths = {complete[step] for step in kept}
         for path in self._contents():
             if _ASIDE.fullmatch(path.name) and path not in kept_paths:
-                shutil.rmtree(path)
+                _remove(path)
 
     def _score(self, path: Path, step: int) -> float | None:
         if not self.keep_best:

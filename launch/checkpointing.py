@@ -115,7 +115,9 @@ class Checkpointer:
         """Give a save in flight a last chance, and stop asking about it.  What went wrong with it is not raised."""
         flight, self._flight = self._flight, None
         if flight is not None:
-            await asyncio.wait([flight.task], timeout=CLOSE_S)
+            task = asyncio.current_task()
+            hurried = task is not None and task.cancelling() > 0  # a second Ctrl-C
+            await asyncio.wait([flight.task], timeout=0 if hurried else CLOSE_S)
             flight.task.cancel()
             await asyncio.gather(flight.task, return_exceptions=True)
 

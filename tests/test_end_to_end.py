@@ -198,7 +198,8 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint_and_trains_every_prompt_o
 
 
 def test_sigterm_stops_with_a_checkpoint_and_the_same_run_in_one_process_trains_the_same(start: Start) -> None:
-    run = start("stopped", *SMALL, "run.num_steps=5000", "checkpoint.every=0")
+    grace = f"checkpoint.grace_s={RUN_S}"
+    run = start("stopped", *SMALL, "run.num_steps=5000", "checkpoint.every=0", grace)
     run.until("metrics.jsonl", lambda row: row["step"] >= 3)
     children = psutil.Process(run.process.pid).children(recursive=True)
     run.process.terminate()

@@ -348,6 +348,16 @@ def test_sigterm_stops_with_a_checkpoint_of_the_step_that_was_finished(
     assert not (tmp_path / "run" / "export").exists()
 
 
+def test_the_checkpoint_of_the_best_evaluation_stays_besides_the_newest(
+    tmp_path: Path, counting: type[Counting], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(counting, "evaluate", lambda rank: {"loss": abs(len(rank.trained) / BATCH - 2.0)})
+    best = ("checkpoint.keep=1", "checkpoint.keep_best=1", "checkpoint.best_metric=eval/loss", "checkpoint.best=lowest")
+    assert main(arguments(tmp_path, "evaluation.every=1", "checkpoint.every=1", *best)) == 0
+    store = CheckpointStore(tmp_path / "run" / "checkpoints")
+    assert store.steps() == [2, 5] and store.load(2).score == 0.0
+
+
 def test_a_full_disk_costs_one_checkpoint_and_the_run_says_so_and_goes_on(
     tmp_path: Path, counting: type[Counting], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
