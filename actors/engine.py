@@ -87,6 +87,7 @@ class TrainingEngine:
         self.engine, *_ = deepspeed.initialize(
             model=model, optimizer=self._adam, config=deepspeed_config(settings, dtype), dist_init_required=False
         )
+        self._spare: tuple[torch.Tensor, ...] = ()  # the last snapshot's buffers
         self.world_size = torch.distributed.get_world_size()
         self.rank = torch.distributed.get_rank()
 
@@ -159,10 +160,15 @@ class TrainingEngine:
     def snapshot(self, rng: torch.Tensor) -> Snapshot:
         """This rank's part of weights and optimizer, copied to the host.  No collective.
 
-        ``rng``: uint8, what :meth:`load` gives back.
+        It takes the place of the snapshot before, which must not be needed any more.
+
+        Args:
+            rng: uint8, what :meth:`load` gives back.
         """
         state = self._state()
-        return copy_to_host(state.pieces(), rng, state.metadata())
+        found = copy_to_host(state.pieces(), rng, state.metadata(), self._spare)
+        self._spare = found.buffers
+        return found
 
     def load(self, directory: Path) -> torch.Tensor:
         """Restore what the ranks' snapshots held, however many they were; returns the rng.  A collective.

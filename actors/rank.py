@@ -102,8 +102,8 @@ class EngineRank:
             RuntimeError: the outcome of the save before has not been asked for.
         """
         started = time.perf_counter()
-        snapshot = self.engine.snapshot(torch.get_rng_state())
-        self._writer.begin(Path(directory) / shard_name(self.rank), snapshot)
+        path, rng = Path(directory) / shard_name(self.rank), torch.get_rng_state()
+        snapshot = self._writer.begin(path, lambda: self.engine.snapshot(rng))
         return SaveBegun(time.perf_counter() - started, snapshot.num_bytes)
 
     def save_outcome(self, wait_s: float = 0.0) -> SaveOutcome | None:

@@ -60,8 +60,13 @@ class Snapshot:
         return sum(buffer.nbytes for buffer in self.buffers) + self.rng.nbytes
 
 
-def copy_to_host(pieces: Sequence[Piece], rng: torch.Tensor, metadata: Mapping[str, Any]) -> Snapshot:
-    """Copy every piece to the host, which is all that training has to wait for.  A piece may become several."""
+def copy_to_host(
+    pieces: Sequence[Piece], rng: torch.Tensor, metadata: Mapping[str, Any], spare: Sequence[torch.Tensor] = ()
+) -> Snapshot:
+    """Copy every piece to the host, which is all that training has to wait for.  A piece may become several.
+
+    ``spare``: buffers of an earlier snapshot, to be overwritten: fresh memory costs more than the copy.
+    """
     on_device = any(piece.tensor.is_cuda for piece in pieces)
     left = sum(piece.tensor.numel() for piece in pieces)
     keys, sizes, buffers, room = list[str](), list[int](), list[torch.Tensor](), 0
@@ -70,7 +75,10 @@ def copy_to_host(pieces: Sequence[Piece], rng: torch.Tensor, metadata: Mapping[s
         while done < values.numel():
             if not room:
                 room = min(BUFFER_ELEMENTS, left)
-                buffers.append(torch.empty(room, dtype=torch.float32, pin_memory=on_device))
+                old = spare[len(buffers)] if len(buffers) < len(spare) else None
+                if old is None or old.numel() != room or old.is_pinned() != on_device:
+                    old = torch.empty(room, dtype=torch.float32, pin_memory=on_device)
+                buffers.append(old)
             size = min(room, values.numel() - done)
             place = buffers[-1].narrow(0, buffers[-1].numel() - room, size)
             place.copy_(values.narrow(0, done, size), non_blocking=on_device)

@@ -1,6 +1,6 @@
 """StateWriter: a rank's snapshot goes to the disk in a thread, while the rank trains on.
 
-    begin(path, snapshot) --> thread: write_shard --> outcome(): None ... None, SaveOutcome
+    begin(path, take) --> thread: write_shard --> outcome(): None ... None, SaveOutcome
 
 A disk that refuses is an outcome and not an exception: it costs the checkpoint, not the rank.
 May import: actors.shards, cluster.manifest.
@@ -9,6 +9,7 @@ May import: actors.shards, cluster.manifest.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,15 +42,17 @@ class StateWriter:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="save")
         self._writing: Future[SaveOutcome] | None = None
 
-    def begin(self, path: Path, snapshot: Snapshot) -> None:
-        """Write ``snapshot`` to ``path`` in the thread.
+    def begin(self, path: Path, take: Callable[[], Snapshot]) -> Snapshot:
+        """Take a snapshot, here and now, and write it to ``path`` in the thread.
 
         Raises:
             RuntimeError: the outcome of the one before has not been taken.
         """
         if self._writing is not None:
             raise RuntimeError(f"{path}: the save before it is not over, or nobody asked for its outcome")
+        snapshot = take()
         self._writing = self._thread.submit(_write, path, snapshot)
+        return snapshot
 
     def outcome(self, wait_s: float = 0.0) -> SaveOutcome | None:
         """What became of the write, once; None while it goes on, after at most ``wait_s`` seconds.

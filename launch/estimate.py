@@ -22,7 +22,7 @@ class MemoryEstimate:
 
     parts: Mapping[str, int]
     offloaded: Mapping[str, int] = field(default_factory=dict)
-    host_copy: int = 0  # of the state, while a checkpoint is written
+    host_copy: int = 0  # of the state, for checkpoints to be written from
 
     @property
     def total(self) -> int:

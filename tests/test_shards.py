@@ -93,6 +93,16 @@ def test_what_training_does_after_the_copy_is_not_in_the_file(tmp_path: Path) ->
     assert torch.equal(load_file(tmp_path / "x")["w@0|weight"], torch.zeros(6))
 
 
+def test_a_second_copy_takes_the_memory_of_the_first_where_it_fits() -> None:
+    rng = torch.zeros(3, dtype=torch.uint8)
+    first = copy_to_host([Piece("w", "weight", 0, torch.zeros(6))], rng, {})
+    place = first.buffers[0].data_ptr()
+    second = copy_to_host([Piece("w", "weight", 0, torch.ones(6))], rng, {}, first.buffers)
+    assert second.buffers[0].data_ptr() == place and torch.equal(second.buffers[0], torch.ones(6))
+    larger = copy_to_host([Piece("w", "weight", 0, torch.full((7,), 2.0))], rng, {}, second.buffers)
+    assert torch.equal(larger.buffers[0], torch.full((7,), 2.0)) and torch.equal(second.buffers[0], torch.ones(6))
+
+
 def test_a_write_goes_on_beside_its_rank_and_its_outcome_is_given_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -106,10 +116,10 @@ def test_a_write_goes_on_beside_its_rank_and_its_outcome_is_given_once(
     writer, path = StateWriter(), tmp_path / "learner" / shard_name(0)
     with pytest.raises(RuntimeError, match="no save was begun"):
         writer.outcome()
-    writer.begin(path, snapshot(0, 1, values()))
+    assert writer.begin(path, lambda: snapshot(0, 1, values())).num_bytes > 0
     assert writer.outcome() is None and not path.exists()
     with pytest.raises(RuntimeError, match="the save before it is not over"):
-        writer.begin(path, snapshot(0, 1, values()))
+        writer.begin(path, lambda: pytest.fail("the snapshot that is being written would be overwritten"))
     gate.set()
     outcome = writer.outcome(DEADLINE_S)
     assert outcome is not None and outcome.error is None
@@ -122,11 +132,11 @@ def test_a_write_goes_on_beside_its_rank_and_its_outcome_is_given_once(
 def test_a_full_disk_is_an_outcome_and_the_next_write_succeeds(tmp_path: Path) -> None:
     full, writer = tmp_path / "full", StateWriter()
     full.symlink_to("/dev/full")
-    writer.begin(full, snapshot(0, 1, values()))
+    writer.begin(full, lambda: snapshot(0, 1, values()))
     refused = writer.outcome(DEADLINE_S)
     assert isinstance(refused, SaveOutcome) and refused.files == {}
     assert refused.error is not None and "No space left on device" in refused.error
-    writer.begin(tmp_path / shard_name(0), snapshot(0, 1, values()))
+    writer.begin(tmp_path / shard_name(0), lambda: snapshot(0, 1, values()))
     written = writer.outcome(DEADLINE_S)
     assert written is not None and written.error is None
     writer.close()
