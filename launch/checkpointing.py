@@ -13,6 +13,7 @@ May import: actors.state_saving, cluster.{checkpoints, errors}, trainers.protoco
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass, field
@@ -82,6 +83,7 @@ class Checkpointer:
             score: what retention compares; None where it was not measured at this step.
         """
         started = time.perf_counter()
+        frozen = json.loads(json.dumps(dict(metadata)))  # the state goes on changing, nested lists included
         if not await self._earlier_is_over(step):
             return False
         try:
@@ -95,7 +97,7 @@ class Checkpointer:
         ranks = {(role, rank) for role, r in self._roles.items() for rank in range(len(r.workers))}
         size = sum(b.num_bytes for role in begun for b in role)
         flight = _Flight(step, started, time.perf_counter() - started, size, ranks)
-        flight.task = asyncio.create_task(self._complete(flight, dict(metadata), score))
+        flight.task = asyncio.create_task(self._complete(flight, frozen, score))
         self._flight = flight
         self._metrics["time/checkpoint_stop_s"] = flight.stop_s
         return True

@@ -138,13 +138,14 @@ def test_training_goes_on_while_the_ranks_write_and_the_last_one_commits(run: An
 
 def test_what_changes_after_the_save_began_is_not_in_it(run: Any) -> None:
     async def story(bench: Bench) -> None:
-        frontier = {"position": 1}
+        frontier = {"position": 1, "drawn": [3]}
         await bench.saver.save(1, frontier)
         frontier["position"] = 2
+        frontier["drawn"].append(4)  # type: ignore[attr-defined]
         bench.end_all()
         await bench.saver.settle()
 
-    assert run(story).store.load(1).metadata == {"position": 1}
+    assert run(story).store.load(1).metadata == {"position": 1, "drawn": [3]}
 
 
 def test_a_second_save_waits_for_the_first_and_says_for_whom(run: Any) -> None:
