@@ -43,6 +43,7 @@ def rank_main(rank: int, where: Where, port: int, read: tuple[str, ...], folder:
     if not read:
         for step in range(2):
             learner.update(recorded_batch(), step)
+            save(learner, f"{folder}/earlier")  # the next one is copied into its memory
         torch.manual_seed(1000 + rank)
         save(learner, f"{folder}/state")
         found["next"] = next_update(learner)
