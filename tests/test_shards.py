@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from actors import shards, state_saving
+from actors.engine_state import EngineState
 from actors.shards import Piece, ShardFolder, Snapshot, copy_to_host, cut, shard_name, write_shard
 from actors.state_saving import SaveOutcome, StateWriter
 from cluster.errors import DamagedError
@@ -140,3 +142,39 @@ def test_a_full_disk_is_an_outcome_and_the_next_write_succeeds(tmp_path: Path) -
     written = writer.outcome(DEADLINE_S)
     assert written is not None and written.error is None
     writer.close()
+
+
+@pytest.mark.parametrize("num_ranks", [1, 3])
+@pytest.mark.parametrize("num_steps", [0, 2])
+def test_where_nothing_is_partitioned_the_next_step_is_the_same_bit_for_bit(
+    tmp_path: Path, num_ranks: int, num_steps: int
+) -> None:
+    def made(seed: int) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+        torch.manual_seed(seed)
+        model = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.Linear(7, 1))
+        return model, torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+
+    def step(model: torch.nn.Module, adam: torch.optim.Optimizer, number: int) -> None:
+        model(torch.full((2, 5), float(number))).square().sum().backward()
+        adam.step()
+        adam.zero_grad()
+
+    def state_of(model: torch.nn.Module, adam: torch.optim.Optimizer, rank: int) -> EngineState:
+        return EngineState(model, None, adam, 0, rank, num_ranks, lambda _: nullcontext())
+
+    model, adam = made(1)
+    spare: tuple[torch.Tensor, ...] = ()
+    for number in range(num_steps):
+        step(model, adam, number)
+    for rank in (*range(num_ranks), *range(num_ranks)):  # the second time into the memory of the first
+        state = state_of(model, adam, rank)
+        taken = copy_to_host(state.pieces(), torch.get_rng_state(), state.metadata(), spare)
+        spare = taken.buffers
+        write_shard(tmp_path / shard_name(rank), taken)
+    other, other_adam = made(2)
+    step(other, other_adam, 9)
+    state_of(other, other_adam, 0).load(ShardFolder(tmp_path))
+    for each, optimizer in ((model, adam), (other, other_adam)):
+        step(each, optimizer, 5)
+    for ours, theirs in zip(other.parameters(), model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
