@@ -1,9 +1,9 @@
-"""DeepSpeed, in one place: set-up, accumulation, gathering, saving.
+"""DeepSpeed, in one place: set-up, accumulation, gathering; what is saved of it stands in actors/engine_state.py.
 
 Parameters are float32 and are themselves the master weights; bfloat16 is the *compute* dtype, by
 autocast.  That costs the memory of bf16 weights + fp32 masters, accumulates gradients in float32
 without further ado, and makes small learning rates count.
-The only file that imports deepspeed.  May import: torch, deepspeed, actors.settings, cluster.rendezvous.
+May import: torch, deepspeed, actors.{engine_state, settings, shards}, cluster.rendezvous.
 """
 
 from __future__ import annotations
@@ -13,12 +13,15 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import nn
 
+from actors.engine_state import EngineState
 from actors.settings import LearnerSettings
+from actors.shards import ShardFolder, Snapshot, copy_to_host
 
 NEVER = 10**9  # steps between DeepSpeed's own prints
 # Elements of a gradient bucket: 80 MB.  DeepSpeed's default of 5e8 makes a buffer as large as the gradients.
@@ -85,7 +88,7 @@ class TrainingEngine:
         self.device, self.zero_stage = device, settings.zero_stage
         optimizer = settings.optimizer
         groups, self._lr_factors = parameter_groups(model, optimizer.head_lr_factor)
-        adam = torch.optim.AdamW(
+        self._adam = torch.optim.AdamW(
             groups,
             lr=optimizer.lr,
             betas=optimizer.betas,
@@ -94,8 +97,9 @@ class TrainingEngine:
             fused=True,  # one pass over the states: several times faster, on CPU too
         )
         self.engine, *_ = deepspeed.initialize(
-            model=model, optimizer=adam, config=deepspeed_config(settings, dtype), dist_init_required=False
+            model=model, optimizer=self._adam, config=deepspeed_config(settings, dtype), dist_init_required=False
         )
+        self._spare: tuple[torch.Tensor, ...] = ()  # the last snapshot's buffers
         self.world_size = torch.distributed.get_world_size()
         self.rank = torch.distributed.get_rank()
 
@@ -165,16 +169,37 @@ class TrainingEngine:
 
     # --- state ------------------------------------------------------------------------------
 
-    def save(self, directory: str, client_state: dict[str, Any]) -> None:
-        """Every rank writes its shard; a collective."""
-        self.engine.save_checkpoint(directory, tag="engine", client_state=client_state)
+    def snapshot(self, rng: torch.Tensor) -> Snapshot:
+        """This rank's part of weights and optimizer, copied to the host.  No collective.
 
-    def load(self, directory: str) -> dict[str, Any]:
-        """Inverse of :meth:`save`; the caller has verified the files' digests."""
-        path, client_state = self.engine.load_checkpoint(directory, tag="engine")
-        if path is None:
-            raise FileNotFoundError(f"{directory}: no DeepSpeed state with tag 'engine' in this checkpoint")
-        return dict(client_state or {})
+        It takes the place of the snapshot before, which must not be needed any more.
+
+        Args:
+            rng: uint8, what :meth:`load` gives back.
+        """
+        state = self._state()
+        found = copy_to_host(state.pieces(), rng, state.metadata(), self._spare)
+        self._spare = found.buffers
+        return found
+
+    def load(self, directory: Path) -> torch.Tensor:
+        """Restore what the ranks' snapshots held, however many they were; returns the rng.  A collective.
+
+        The caller has verified the files' digests.
+        """
+        saved = ShardFolder(directory)
+        self._state().load(saved)
+        return saved.rng(self.rank)
+
+    def _state(self) -> EngineState:
+        def whole(parameter: nn.Parameter) -> AbstractContextManager[Any]:
+            if self.zero_stage < 3:
+                return nullcontext()
+            gathered = self._deepspeed.zero.GatheredParameters([parameter], modifier_rank=0)
+            return cast(AbstractContextManager[Any], gathered)
+
+        module, zero = cast(nn.Module, self.engine.module), self.engine.optimizer
+        return EngineState(module, zero, self._adam, self.zero_stage, self.rank, self.world_size, whole)
 
     def close(self) -> None:
         self.engine.destroy()

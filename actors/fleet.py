@@ -16,6 +16,7 @@ import numpy as np
 
 from actors.call_batches import CallBatches
 from actors.scorer_pools import num_scored_tokens
+from actors.state_saving import SaveBegun, SaveOutcome
 from cluster.worker_group import WorkerGroup
 from trainers.protocols import (
     CriticReport,
@@ -43,8 +44,15 @@ class Gang:
         )
         return found
 
-    async def save(self, directory: str) -> None:
-        await self.workers.call_all("save", directory, deadline_s=self.deadline_s)
+    async def begin_save(self, directory: str) -> list[SaveBegun]:
+        """Of each rank; returns when all have a copy of their state and are free to train."""
+        begun: list[SaveBegun] = await self.workers.call_all("begin_save", directory, deadline_s=self.deadline_s)
+        return begun
+
+    async def save_outcome(self, rank: int) -> SaveOutcome | None:
+        """What came of ``begin_save`` on one rank; None while it writes.  Answered between two other calls."""
+        outcome: SaveOutcome | None = await self.workers.call(rank, "save_outcome", deadline_s=self.deadline_s)
+        return outcome
 
     async def load(self, directory: str) -> None:
         await self.workers.call_all("load", directory, deadline_s=self.deadline_s)

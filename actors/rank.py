@@ -2,13 +2,14 @@
 
 One data-parallel rank of a DeepSpeed engine: it joins its process group, holds the weights, and saves, loads
 and exports them.  Every method is called on all ranks at once.  What is learned stands in the subclasses.
-May import: torch, actors.{engine, modeling, publishing, settings}, cluster.rendezvous.
+May import: torch, actors.{engine, modeling, publishing, settings, shards, state_saving}, cluster.rendezvous.
 """
 
 from __future__ import annotations
 
 import resource
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -22,6 +23,8 @@ from actors.engine import TrainingEngine
 from actors.modeling import load_tokenizer
 from actors.publishing import WeightSource
 from actors.settings import LearnerSettings
+from actors.shards import shard_name
+from actors.state_saving import SaveBegun, SaveOutcome, StateWriter
 from cluster.rendezvous import Rendezvous, free_port, join, node_address
 
 
@@ -62,6 +65,7 @@ class EngineRank:
         self.dtype = cast(torch.dtype, getattr(torch, dtype))
         self.engine = TrainingEngine(model, settings, self.dtype, self.device)
         self.weights = WeightSource(self.engine)
+        self._writer = StateWriter()
 
     # --- weights ------------------------------------------------------------------------------
 
@@ -91,14 +95,24 @@ class EngineRank:
 
     # --- state --------------------------------------------------------------------------------
 
-    def save(self, directory: str) -> None:
-        """This rank's shard of weights, optimizer and RNG below ``directory``."""
-        self.engine.save(directory, {"torch_rng": torch.get_rng_state()})
+    def begin_save(self, directory: str) -> SaveBegun:
+        """Copy this rank's state to the host and begin to write it below ``directory``; training may go on.
+
+        Raises:
+            RuntimeError: the outcome of the save before has not been asked for.
+        """
+        started = time.perf_counter()
+        path, rng = Path(directory) / shard_name(self.rank), torch.get_rng_state()
+        snapshot = self._writer.begin(path, lambda: self.engine.snapshot(rng))
+        return SaveBegun(time.perf_counter() - started, snapshot.num_bytes)
+
+    def save_outcome(self, wait_s: float = 0.0) -> SaveOutcome | None:
+        """What came of ``begin_save``; None while it is being written."""
+        return self._writer.outcome(wait_s)
 
     def load(self, directory: str) -> None:
-        """Inverse of :meth:`save`."""
-        state = self.engine.load(directory)
-        torch.set_rng_state(state["torch_rng"])
+        """Restore what ``begin_save`` wrote, on however many ranks and under whichever ZeRO stage."""
+        torch.set_rng_state(self.engine.load(Path(directory)))
 
     def peak_memory_bytes(self) -> int:
         """Highest memory of this rank so far: the device's on CUDA, else the process's resident set."""
@@ -108,6 +122,7 @@ class EngineRank:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
     def close(self) -> None:
+        self._writer.close()
         self.weights.close()
         self.engine.close()
         # A group of one has nobody to leave; in the in-process twin the critic and vLLM may still be in it.

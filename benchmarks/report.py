@@ -24,7 +24,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import generation, learner, ppo, push, step, trl_job
+from benchmarks import checkpoint, generation, learner, ppo, push, step, trl_job
 from benchmarks.job import Job
 from benchmarks.process import ROOT, MeasurementError, run
 from cluster.host import host_facts
@@ -39,6 +39,7 @@ TARGETS = {
     "learner": ("at least", 1.0),
     "memory": ("at most", 0.33),
     "push": ("at most", 1.5),
+    "checkpoint": ("at most", 1.2),
     "step": ("at most", 1.15),
     "scoring": ("at least", 0.9),
     "ppo": ("at most", 1.15),
@@ -136,6 +137,13 @@ class Report:
         memcpy = f"memcpy {found['memcpy_bytes_per_s'] / 1e9:.1f} GB/s; the plain loop's checksum: {checksum}"
         return [Row("weight push", ours, plain, found["ratio"], "push", memcpy)]
 
+    def checkpoint(self) -> list[Row]:
+        found = checkpoint.compare(self.job, 1 if self.quick else 2, 2 if self.quick else 5)
+        ours, plain = (f"{found['seconds'][s]:.3f} s" for s in ("ours", "plain"))
+        note = f"{found['num_bytes'] / 1e9:.2f} GB, on the disk {found['write_s']:.2f} s later, in a thread"
+        what = "a checkpoint stops the learner (plain host copy)"
+        return [Row(what, ours, plain, found["ratio"], "checkpoint", note)]
+
     def step(self) -> list[Row]:
         found = step.compare(self.job, 2 if self.quick else 5, not self.quick)
         self.step_rate = found["samples_per_s"]
@@ -174,7 +182,7 @@ class Report:
         return rows
 
 
-SECTIONS = ("generation", "learner", "memory", "push", "step", "scoring", "ppo", "trl")
+SECTIONS = ("generation", "learner", "memory", "push", "checkpoint", "step", "scoring", "ppo", "trl")
 
 
 def run_all(report: Report, sections: list[str], console: Console) -> list[Row]:

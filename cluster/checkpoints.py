@@ -1,38 +1,38 @@
 """Checkpoints: versioned folders that appear by one rename and prove their bytes by a manifest.
 
-    begin(10)    .step-000010.partial/     written by everyone who has state to save
+    begin(10)    .step-000010.<attempt>.partial/     written by everyone who has state to save
     commit(10)   files synced and hashed -> MANIFEST.json -> sync -> rename to step-000010/ -> sync the parent
 
 A crash before the rename leaves the older checkpoints as they were; after it the new one is complete.  A folder
 that is replaced or removed is renamed out of the way first, so a half-deleted one is never mistaken for whole.
+Every attempt writes into a folder of its own: a process that outlived its run cannot write into a later one's.
 One process at a time may write to a store.  Several hosts may write into a partial folder on a shared disk; each
 must have closed its files before ``commit``.
-May import: cluster.errors.
+May import: cluster.{errors, manifest, retention}.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import os
 import re
+import secrets
 import shutil
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from cluster.errors import ClusterError, DamagedError
+from cluster.manifest import MANIFEST, FileEntry, read_manifest, sync, verify_files, write_manifest
+from cluster.retention import Best, retained
+
+__all__ = ["MANIFEST", "Checkpoint", "CheckpointStore", "FileEntry"]
 
 log = logging.getLogger("burnish.cluster")
 
-FORMAT_VERSION = 1
-MANIFEST = "MANIFEST.json"
-HASH_THREADS = 8  # blake2b releases the interpreter lock, so files are hashed side by side
 _NAME = re.compile(r"step-(\d{6,})")
-_ASIDE = re.compile(r"\.step-(\d{6,})\.(partial|replaced|removing)")
+_ASIDE = re.compile(r"\.step-(\d{6,})\.(?:[0-9a-f]+\.)?(partial|replaced|removing)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,91 +42,97 @@ class Checkpoint:
     path: Path
     step: int
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    score: float | None = None
 
 
 def _name(step: int) -> str:
     return f"step-{step:06d}"
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+def _remove(path: Path) -> None:
+    """Remove a folder that is no checkpoint.
+
+    What cannot be removed now is left for the next commit or start: a process that outlived its run may still write
+    there.
+    """
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=32)).hexdigest()
-
-
-def _seal(manifest: Mapping[str, Any]) -> str:
-    """Digest of the manifest itself, so that damaged metadata is noticed as well."""
-    text = json.dumps({key: value for key, value in manifest.items() if key != "seal"}, sort_keys=True)
-    return hashlib.blake2b(text.encode(), digest_size=32).hexdigest()
+        shutil.rmtree(path)
+    except OSError as error:
+        log.warning("%s cannot be removed now: %s", path, error)
 
 
 class CheckpointStore:
-    """The checkpoints of one run; the newest ``keep`` complete ones stay."""
+    """The checkpoints of one run; the newest ``keep`` complete ones stay, and the ``keep_best`` of the best score."""
 
-    def __init__(self, directory: Path, keep: int = 2) -> None:
-        self.directory, self.keep = Path(directory), max(1, keep)
+    def __init__(self, directory: Path, keep: int = 2, keep_best: int = 0, best: Best = "highest") -> None:
+        self.directory, self.keep, self.keep_best, self.best = Path(directory), max(1, keep), keep_best, best
+        self._begun: dict[int, Path] = {}
 
     # ---- writing
 
+    def remove_leftovers(self) -> list[str]:
+        """Remove what a killed process left half written or half removed; returns the folders' names.
+
+        To be called by the one process that will write, before it does.
+        """
+        whole = set(self._complete().values())
+        aside = [p for p in self._contents() if _ASIDE.fullmatch(p.name) and p not in whole]
+        for path in aside:
+            _remove(path)
+        return sorted(path.name for path in aside)
+
     def begin(self, step: int) -> Path:
         """An empty folder to write the state of ``step`` into; what an interrupted attempt left is removed."""
-        partial = self.directory / f".{_name(step)}.partial"
-        if partial.exists():
-            shutil.rmtree(partial)
+        for path in self._contents():
+            aside = _ASIDE.fullmatch(path.name)
+            if aside and aside[2] == "partial" and int(aside[1]) == step:
+                _remove(path)
+        partial = self.directory / f".{_name(step)}.{secrets.token_hex(4)}.partial"
         partial.mkdir(parents=True)
+        self._begun[step] = partial
         return partial
 
-    def commit(self, step: int, metadata: Mapping[str, Any]) -> Checkpoint:
+    def abandon(self, step: int) -> None:
+        """Remove what was written since ``begin(step)``; the others stay as they are."""
+        if (partial := self._begun.pop(step, None)) is not None:
+            _remove(partial)
+
+    def commit(
+        self,
+        step: int,
+        metadata: Mapping[str, Any],
+        described: Mapping[str, FileEntry] | None = None,
+        score: float | None = None,
+    ) -> Checkpoint:
         """Make what was written since ``begin(step)`` the newest checkpoint.  ``metadata``: JSON values.
 
         Later steps that exist already belong to a lineage that was left by resuming from an earlier
         checkpoint; they are removed, because "newest" would otherwise mean them.
 
-        Raises ClusterError without ``begin``; OSError when the disk refuses (older checkpoints are intact).
+        Args:
+            described: files that their writers have synced and hashed, by their path in the folder.
+            score: what ``keep_best`` compares.
+
+        Raises ClusterError without ``begin``; DamagedError when a described file is not as described; OSError when
+        the disk refuses (older checkpoints are intact).
         """
-        partial, final = self.directory / f".{_name(step)}.partial", self.directory / _name(step)
-        if not partial.is_dir():
-            raise ClusterError(f"checkpoint of step {step}: commit without begin; there is no {partial}")
-        found = [path for path in sorted(partial.rglob("*")) if path.name != MANIFEST]
-        files = [path for path in found if path.is_file()]
-        with ThreadPoolExecutor(HASH_THREADS) as pool:
-            entries = list(pool.map(self._sync_and_describe, files))
-        manifest = {
-            "format_version": FORMAT_VERSION,
-            "step": step,
-            "metadata": dict(metadata),
-            "files": {path.relative_to(partial).as_posix(): entry for path, entry in zip(files, entries, strict=True)},
-        }
-        manifest["seal"] = _seal(manifest)
-        with (partial / MANIFEST).open("w", encoding="utf-8") as file:
-            json.dump(manifest, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        for folder in [path for path in found if path.is_dir()] + [partial]:
-            _sync(folder)
+        partial, final = self._begun.get(step), self.directory / _name(step)
+        if partial is None or not partial.is_dir():
+            raise ClusterError(f"checkpoint of step {step}: commit without begin; there is no folder of it")
+        write_manifest(partial, step, metadata, score, described or {})
         if final.exists():  # still found under its aside name until the new one is in place
             os.rename(final, self.directory / f".{_name(step)}.replaced")
         os.rename(partial, final)
-        _sync(self.directory)
+        sync(self.directory)
+        del self._begun[step]
         self._retain(step)
-        return Checkpoint(final, step, dict(metadata))
-
-    @staticmethod
-    def _sync_and_describe(path: Path) -> dict[str, Any]:
-        _sync(path)
-        return {"size": path.stat().st_size, "blake2b": _digest(path)}
+        return Checkpoint(final, step, dict(metadata), score)
 
     def _retain(self, newest: int) -> None:
-        """Remove leftovers, later steps of an abandoned lineage, and all but the newest ``keep``."""
+        """Remove leftovers, later steps of an abandoned lineage, and what retention does not keep."""
         complete = self._complete()
-        kept = sorted((step for step in complete if step <= newest), reverse=True)[: self.keep]
+        scores = {step: self._score(path, step) for step, path in complete.items()}
+        kept = retained(scores, newest, self.keep, self.keep_best, self.best)
         for step, path in complete.items():
             if step not in kept:
                 if step > newest:
@@ -134,16 +140,28 @@ class CheckpointStore:
                 if path.name == _name(step):
                     os.rename(path, self.directory / f".{_name(step)}.removing")
         kept_paths = {complete[step] for step in kept}
-        for path in list(self.directory.iterdir()):
+        for path in self._contents():
             if _ASIDE.fullmatch(path.name) and path not in kept_paths:
-                shutil.rmtree(path)
+                _remove(path)
+
+    def _score(self, path: Path, step: int) -> float | None:
+        if not self.keep_best:
+            return None
+        try:
+            score: float | None = read_manifest(path, step)["score"]
+        except DamagedError:  # none of the best; whether it is loadable is for ``load`` to say
+            return None
+        return score
 
     # ---- reading
+
+    def _contents(self) -> list[Path]:
+        return list(self.directory.iterdir()) if self.directory.is_dir() else []
 
     def _complete(self) -> dict[int, Path]:
         """Committed folders by step.  A replaced one counts until its replacement is in place."""
         found: dict[int, Path] = {}
-        for path in self.directory.iterdir() if self.directory.is_dir() else ():
+        for path in self._contents():
             name, aside = _NAME.fullmatch(path.name), _ASIDE.fullmatch(path.name)
             if name and path.is_dir():
                 found[int(name[1])] = path
@@ -195,40 +213,7 @@ class CheckpointStore:
 
     @staticmethod
     def _read(path: Path, step: int, verify: bool) -> Checkpoint:
-        source = path / MANIFEST
-        try:
-            manifest = json.loads(source.read_text(encoding="utf-8"))
-        except FileNotFoundError as error:
-            raise DamagedError(f"{source}: is missing") from error
-        except (OSError, ValueError) as error:
-            raise DamagedError(f"{source}: cannot be read ({' '.join(str(error).split())})") from error
-        version = manifest.get("format_version") if isinstance(manifest, dict) else None
-        if isinstance(version, int) and version > FORMAT_VERSION:
-            raise DamagedError(f"{source}: format_version {version} is newer than {FORMAT_VERSION}, the one read here")
-        if version != FORMAT_VERSION or manifest.get("seal") != _seal(manifest):
-            raise DamagedError(f"{source}: its content does not match its seal")
-        if manifest["step"] != step:
-            raise DamagedError(f"{source}: is of step {manifest['step']}, the folder's name says {step}")
-
-        def check(item: tuple[str, Mapping[str, Any]]) -> str | None:
-            name, entry = item
-            file = path / name
-            try:
-                size = file.stat().st_size
-                if size != entry["size"]:
-                    return f"{file}: has {size} bytes, the manifest says {entry['size']}"
-                if _digest(file) != entry["blake2b"]:
-                    return f"{file}: its digest differs from the manifest's"
-            except FileNotFoundError:
-                return f"{file}: is missing"
-            except OSError as error:
-                return f"{file}: cannot be read ({error.strerror})"
-            return None
-
+        manifest = read_manifest(path, step)
         if verify:
-            with ThreadPoolExecutor(HASH_THREADS) as pool:
-                problems = [problem for problem in pool.map(check, manifest["files"].items()) if problem]
-            if problems:
-                more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-                raise DamagedError(problems[0] + more)
-        return Checkpoint(path, step, manifest["metadata"])
+            verify_files(path, manifest)
+        return Checkpoint(path, step, manifest["metadata"], manifest["score"])

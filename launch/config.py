@@ -21,12 +21,14 @@ from actors.settings import (
     RewardModelSettings,
     RewardWorkerSettings,
 )
+from cluster.retention import Best
 from cluster.settings import ClusterSettings, HealthSettings
 from launch.row_settings import PretrainingSettings
 from trainers.alarms import AlarmSettings
 from trainers.algorithms import AlgorithmSettings
 from trainers.filtering import FilterSettings
 from trainers.kl_controller import MAX_ERROR
+from trainers.metrics import check as check_metric
 from trainers.rewards import RewardSettings
 from trainers.settings import Settings
 
@@ -80,7 +82,33 @@ class CheckpointSettings(Settings):
 
     every: int = Field(50, ge=0, description="steps between checkpoints; 0: only the last one")
     keep: Positive = Field(2, description="newest checkpoints that stay")
+    keep_best: int = Field(0, ge=0, description="checkpoints that stay besides, those of the best best_metric")
+    best_metric: str | None = Field(
+        None, description="a name of the metric dictionary, for instance eval/reward; measured at every checkpoint"
+    )
+    best: Best = Field("highest", description="which value of best_metric is best")
+    wait_s: float = Field(900.0, gt=0, description="wait for the checkpoint before to be written; then leave this out")
+    grace_s: float | None = Field(
+        None, gt=0, description="seconds from SIGTERM in which to save and stop; default: as long as it takes"
+    )
     export: bool = Field(True, description="write a Hugging Face folder at the end")
+
+    @model_validator(mode="after")
+    def _best_is_measured(self) -> Self:
+        if self.keep_best and self.best_metric is None:
+            raise ValueError(f"keep_best={self.keep_best} needs best_metric: by which metric, for instance eval/reward")
+        if self.best_metric is not None:
+            check_metric(self.best_metric)
+        return self
+
+    def check_evaluation(self, every: int) -> None:
+        """ValueError when best_metric is an evaluation's and a checkpoint would come without one of its step."""
+        metric = self.best_metric or ""
+        if self.keep_best and metric.startswith("eval/") and (not every or self.every % every):
+            raise ValueError(
+                f"checkpoint.best_metric={metric} is measured every {every} steps (evaluation.every) and checkpoints "
+                f"come every {self.every} (checkpoint.every): make the second a multiple of the first"
+            )
 
 
 class TelemetrySettings(Settings):
@@ -203,6 +231,7 @@ class RunConfig(Settings):
                 f"algorithm.ppo.kl_horizon={alg.ppo.kl_horizon} is too short for steps of {num_samples} samples: one "
                 f"step could bring kl_coef to 0; use more than {MAX_ERROR * num_samples:g}"
             )
+        self.checkpoint.check_evaluation(self.evaluation.every)
         names = self.reward_names
         if not names:
             raise ValueError("rewards is empty and so is reward_models: nothing would be learned; give one of them")

@@ -22,6 +22,7 @@ class MemoryEstimate:
 
     parts: Mapping[str, int]
     offloaded: Mapping[str, int] = field(default_factory=dict)
+    host_copy: int = 0  # of the state, for checkpoints to be written from
 
     @property
     def total(self) -> int:
@@ -79,6 +80,8 @@ def estimate_learner(
     activations  see activation_bytes
     logits       2 * 4 * chunk * V, and V h (4 + c) for the head's gradient and cast; nothing with V = 0, a head
                  of one number (a critic)
+
+    ``host_copy`` is the 12 P / R that a checkpoint is written from, while training goes on.
     """
     ranks = max(1, num_ranks)
     layer_params = -(-num_params // max(1, layers))
@@ -100,7 +103,7 @@ def estimate_learner(
     where["optimizer"] = _share(num_params * ADAM_BYTES, ranks if zero_stage >= 1 else 1)
     parts["activations"] = activation_bytes(token_budget, hidden, layers, intermediate, checkpointing, compute_bytes)
     parts["logits"] = LOGIT_COPIES * 4 * logprob_chunk * vocab + vocab * hidden * (4 + compute_bytes)
-    return MemoryEstimate(parts, offloaded)
+    return MemoryEstimate(parts, offloaded, _share(checkpoint_bytes(num_params), ranks))
 
 
 def kv_bytes_per_token(layers: int, kv_heads: int, head_dim: int, compute_bytes: int = 2) -> int:

@@ -161,7 +161,7 @@ def _check_host_memory(
     needs: Mapping[str, MemoryEstimate],
     on_gpu: bool,
 ) -> None:
-    """Host memory: everything on a CPU, only processes and offloaded states with GPUs."""
+    """Host memory: everything on a CPU; with GPUs processes, offloaded states and checkpoints in flight."""
     offloads = [w for s in (config.learner, config.critic) for w in (s.offload_optimizer, s.offload_param)]
     for index, node in enumerate(nodes):
         roles = Counter(slot.role for slot in layout.slots if slot.node == index)
@@ -170,7 +170,7 @@ def _check_host_memory(
             if role in needs:
                 # States on nvme take little memory; with both kinds of offload the sum is an upper bound.
                 offloaded = needs[role].offloaded_total if "cpu" in offloads else 0
-                needed += count * (offloaded + (0 if on_gpu else needs[role].total))
+                needed += count * (offloaded + needs[role].host_copy + (0 if on_gpu else needs[role].total))
         free = int(node["memory_free_bytes"])
         problem = None
         if needed > free:

@@ -23,7 +23,7 @@ def newest_checkpoint(config: RunConfig, folder: Path) -> Checkpoint | None:
     """The checkpoint to continue from, its bytes verified; None when the run ended before its first one.
 
     Raises:
-        InputError: it is damaged, or was made by another number of ranks or another ZeRO stage.
+        InputError: it is damaged, or was made by another algorithm.
     """
     store = CheckpointStore(folder / "checkpoints", config.checkpoint.keep)
     try:
@@ -39,12 +39,6 @@ def newest_checkpoint(config: RunConfig, folder: Path) -> Checkpoint | None:
         made_by, has = ("ppo", "a") if saved_critic else ("grpo", "no")
         reason = f"the checkpoint of step {checkpoint.step} has {has} critic"
         raise InputError("algorithm.name", config.algorithm.name, reason, f"resume with algorithm.name={made_by}")
-    for role in ("learner", "critic"):
-        for name, made_with in dict(checkpoint.metadata.get(role, {})).items():
-            value = getattr(getattr(config, role), name)
-            if value != made_with:
-                reason = f"the checkpoint of step {checkpoint.step} is in shards of {made_with}"
-                raise InputError(f"{role}.{name}", value, reason, f"resume with {role}.{name}={made_with}")
     return checkpoint
 
 

@@ -41,7 +41,8 @@ WANDB_MAX_PENDING = 1000  # rows W&B may lag behind; further ones are in metrics
 SAMPLE_TABLE_EVERY = 10  # steps between W&B sample tables, besides the steps with an evaluation
 SHOWN_EVENTS = frozenset(  # also noted on the terminal
     {"alarm", "rolling_back", "roll_back_failed", "fault", "wandb_fallback", "record_lost", "worker_died",
-     "worker_replaced", "start_failed", "generator_joined", "generator_left", "scale_refused"}
+     "worker_replaced", "start_failed", "generator_joined", "generator_left", "scale_refused", "checkpoint_failed",
+     "checkpoint_waits"}
 )
 KEY_METRICS = ("reward", "eval/accuracy", "completions/mean_length", "completions/clipped_ratio", "kl", "entropy",
                "frac_reward_zero_std", "grad_norm", "time/step_s", "throughput/generate_tokens_per_s")
@@ -199,6 +200,12 @@ class Telemetry:
         self._events.append({"time_unix": time.time(), "kind": kind, "step": step, **fields})
         if self._watcher is not None and kind in SHOWN_EVENTS:
             self._watcher.note(f"{kind}: " + ", ".join(f"{k}={v}" for k, v in fields.items()))
+
+    def value(self, step: int, name: str | None) -> float | None:
+        """Metric ``name`` of the row of ``step``, if that is the last row and has it."""
+        row = self._rows[-1] if self._rows else {}
+        found: float | None = row.get(name) if name is not None and row.get("step") == step else None
+        return found
 
     def alert(self, title: str, text: str) -> None:
         """A W&B alert, which its users may have sent to mail or chat; nothing waits for it.

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,6 +23,7 @@ from cluster.placement import RayHandle
 from cluster.transport import fetch
 from launch.alarm_watch import AlarmWatch
 from launch.assemble import Fleet, assemble
+from launch.checkpointing import Checkpointer, SavingRanks
 from launch.demands import node_facts, num_workers
 from launch.held_out import HeldOut
 from launch.machines import connect
@@ -95,7 +95,8 @@ class _Run:
     ) -> None:
         self.resolved, self.config, self.prepared = resolved, resolved.config, prepared
         self.folder, self.checkpoint, self.console = folder, checkpoint, console
-        self.store = CheckpointStore(folder / "checkpoints", self.config.checkpoint.keep)
+        kept = self.config.checkpoint
+        self.store = CheckpointStore(folder / "checkpoints", kept.keep, kept.keep_best, kept.best)
         self.stream = PromptStream(prepared.train, self.config.run.seed, self.config.prompts.shuffle)
         self.facts = facts
         self.first_step, self.num_tokens = 0, 0
@@ -109,8 +110,7 @@ class _Run:
             self.stream.check(state["prompts"])
             self.num_tokens = int(state["num_tokens"])
         self.version = WeightVersion(incarnation + 1, self.first_step)
-        self.checkpoint_s: float | None = None  # of the last step's checkpoint, for the next step's row
-        self.saved_step = self.first_step if checkpoint is not None else -1
+        self.saver: Checkpointer | None = None
         self.fleet: Fleet
         self.ppo: PPOLap | None = None
         self.goes_back = False
@@ -150,6 +150,8 @@ class _Run:
                 await self._prove(time.perf_counter() - started)
                 await self._loop()
             finally:
+                if self.saver is not None:
+                    await self.saver.close()
                 await self.fleet.close()
         except BaseException as error:
             self.telemetry.event("failed", error=f"{type(error).__name__}: {error}")
@@ -192,7 +194,8 @@ class _Run:
         if "alarms" in saved:
             self.board.load_state_dict(saved["alarms"])
         watch = AlarmWatch(self.board, self.telemetry, self.folder)
-        self.recorder = WatchedRecorder(self.telemetry, watch, self.store, lambda: self.loop.stop())
+        saver = self.saver = self._checkpointer()
+        self.recorder = WatchedRecorder(self.telemetry, watch, self.store, self._stop_for_alarm)
         self.held_out = HeldOut(
             config, self.prepared.held_out, fleet, self.telemetry, self.folder, saved.get("first_evaluation")
         )
@@ -210,15 +213,18 @@ class _Run:
         self.loop = TrainingLoop(
             settings, parts, self.first_step, self.version, self.num_tokens, ledger, untrained
         )
-        with stop_on_signals(self.loop, self.telemetry) as received:
+        async with stop_on_signals(self.loop.stop, self.telemetry, config.checkpoint.grace_s) as stopping:
             await self.loop.run()
+            stopping.check()
+            await saver.settle()
+            if self.recorder.target is None and saver.saved_step != self.loop.step:
+                await self._save(self.loop.step, self.loop.version)
+                await saver.settle()
         if self.recorder.target is not None:
-            self.goes_back = not received  # who stopped the run resumes it, and from there
-            if received:
+            self.goes_back = not stopping.received  # who stopped the run resumes it, and from there
+            if stopping.received:
                 self.telemetry.event("stopped", step=self.loop.step)
             return
-        if self.saved_step != self.loop.step:
-            await self._save(self.loop.step, self.loop.version)
         if config.checkpoint.export and not self.loop.stopping:
             target = self.folder / "export" / f"step-{self.loop.step:06d}"
             await fleet.learner.export(str(target))
@@ -245,53 +251,53 @@ class _Run:
         metrics: dict[str, float] = {}
         fresh = step == 0 and self.checkpoint is None
         resumed_here = step == self.first_step and not fresh
-        if evaluation.every and not resumed_here and (last or step % evaluation.every == 0):
+        due = evaluation.every and not resumed_here and not self.loop.stopping  # after SIGTERM time is short
+        if due and (last or step % evaluation.every == 0):
             metrics |= await self.held_out.evaluate(step, version, last)
         if fresh:
             if metrics:
                 self.recorder.step(0, metrics)
             return {}
-        if self.checkpoint_s is not None:
-            metrics["time/checkpoint_s"], self.checkpoint_s = self.checkpoint_s, None
-        return metrics
+        return metrics | (self.saver.metrics() if self.saver is not None else {})
 
     async def _after_record(self, step: int, version: WeightVersion, last: bool) -> None:
         every = self.config.checkpoint.every
         if self.recorder.target is not None:
             return  # the checkpoint to go back to stays the newest good one
         if last or (every and step % every == 0):
-            self.checkpoint_s = await self._save(step, version)
+            await self._save(step, version)
 
-    async def _save(self, step: int, version: WeightVersion) -> float:
-        started = time.perf_counter()
-        directory = self.store.begin(step)
+    def _checkpointer(self) -> Checkpointer:
+        roles: dict[str, SavingRanks] = {"learner": self.fleet.learner}
+        if self.fleet.critic is not None:
+            roles["critic"] = self.fleet.critic
+        saved = self.first_step if self.checkpoint is not None else -1
+        return Checkpointer(self.store, roles, self.telemetry, self.config.checkpoint.wait_s, saved)
+
+    def _stop_for_alarm(self) -> None:
+        self.loop.stop()
+        if self.recorder.target is not None and self.saver is not None:
+            self.saver.abandon()
+
+    async def _save(self, step: int, version: WeightVersion) -> None:
+        """Begin to save what there is now; it is written while the run goes on."""
         ledger, untrained = self.loop.snapshot()  # before the first wait: it belongs to these weights
-        try:
-            await self.fleet.learner.save(str(directory / "learner"))
-            if untrained:
-                spooled = await asyncio.to_thread(encode_spool, untrained, PAYLOAD_DEADLINE_S)
-                (directory / UNTRAINED).write_bytes(spooled)
-            prompts = self.stream.identity() | {"position": ledger["frontier"]}
-            shards = {"learner": _shards(self.config.learner)}
-            if self.fleet.critic is not None and self.ppo is not None:
-                await self.fleet.critic.save(str(directory / "critic"))
-                shards |= {"critic": _shards(self.config.critic), "ppo": self.ppo.state.state_dict()}
-            metadata = {
-                "incarnation": version.incarnation, "prompts": prompts, "ledger": ledger,
-                "made_with": made_with(self.config), "wandb_id": self.telemetry.wandb_id,
-                "num_tokens": self.loop.num_tokens, "seed": self.config.run.seed,
-                "alarms": self.board.state_dict(), "first_evaluation": self.held_out.state_dict(), **shards,
-            }  # fmt: skip
-            self.store.commit(step, metadata)
-        except OSError as error:
-            # A full disk costs this checkpoint, not the run: the last one is still there.
-            shutil.rmtree(directory, ignore_errors=True)
-            self.telemetry.event("checkpoint_failed", step=step, error=str(error))
-            return time.perf_counter() - started
-        self.saved_step = step
-        took = time.perf_counter() - started
-        self.telemetry.event("checkpoint", step=step, seconds=round(took, 3))
-        return took
+        prompts = self.stream.identity() | {"position": ledger["frontier"]}
+        metadata = {
+            "incarnation": version.incarnation, "prompts": prompts, "ledger": ledger,
+            "made_with": made_with(self.config), "wandb_id": self.telemetry.wandb_id,
+            "num_tokens": self.loop.num_tokens, "seed": self.config.run.seed,
+            "alarms": self.board.state_dict(), "first_evaluation": self.held_out.state_dict(),
+            "learner": _shards(self.config.learner),
+        }  # fmt: skip
+        if self.ppo is not None:
+            metadata |= {"critic": _shards(self.config.critic), "ppo": self.ppo.state.state_dict()}
+        assert self.saver is not None
+        score = self.telemetry.value(step, self.config.checkpoint.best_metric)
+        files = {}
+        if untrained:
+            files[UNTRAINED] = await asyncio.to_thread(encode_spool, untrained, PAYLOAD_DEADLINE_S)
+        await self.saver.save(step, metadata, files=files, score=score)
 
     # --- records --------------------------------------------------------------------------------
 
@@ -309,5 +315,5 @@ class _Run:
 
 
 def _shards(settings: LearnerSettings) -> dict[str, int]:
-    """What a resumed run must have in common with the one that saved."""
+    """How the state was held when it was saved; a resumed run may hold it otherwise."""
     return {"num_workers": settings.num_workers, "zero_stage": settings.zero_stage}

@@ -9,20 +9,19 @@ May import: everything.
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import shutil
-import signal
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from actors.fleet import Gang
 from cluster.checkpoints import Checkpoint, CheckpointStore
 from cluster.layout import NodeSupply
 from cluster.placement import RayHandle
+from launch.checkpointing import Checkpointer
 from launch.demands import node_facts
 from launch.journal import read_rows
 from launch.machines import connect
@@ -31,6 +30,7 @@ from launch.overrides import ResolvedConfig, dump_yaml
 from launch.prepare import check_run_folder
 from launch.progress import Progress
 from launch.resuming import earlier_attempts
+from launch.signals import stop_on_signals
 from launch.telemetry import Telemetry
 from launch.tuning_config import TuningConfig
 from launch.tuning_place import ranks_of, refuse_shortfall, shared, tuning_report
@@ -86,7 +86,8 @@ class _Run:
         self.resolved, self.config, self.task = resolved, config, prepared.task
         self.base, self.num_steps = prepared.base, prepared.num_steps
         self.folder, self.checkpoint, self.console = folder, checkpoint, console
-        self.store = CheckpointStore(folder / "checkpoints", config.checkpoint.keep)
+        kept = config.checkpoint
+        self.store = CheckpointStore(folder / "checkpoints", kept.keep, kept.keep_best, kept.best)
         self.stream = MixtureStream(self.task.sizes, config.data.weights, config.run.seed)
         self.step, self.num_tokens = 0, 0.0
         before, self.wandb_id = earlier_attempts(folder)
@@ -101,7 +102,7 @@ class _Run:
             self.step, self.num_tokens = checkpoint.step, float(state["num_tokens"])
             self.wandb_id = state.get("wandb_id") or self.wandb_id
         self.stopping = False
-        self.checkpoint_s: float | None = None  # of the last step's checkpoint, for the next step's row
+        self.saver: Checkpointer
         self.fleet: TuningFleet
 
     async def go(self, facts: Sequence[Mapping[str, Any]] | None) -> Path:
@@ -147,7 +148,13 @@ class _Run:
                     "ready", step=self.step, version=f"{self.incarnation}.{self.step}", device=fleet.device,
                     dtype=fleet.dtype, start_s=round(time.perf_counter() - started, 2), layout=fleet.layout.table(),
                 )  # fmt: skip
-                await self._train()
+                saved, wait_s = self.step if self.checkpoint is not None else -1, config.checkpoint.wait_s
+                gang = Gang(fleet.ranks, fleet.deadline_s)
+                self.saver = Checkpointer(self.store, {"learner": gang}, self.telemetry, wait_s, saved)
+                try:
+                    await self._train()
+                finally:
+                    await self.saver.close()
         except BaseException as error:
             self.telemetry.event("failed", error=f"{type(error).__name__}: {error}")
             raise
@@ -156,17 +163,18 @@ class _Run:
             self.telemetry.close()
 
     async def _train(self) -> None:
-        saved = self.step if self.checkpoint else -1
         every = self.config.checkpoint.every
-        with self._stop_on_signals():
+        async with stop_on_signals(self._stop, self.telemetry, self.config.checkpoint.grace_s):
             if self.step == 0 and (metrics := await self._evaluate()):
                 self.telemetry.step(0, metrics)
             while self.step < self.num_steps and not self.stopping:
                 await self._step()
-                if every and self.step % every == 0 and await self._save():
-                    saved = self.step
-            if saved != self.step:
+                if every and self.step % every == 0:
+                    await self._save()
+            await self.saver.settle()
+            if self.saver.saved_step != self.step:
                 await self._save()
+                await self.saver.settle()
             if self.config.checkpoint.export and self.step == self.num_steps:
                 target = self.folder / "export" / f"step-{self.step:06d}"
                 await self.fleet.call("export", str(target))
@@ -186,10 +194,9 @@ class _Run:
             "epoch": sum(self.stream.num_drawn) / sum(self.task.sizes),
             "time/step_s": time.perf_counter() - started,
         }
-        if self.checkpoint_s is not None:
-            metrics["time/checkpoint_s"], self.checkpoint_s = self.checkpoint_s, None
+        metrics |= self.saver.metrics()
         every = self.config.evaluation.every
-        if every and (self.step % every == 0 or self.step == self.num_steps):
+        if every and not self.stopping and (self.step % every == 0 or self.step == self.num_steps):
             metrics |= await self._evaluate()
         self.telemetry.step(self.step, metrics)
 
@@ -201,45 +208,18 @@ class _Run:
         found = dict(await self.task.evaluate(self.fleet, self.step))
         return found | {"time/evaluate_s": time.perf_counter() - started}
 
-    async def _save(self) -> bool:
-        started = time.perf_counter()
-        directory = self.store.begin(self.step)
-        try:
-            await self.fleet.call("save", str(directory / "learner"))
-            metadata = {
-                "incarnation": self.incarnation, "stream": self.stream.state_dict(), "data": self.task.digest,
-                "wandb_id": self.telemetry.wandb_id, "num_tokens": self.num_tokens,
-                "made_with": made_with(self.config),
-            }  # fmt: skip
-            self.store.commit(self.step, metadata)
-        except OSError as error:
-            # A full disk costs this checkpoint, not the run: the last one is still there.
-            shutil.rmtree(directory, ignore_errors=True)
-            self.telemetry.event("checkpoint_failed", step=self.step, error=str(error))
-            return False
-        self.checkpoint_s = time.perf_counter() - started
-        self.telemetry.event("checkpoint", step=self.step, seconds=round(self.checkpoint_s, 3))
-        return True
+    async def _save(self) -> None:
+        """Begin to save what there is now; it is written while the run goes on."""
+        metadata = {
+            "incarnation": self.incarnation, "stream": self.stream.state_dict(), "data": self.task.digest,
+            "wandb_id": self.telemetry.wandb_id, "num_tokens": self.num_tokens,
+            "made_with": made_with(self.config),
+        }  # fmt: skip
+        score = self.telemetry.value(self.step, self.config.checkpoint.best_metric)
+        await self.saver.save(self.step, metadata, score=score)
 
-    @contextlib.contextmanager
-    def _stop_on_signals(self) -> Iterator[None]:
-        """The first SIGINT or SIGTERM asks the run to stop with a checkpoint; the second ends it at once."""
-        running = asyncio.get_running_loop()
-        signals = (signal.SIGINT, signal.SIGTERM)
-
-        def on_signal(number: signal.Signals) -> None:
-            self.telemetry.event("stopping", signal=number.name)
-            self.stopping = True
-            for s in signals:
-                running.remove_signal_handler(s)
-
-        for s in signals:
-            running.add_signal_handler(s, on_signal, s)
-        try:
-            yield
-        finally:
-            for s in signals:
-                running.remove_signal_handler(s)
+    def _stop(self) -> None:
+        self.stopping = True
 
 
 def summary(folder: Path, names: Sequence[str]) -> Table:

@@ -123,6 +123,7 @@ class TuningConfig(Settings):
                 f"learner.token_budget={self.learner.token_budget} is below model.max_length={longest}: "
                 "the longest text would fit no micro-batch; raise it or lower model.max_length"
             )
+        self.checkpoint.check_evaluation(self.evaluation.every)
         if self.run.batch_size < self.learner.num_workers:
             raise ValueError(
                 f"run.batch_size={self.run.batch_size}: fewer than the {self.learner.num_workers} ranks; raise it or "

@@ -132,7 +132,7 @@ def tuning_report(config: TuningConfig, facts: ModelFacts, nodes: Sequence[Mappi
         ranks = sum(slot.node == index for slot in report.layout.slots)
         if not ranks:
             continue
-        bill = ranks * (PROCESS_BYTES + offloaded + (0 if on_gpu else need.total))
+        bill = ranks * (PROCESS_BYTES + offloaded + need.host_copy + (0 if on_gpu else need.total))
         _memory(report, config, node["hostname"], "host memory", bill, int(node["memory_free_bytes"]))
         if on_gpu:
             free = min(int(gpu.get("free_bytes", gpu["memory_bytes"])) for gpu in node["gpus"])

@@ -63,19 +63,15 @@ def _task(config: TuningConfig, base: BaseModelFolder) -> TuningTask:
 
 
 def made_with(config: TuningConfig) -> dict[str, Any]:
-    """What a checkpoint belongs to: its shards fit nothing else."""
-    return {
-        "algorithm.name": config.algorithm.name,
-        "learner.num_workers": config.learner.num_workers,
-        "learner.zero_stage": config.learner.zero_stage,
-    }
+    """What a checkpoint belongs to: its weights fit nothing else."""
+    return {"algorithm.name": config.algorithm.name}
 
 
 def newest_checkpoint(config: TuningConfig, folder: Path) -> Checkpoint | None:
     """The checkpoint to continue from, its bytes verified; None when the run ended before its first one.
 
     Raises:
-        InputError: it is damaged, or was made by another algorithm, number of ranks or ZeRO stage.
+        InputError: it is damaged, or was made by another algorithm.
     """
     try:
         checkpoint = CheckpointStore(folder / "checkpoints", config.checkpoint.keep).latest()

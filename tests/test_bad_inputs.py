@@ -290,16 +290,6 @@ def test_a_damaged_checkpoint_is_refused_with_the_file_and_the_newest_intact_one
     assert len(list((shop.run / "checkpoints").iterdir())) == 3
 
 
-def test_a_checkpoint_in_shards_of_other_ranks_is_refused(shop: Workshop, capfd: pytest.CaptureFixture[str]) -> None:
-    shop.run.mkdir(parents=True)
-    (shop.run / "config.yaml").write_text("run: {}\n")
-    store = CheckpointStore(shop.run / "checkpoints")
-    store.begin(3)
-    store.commit(3, {"incarnation": 0, "learner": {"num_workers": 4, "zero_stage": 3}})
-    line = refusal(shop.arguments("--resume"), capfd)
-    assert "learner.num_workers = 2" in line and "shards of 4" in line and "resume with learner.num_workers=4" in line
-
-
 @pytest.mark.parametrize("case", ["an unknown key", "a reward that raises", "GPUs on a machine without one"])
 def test_the_command_itself_says_one_line_on_stderr(case: str, shop: Workshop) -> None:
     make, expected = CASES[case]

@@ -17,7 +17,7 @@ from actors.model_folders import resolve_model
 from actors.modeling import load_policy
 from actors.objective import TokenTerms, pack_loss
 from actors.scalar_model import load_scalar
-from benchmarks import gpu_check, learner, ppo, process, push, report, step
+from benchmarks import checkpoint, gpu_check, learner, ppo, process, push, report, step
 from benchmarks.gpu_tasks import make_packs
 from benchmarks.job import (
     Job,
@@ -212,6 +212,12 @@ def test_the_ppo_benchmark_is_a_valid_run_that_updates_once_a_batch_by_a_learned
     assert config.reward_names == ["proxy"] and config.reward_models[0].path == "folder"
     assert config.learner.optimizer.lr == config.critic.optimizer.lr == 1e-8
     assert config.algorithm.ppo.value_warmup_steps == config.evaluation.every == 0
+
+
+def test_the_plain_side_of_the_checkpoint_benchmark_copies_weights_and_both_moments(tiny: str) -> None:
+    found = checkpoint.measure_plain(Job(model="builtin:tiny-llama"), 2)
+    assert found["num_bytes"] == 3 * sum(p.nbytes for p in load_policy(tiny, chunk=8).parameters())
+    assert len(found["seconds"]) == 2
 
 
 def test_a_missed_target_is_called_missed() -> None:

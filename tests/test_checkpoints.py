@@ -112,6 +112,24 @@ def test_retention_keeps_the_newest_and_removes_leftovers(tmp_path: Path) -> Non
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000020", "step-000030"]
 
 
+def test_what_cannot_be_removed_yet_costs_no_checkpoint_and_goes_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = CheckpointStore(tmp_path, keep=1)
+    left = CheckpointStore(tmp_path).begin(7)
+
+    def busy(path: Path) -> None:
+        raise OSError(39, "Directory not empty", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", busy)
+        store.remove_leftovers()
+        write(store, 10)
+    assert store.steps() == [10] and left.is_dir()
+    write(store, 20)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000020"]
+
+
 def test_after_resuming_from_an_earlier_step_the_abandoned_lineage_is_not_the_latest(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path, keep=3)
     for step in (10, 20, 30):

@@ -160,11 +160,18 @@ def gradients_and_updates(learner: Any, folder: str) -> dict[str, Any]:
     found["one update"] = learner.update(groups, 0).metrics, learner.weights.whole_state(torch.float32)
     configure(learner, SEVERAL_UPDATES, 30, True)
     found["several updates"] = learner.update(groups, 1).metrics, learner.weights.whole_state(torch.float32)
-    learner.save(f"{folder}/state")
+    save(learner, f"{folder}/state")
     found["next update"] = learner.update(groups, 2).metrics, learner.weights.whole_state(torch.float32)
     learner.load(f"{folder}/state")
     found["next update again"] = learner.update(groups, 2).metrics, learner.weights.whole_state(torch.float32)
     return found
+
+
+def save(learner: Any, directory: str) -> None:
+    """Return when every rank's file is there."""
+    learner.begin_save(directory)
+    assert learner.save_outcome(DEADLINE_S).error is None
+    torch.distributed.barrier()
 
 
 def everyone(members: Sequence[int], weights: np.ndarray, *_: Any) -> list[int]:

@@ -72,7 +72,6 @@ class World:
             raise ArithmeticError("loss is NaN")
         return UpdateReport({"loss": 0.0}, {}, 0.0, 1)
 
-    async def save(self, directory: str) -> None: ...
 
     async def push(self, version: WeightVersion) -> PushReport:
         self.log.append(f"push {version.step}")

@@ -97,7 +97,7 @@ def test_through_ray_policy_and_critic_learn_at_once_beside_a_reward_model(start
     assert abs(first["objective/kl"]) < 1e-3 and first["failures/num_reward"] == 0
     assert abs(first["critic/value_mean"]) > 1e-3, "the critic starts from the reward model"
     checkpoint = CheckpointStore(run.folder / "checkpoints").latest()
-    assert checkpoint is not None and list((checkpoint.path / "critic").rglob("*.pt"))
+    assert checkpoint is not None and len(list((checkpoint.path / "critic").glob("rank-*.safetensors"))) == 2
 
 
 # --- scorers merged -------------------------------------------------------------------------------
@@ -175,5 +175,5 @@ def test_a_checkpoint_of_the_other_algorithm_is_refused(tmp_path: Path) -> None:
         newest_checkpoint(load_config("cpu-two-by-two", ["algorithm.name=ppo"]).config, tmp_path)
     store.begin(2)
     store.commit(2, {"learner": {"num_workers": 2, "zero_stage": 3}, "critic": {"num_workers": 2, "zero_stage": 1}})
-    with pytest.raises(InputError, match=r"critic\.num_workers = 1.*critic\.num_workers=2"):
-        newest_checkpoint(load_config("cpu-two-by-two", ["algorithm.name=ppo"]).config, tmp_path)
+    found = newest_checkpoint(load_config("cpu-two-by-two", ["algorithm.name=ppo"]).config, tmp_path)
+    assert found is not None and found.step == 2, "ranks may be others than those that saved"

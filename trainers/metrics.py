@@ -131,8 +131,12 @@ _ROWS: tuple[Metric, ...] = (
     Metric("time/push_pause_s", "longest time one generator did not sample because of the push", "s", RUN,
            "maximum over generators"),
     Metric("time/evaluate_s", "held-out evaluation", "s", "steps with an evaluation", CONTROLLER),
-    Metric("time/checkpoint_s", "saving and committing the checkpoint before this step", "s",
-           "steps after a checkpoint", CONTROLLER),
+    Metric("time/checkpoint_stop_s", "what the checkpoint before this step made the loop wait: the ranks' host copies, "
+           "and the end of an earlier checkpoint if that was still being written", "s", "steps after a checkpoint",
+           CONTROLLER),
+    Metric("time/checkpoint_s", "from the begin of a checkpoint until it was committed, while training went on", "s",
+           "the first step after that", CONTROLLER),
+    Metric("checkpoint/num_bytes", "learner state in that checkpoint", "bytes", "all ranks of learner and critic", SUM),
     Metric("throughput/generate_tokens_per_s", "completion tokens / time/generate_s; in asynchronous runs / time "
            "between two batches", "tokens/s", "all completions sampled for or during the step",
            "sum over generators / wall time"),

@@ -114,10 +114,6 @@ class Learner(Protocol):
 
     async def update(self, groups: Sequence[LearnerGroup], step: int) -> UpdateReport: ...
 
-    async def save(self, directory: str) -> None:
-        """Write every rank's state below ``directory``; returns when all bytes are there."""
-        ...
-
 
 class PolicyLearner(Protocol):
     """A learner whose advantages come from a critic."""
