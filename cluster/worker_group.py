@@ -15,7 +15,7 @@ import inspect
 import logging
 from collections.abc import Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
@@ -49,7 +49,7 @@ class WorkerGroup:
         slots: Sequence[WorkerSlot],
         concurrency: int = 1,
         start_deadline_s: float,
-    ) -> WorkerGroup:
+    ) -> Self:
         """Start ``factory(**kwargs)`` once for each mapping, in its slot; does not wait for any of them.
 
         ``placement`` None keeps the workers in this process: they are constructed by ``ready``.

@@ -22,6 +22,7 @@ from cluster.checkpoints import Checkpoint, CheckpointStore
 from cluster.layout import NodeSupply
 from cluster.placement import RayHandle
 from cluster.transport import fetch
+from launch.accountant import bubble_table
 from launch.alarm_watch import AlarmWatch
 from launch.assemble import Fleet, assemble
 from launch.demands import node_facts, num_workers
@@ -244,7 +245,7 @@ class _Run:
             return {}
         if self.checkpoint_s is not None:
             metrics["time/checkpoint_s"], self.checkpoint_s = self.checkpoint_s, None
-        return metrics
+        return metrics | self.fleet.accountant.settle()
 
     async def _after_record(self, step: int, version: WeightVersion, last: bool) -> None:
         every = self.config.checkpoint.every
@@ -290,6 +291,8 @@ class _Run:
 
     def show(self) -> None:
         self.console.print(self.telemetry.summary())
+        if (bubbles := bubble_table(self.folder)) is not None:
+            self.console.print(bubbles)
         if (self.folder / "samples-after.jsonl").exists():
             self.console.print(before_after_table(before_after(self.folder)))
         if (self.folder / "metrics.jsonl").exists():
