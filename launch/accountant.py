@@ -74,14 +74,16 @@ class Accountant:
 
 
 def _row(role: RoleTime, setting: Setting) -> dict[str, Any]:
+    running = role.running
     return {
         "role": role.role,
         "num_workers": role.num_workers,
         "wall_s": role.wall / 1e9,
-        "useful_fraction": role.useful_fraction,
+        "start_s": (role.wall - running.wall) / 1e9,
+        "useful_fraction": running.useful_fraction,
         "losses": [
             {"cause": f"wait for {whom}" if cause == Cause.WAIT else str(cause), "fraction": share}
-            for cause, whom, share in role.losses
+            for cause, whom, share in running.losses
         ],
         "help": advice(role, setting),
     }
@@ -94,12 +96,12 @@ def bubble_table(folder: Path) -> Table | None:
         return None
     report = json.loads(path.read_text(encoding="utf-8"))
     table = Table(title="where the time went")
-    for title in ("role", "workers", "useful", "the rest", "what would help"):
-        table.add_column(title, justify="right" if title in ("workers", "useful") else "left")
+    for title in ("role", "workers", "start", "useful", "the rest", "what would help"):
+        table.add_column(title, justify="right" if title in ("workers", "start", "useful") else "left")
     for row in report["roles"]:
         rest = [f"{loss['cause']} {loss['fraction']:.0%}" for loss in row["losses"] if loss["fraction"] >= 0.005]
         table.add_row(
-            row["role"], str(row["num_workers"]), f"{row['useful_fraction']:.0%}",
-            ", ".join(rest[:SHOWN_LOSSES]), row["help"],
+            row["role"], str(row["num_workers"]), f"{row['start_s'] / row['num_workers']:.0f} s",
+            f"{row['useful_fraction']:.0%}", ", ".join(rest[:SHOWN_LOSSES]), row["help"],
         )  # fmt: skip
     return table

@@ -234,6 +234,7 @@ class _Run:
 
     async def _between_steps(self, step: int, version: WeightVersion, last: bool) -> dict[str, float]:
         evaluation = self.config.evaluation
+        spent = self.fleet.accountant.settle()  # the first time it is the start's, and no row's
         metrics: dict[str, float] = {}
         fresh = step == 0 and self.checkpoint is None
         resumed_here = step == self.first_step and not fresh
@@ -245,7 +246,7 @@ class _Run:
             return {}
         if self.checkpoint_s is not None:
             metrics["time/checkpoint_s"], self.checkpoint_s = self.checkpoint_s, None
-        return metrics | self.fleet.accountant.settle()
+        return metrics | spent
 
     async def _after_record(self, step: int, version: WeightVersion, last: bool) -> None:
         every = self.config.checkpoint.every

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from itertools import pairwise
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trainers.accounting import PRECEDENCE, USEFUL, WEIGHT, Cause, Span, cut
@@ -32,6 +32,7 @@ def test_every_cause_of_a_call_has_its_place_in_the_precedence() -> None:
     assert set(CALLED) >= USEFUL
 
 
+@settings(deadline=None)  # a busy machine is no failure
 @given(SPANS, TIMES, TIMES)
 def test_each_moment_has_the_first_cause_of_the_precedence_that_is_under_way(
     rows: list[tuple[int, int, Cause]], one: int, other: int
@@ -47,6 +48,7 @@ def test_each_moment_has_the_first_cause_of_the_precedence_that_is_under_way(
             assert piece.label == next((c for c in PRECEDENCE if c in under_way), None)
 
 
+@settings(deadline=None)
 @given(SPANS)
 def test_a_piece_knows_the_calls_that_it_is_made_of(rows: list[tuple[int, int, Cause]]) -> None:
     given_spans = spans(rows)
@@ -319,6 +321,7 @@ EVENTS = st.lists(
 )  # fmt: skip
 
 
+@settings(deadline=None, max_examples=300)
 @given(EVENTS)
 def test_causes_of_every_worker_sum_to_its_time_exactly_whatever_happens(
     events: list[tuple[str, int, int, Cause]],

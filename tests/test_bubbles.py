@@ -109,7 +109,6 @@ def test_ranks_that_wait_for_a_rank_need_even_shares() -> None:
     [
         ("score", "reward_workers.num_workers"), ("reference", "reference.num_workers"), ("critic", "critic.overlap"),
         ("push", "push.backend"), ("checkpoint", "checkpoint.every"), ("evaluation", "evaluation.every"),
-        ("start", "a longer run"),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("role", ["generator", "learner"])
@@ -121,12 +120,19 @@ def test_a_wait_for_a_stage_has_the_remedy_of_that_stage(role: str, whom: str, k
     ("cause", "key"),
     [
         (Cause.PUSH, "push.backend"), (Cause.PAUSE, "push.backend"), (Cause.CHECKPOINT, "checkpoint.every"),
-        (Cause.EVALUATE, "evaluation.every"), (Cause.START, "a longer run"), (Cause.PREFILL_AGAIN, "events.jsonl"),
+        (Cause.EVALUATE, "evaluation.every"), (Cause.PREFILL_AGAIN, "events.jsonl"),
         (Cause.IDLE, "controller"),
     ],
 )  # fmt: skip
 def test_a_loss_of_its_own_has_its_remedy(cause: Cause, key: str) -> None:
     assert key in advice(role_time("generator", 70, (cause, "", 30)), STALE)
+
+
+def test_a_start_however_long_is_no_loss() -> None:
+    slow = role_time("learner", 60, (Cause.START, "", 900), (Cause.WAIT, "start", 100), (Cause.WAIT, "score", 40))
+    assert slow.running.losses == [(Cause.WAIT, "score", 0.4)] and slow.running.useful_fraction == 0.6
+    assert "reward_workers.num_workers" in advice(slow, STALE)
+    assert advice(RoleTime("learner", 1, {(Cause.START, ""): 5}), STALE).startswith("nothing")
 
 
 def test_the_largest_loss_decides_and_small_ones_call_for_nothing() -> None:
@@ -144,8 +150,8 @@ def test_a_role_that_feeds_the_others_is_told_only_when_it_holds_them_up_or_is_t
 
 
 def test_there_is_a_rule_for_every_way_to_lose_time() -> None:
-    assert set(_OWN) == set(Cause) - USEFUL - {Cause.WAIT}
-    assert set(_WAIT) | {"generator", "learner"} == set(WAITED_FOR)
+    assert set(_OWN) == set(Cause) - USEFUL - {Cause.WAIT, Cause.START}
+    assert set(_WAIT) | {"generator", "learner", "start"} == set(WAITED_FOR)
     for role in ("generator", "learner"):
         for whom in WAITED_FOR:
             assert advice(waits(role, whom), SYNCHRONOUS)

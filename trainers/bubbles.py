@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from trainers.accounting import USEFUL, Cause
 from trainers.time_ledger import Entry, Times
@@ -16,6 +16,7 @@ from trainers.waiting import GENERATOR, LEARNER
 
 WORTH_MENTIONING = 0.1  # of a role's time: the largest loss below it calls for nothing
 SHOWN_LOSSES = 3
+STARTING = ((Cause.START, ""), (Cause.WAIT, "start"))
 SATURATED = 0.9  # useful: this role is what the others wait for
 
 
@@ -30,6 +31,11 @@ class RoleTime:
     @property
     def wall(self) -> int:
         return sum(self.times.values())
+
+    @property
+    def running(self) -> RoleTime:
+        """Without the time in which it, or somebody it waited for, was starting: a longer run has no more of it."""
+        return replace(self, times={key: t for key, t in self.times.items() if key not in STARTING})
 
     @property
     def useful_fraction(self) -> float:
@@ -93,25 +99,24 @@ _WAIT = {  # for whom a generator or a learner waits -> remedy
     "push": "a faster push: push.backend=nccl or ipc, push.directory in memory; or larger steps, which push less often",
     "checkpoint": "a larger checkpoint.every",
     "evaluation": "a larger evaluation.every, or fewer held-out prompts (prompts.eval)",
-    "start": "nothing but a longer run: workers were starting",
 }
 _OWN = {  # what a worker does that is not useful -> remedy
     Cause.PUSH: _WAIT["push"],
     Cause.PAUSE: _WAIT["push"],
     Cause.CHECKPOINT: _WAIT["checkpoint"],
     Cause.EVALUATE: _WAIT["evaluation"],
-    Cause.START: "nothing but a longer run: it was starting",
     Cause.PREFILL_AGAIN: "generators were lost: see the faults in events.jsonl",
     Cause.IDLE: "the controller was busy, or the machine: give it a core of its own",
 }
 
 
 def advice(role: RoleTime, setting: Setting) -> str:
-    """One line: what would help against the largest loss of a role.
+    """One line: what would help against the largest loss of a role, its start left out.
 
     Roles that feed the learner (scorers, reference, critic) may wait: that costs the run nothing, so they are told
     only when they hold the others up, or when fewer of them would do.
     """
+    role = role.running
     if role.role not in (GENERATOR, LEARNER):
         return _feeder(role)
     cause, whom, share = next(iter(role.losses), (Cause.IDLE, "", 0.0))

@@ -170,7 +170,7 @@ class TimeLedger:
     # --- what it comes to -------------------------------------------------------------------------
 
     def settle(self, *, final: bool = False) -> tuple[list[Entry], list[Count]]:
-        """What is decided since the last time, in order of time for each worker; ``final``: everything, up to now."""
+        """What is decided since the last time, in order of time; ``final``: everything, up to now."""
         start, end = self.settled, self.clock() if final else self._decided_until()
         lives = [*self._lives.values(), *self._gone]
         entries = self._entries(lives, start, end) if end > start else []
@@ -200,10 +200,11 @@ class TimeLedger:
         waits = explain(calls, busy, roles, [Span(s.start, s.end, s.name, 0) for s in self._stages], start, end)
         entries: list[Entry] = []
         for life, pieces, gaps in zip(lives, busy, waits, strict=True):
-            own = [Entry(life.worker, p.label, "", p.start, p.end, p.attributes) for p in pieces if p.label is not None]
-            own += [
+            entries += [
+                Entry(life.worker, p.label, "", p.start, p.end, p.attributes) for p in pieces if p.label is not None
+            ]
+            entries += [
                 Entry(life.worker, Cause.WAIT if p.label else Cause.IDLE, p.label or "", p.start, p.end, {})
                 for p in gaps
             ]
-            entries += sorted(own, key=lambda entry: entry.start)
-        return entries
+        return sorted(entries, key=lambda entry: entry.start)
