@@ -207,13 +207,26 @@ def test_a_learner_waits_for_scoring_though_generators_run_ahead() -> None:
 
 def test_of_two_stages_at_once_the_learner_waits_for_the_slower_one() -> None:
     run = Run("learner-0", "reference-0", "reward_workers-0")
+    scoring = run.ledger.stage("score")
+    scoring.__enter__()
+    run.at(2)
     with run.ledger.stage("reference"):
-        with stage(run, "score", 0, 8):
-            pass
+        run.at(8)
+        scoring.__exit__(None, None, None)
         run.at(20)
     run.busy("learner-0", Cause.LEARN, 20, 21)
     run.settle(21, final=True)
-    assert run.of("learner-0") == [("wait:reference", 0, 20), ("learn", 20, 21)]
+    assert run.of("learner-0") == [("wait:score", 0, 2), ("wait:reference", 2, 20), ("learn", 20, 21)]
+
+
+def test_while_sampling_and_learning_overlap_scorers_wait_for_the_one_and_the_critic_for_the_other() -> None:
+    run = Run("generator-0", "learner-0", "critic-0", "reference-0")
+    learn = run.open("learner-0", Cause.LEARN, 0)
+    run.busy("generator-0", Cause.GENERATE, 0, 10)
+    run.close(learn, 15)
+    run.settle(15, final=True)
+    assert run.of("reference-0") == [("wait:generator", 0, 10), ("wait:learner", 10, 15)]
+    assert run.of("critic-0") == [("wait:learner", 0, 15)]
 
 
 def test_an_evaluation_beside_the_training_is_waited_for_by_nobody() -> None:
