@@ -1,7 +1,7 @@
 """A worker group whose calls are accounted for: every call of every worker opens and closes in a time ledger.
 
-Calls, results and errors pass through unchanged.  A worker joins the ledger when its group is watched, or with its
-first call; ``ledger.leave`` takes it out when it has died or left.
+Calls, results and errors pass through unchanged.  Workers join the ledger when their group is watched; a call of one
+that is not there, because it has left the ledger, is not accounted for.
 May import: cluster.worker_group, trainers.{accounting, experience, protocols, time_ledger}.
 """
 
@@ -32,12 +32,13 @@ CAUSES: Mapping[str, Cause] = {
     "stage_weights": Cause.PUSH,
     "weights_call": Cause.PUSH,
     "save": Cause.CHECKPOINT,
+    "begin_save": Cause.CHECKPOINT,  # the copy; what is written beside the training is no call
     "export": Cause.CHECKPOINT,
     "load": Cause.START,
     "probe": Cause.START,
 }
 # A look at a worker, or its end: no work of its own.
-UNCOUNTED = frozenset({"close", "meeting_point", "peak_memory_bytes", "weight_version"})
+UNCOUNTED = frozenset({"close", "meeting_point", "peak_memory_bytes", "ping", "save_outcome", "weight_version"})
 _SAMPLES = frozenset({Cause.GENERATE, Cause.SCORE, Cause.REFERENCE, Cause.VALUES})
 
 
@@ -49,7 +50,9 @@ class WatchedWorkers(WorkerGroup):
     def watch(self, ledger: TimeLedger) -> None:
         """From now on every worker is starting, until the group is ready."""
         self._ledger = ledger
-        self._starting = [self._opened(ledger, index, Cause.START) for index in range(len(self))]
+        for index in range(len(self)):
+            ledger.join(self.track(index), self.name)
+        self._starting = [ledger.opened(self.track(index), Cause.START) for index in range(len(self))]
 
     def track(self, index: int) -> str:
         """The worker's name in the ledger."""
@@ -80,11 +83,11 @@ class WatchedWorkers(WorkerGroup):
 
     @contextmanager
     def _accounted(self, index: int, method: str, args: tuple[Any, ...]) -> Iterator[Call | None]:
-        ledger, cause = self._ledger, self._cause(method)
-        if ledger is None or cause is None:
+        ledger, cause, track = self._ledger, self._cause(method), self.track(index)
+        if ledger is None or cause is None or not ledger.is_present(track):
             yield None
             return
-        call = self._opened(ledger, index, cause, is_decided=method != "load_weights", **described(method, args))
+        call = ledger.opened(track, cause, is_decided=method != "load_weights", **described(method, args))
         counted = ledger.in_flight("sampling") if cause == Cause.GENERATE else nullcontext()
         is_whole = False
         try:
@@ -95,10 +98,6 @@ class WatchedWorkers(WorkerGroup):
             ledger.closed(call, lost=not is_whole)
             if is_whole and method == "load_weights":
                 ledger.count("version", "step", int(str(call.attributes["version"]).rpartition(".")[2]))
-
-    def _opened(self, ledger: TimeLedger, index: int, cause: Cause, **keys: Any) -> Call:
-        ledger.join(self.track(index), self.name)
-        return ledger.opened(self.track(index), cause, **keys)
 
     def _cause(self, method: str) -> Cause | None:
         cause = CAUSES.get(method)

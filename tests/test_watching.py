@@ -15,7 +15,7 @@ from rich.console import Console
 from test_loop import World
 
 from actors.critic import CriticLearner
-from actors.fleet import GeneratorFleet, LearnerGang, RewardPool
+from actors.fleet import LearnerGang
 from actors.generator import VLLMGenerator
 from actors.learner import DeepSpeedLearner
 from actors.reference import ReferenceModel
@@ -29,10 +29,18 @@ from launch.trace_file import EARLIER, TraceFile
 from trainers.accounting import Cause, evaluating
 from trainers.algorithms import AlgorithmSettings
 from trainers.bubbles import Setting
-from trainers.experience import GroupRewards, GroupSummary, WeightVersion
+from trainers.experience import GroupRewards, GroupSummary, Prompt, WeightVersion
 from trainers.loop import LoopParts, LoopSettings, TrainingLoop
 from trainers.ppo_lap import PPOLap, PPOState
-from trainers.protocols import CriticReport, GroupRequest, LearnerGroup, PreparedBatch, PushReport, UpdateReport
+from trainers.protocols import (
+    CriticReport,
+    GeneratedGroup,
+    GroupRequest,
+    LearnerGroup,
+    PreparedBatch,
+    PushReport,
+    UpdateReport,
+)
 from trainers.time_ledger import Count, Entry
 
 DEADLINE_S = 20.0
@@ -122,6 +130,29 @@ def tracks(found: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     return rows
 
 
+class Generators:
+    """Both in turns."""
+
+    def __init__(self, group: WatchedWorkers) -> None:
+        self.group, self.num = group, 0
+
+    async def generate(self, request: GroupRequest) -> GeneratedGroup:
+        self.num += 1
+        index = (self.num - 1) % len(self.group)
+        return GeneratedGroup(*await self.group.call_split(index, "generate", request, deadline_s=DEADLINE_S))
+
+
+class Scorers:
+    """The one there is."""
+
+    def __init__(self, group: WatchedWorkers) -> None:
+        self.group = group
+
+    async def score(self, group: GeneratedGroup) -> GroupRewards:
+        rewards: GroupRewards = await self.group.call(0, "score", [group.payload], 1.0, deadline_s=DEADLINE_S)
+        return rewards
+
+
 class Parts(World):
     """The world of tests/test_loop.py with watched workers behind its generator, scorer, learner and critic."""
 
@@ -139,8 +170,8 @@ class Parts(World):
         self.ppo = PPOLap(
             LearnerGang(self.learners, DEADLINE_S), critic, algorithm, PPOState.initial(algorithm), overlap
         )
-        self.generator = GeneratorFleet(self.generators, DEADLINE_S)
-        self.scorer = WatchedScorer(RewardPool(self.scorers, DEADLINE_S), ledger)
+        self.generator = Generators(self.generators)
+        self.scorer = WatchedScorer(Scorers(self.scorers), ledger)
 
     async def push(self, version: WeightVersion) -> PushReport:
         await self.generators.call_all("load_weights", {}, {"version": str(version)}, deadline_s=DEADLINE_S)
@@ -222,7 +253,7 @@ def test_what_is_sampled_and_scored_for_an_evaluation_is_no_stage_of_a_step(tmp_
         parts = Parts(tmp_path, overlap=False)
         await parts.generators.ready()
         await parts.scorers.ready()
-        request = _request(parts, "eval-0-0")
+        request = _request("eval-0-0")
         with evaluating():
             async with asyncio.TaskGroup() as tasks:
                 made = tasks.create_task(parts.generator.generate(request))
@@ -242,16 +273,25 @@ def test_an_attempt_that_failed_is_found_again_in_the_next_one_and_its_error_arr
     async def scenario() -> None:
         parts = Parts(tmp_path, overlap=False)
         with pytest.raises(RuntimeError, match="engine died"):
-            await parts.generator.generate(_request(parts, "lost"))
+            await parts.generator.generate(_request("lost"))
         assert set(parts.accountant.ledger._lost) == {"lost"}
         assert parts.accountant.ledger._in_flight["sampling"] == 0
 
     asyncio.run(scenario())
 
 
-def _request(parts: Parts, group: str) -> GroupRequest:
-    ((_, prompt),) = parts.take(1)
-    return GroupRequest(group, prompt, 2, (1, 2), 1.0, 8)
+def _request(group: str) -> GroupRequest:
+    return GroupRequest(group, Prompt("p", np.array([1, 2], np.int32), "prompt"), 2, (1, 2), 1.0, 8)
+
+
+def test_a_call_of_a_worker_that_left_is_made_and_not_accounted_for(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        parts = Parts(tmp_path, overlap=False)
+        parts.accountant.ledger.leave("generator-0")
+        assert (await parts.generator.generate(_request("0"))).summary.group_id == "0"
+        assert not parts.accountant.ledger.is_present("generator-0")
+
+    asyncio.run(scenario())
 
 
 def test_an_unwatched_group_works_as_before() -> None:

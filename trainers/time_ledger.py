@@ -115,6 +115,10 @@ class TimeLedger:
             self.roles[worker] = role
             self._lives[worker] = _Life(worker, role, self.clock())
 
+    def is_present(self, worker: str) -> bool:
+        """Whether it has joined and not left."""
+        return worker in self._lives
+
     def leave(self, worker: str) -> None:
         """Its time ends here: it died, or left the fleet.  It may :meth:`join` again."""
         life = self._lives.pop(worker, None)
