@@ -23,12 +23,15 @@ from actors.mixed_scorer import MixedScorer
 from actors.publisher import Publisher, Transport
 from actors.reference import ReferenceModel
 from actors.scorer_pools import ReferencePool, RewardModelPool, RewardPool
+from actors.watched_parts import WatchedCritic, WatchedReference, WatchedScorer
+from actors.watched_workers import WatchedWorkers
 from cluster.layout import Layout, NodeSupply, plan_layout
 from cluster.placement import Placement, RayHandle
 from cluster.places import Places
 from cluster.rendezvous import Rendezvous, node_address
 from cluster.weight_channel import free_bytes
 from cluster.worker_group import WorkerGroup
+from launch.accountant import Accountant
 from launch.config import RunConfig
 from launch.demands import num_gpus_asked, other_port, role_demands
 from launch.machines import choose_device, dtype_name, torch_device
@@ -36,9 +39,10 @@ from launch.prepare import Prepared
 from launch.reward_pools import reward_pools
 from launch.scale import ScaleDesk
 from launch.scratch import make_scratch
+from trainers.bubbles import Setting
 from trainers.errors import InputError
 from trainers.experience import WeightVersion
-from trainers.protocols import Scorer
+from trainers.protocols import Reference, Scorer
 
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - mkdtemp makes a private folder in it
 
@@ -92,8 +96,9 @@ class Fleet:
     learner: LearnerGang
     critic: CriticGang | None
     scorer: Scorer
-    reference: ReferencePool | None
+    reference: Reference | None
     publisher: Publisher
+    accountant: Accountant
     layout: Layout
     device: str
     dtype: str
@@ -105,6 +110,7 @@ class Fleet:
 
     async def close(self) -> None:
         """End every worker, generators first: nobody then waits for a dead learner."""
+        self.accountant.close()
         if self._desk is not None:
             self._desk.cancel()
             await asyncio.gather(self._desk, return_exceptions=True)
@@ -159,15 +165,19 @@ async def assemble(
     transport = choose_transport(config, device)
     layout = plan_layout(role_demands(config, device == "cuda"), nodes, config.cluster.colocate)
     dtype = dtype_name(config.model.dtype, device)
+    accountant = Accountant(run_folder, Setting(config.run.max_staleness, config.cluster.colocate))
+    ledger = accountant.ledger
     placement = None if handle is None else Placement.create(layout, config.cluster.placement_deadline_s)
 
     def launch(
         name: str, factory: type, kwargs: list[Mapping[str, Any]], concurrency: int, deadline: float
     ) -> WorkerGroup:
-        return WorkerGroup.launch(
+        group = WatchedWorkers.launch(
             name, factory, kwargs, placement=placement, slots=layout.of(name),
             concurrency=concurrency, start_deadline_s=deadline,
         )  # fmt: skip
+        group.watch(ledger)
+        return group
 
     def generator_kwargs(index: int) -> dict[str, Any]:
         return {
@@ -247,15 +257,16 @@ async def assemble(
         references=references,
         generator=generator,
         learner=LearnerGang(learners, config.learner.update_deadline_s),
-        critic=None if critics is None else CriticGang(
-            critics, config.critic.update_deadline_s, config.critic.token_budget
+        critic=None if critics is None else WatchedCritic(
+            critics, config.critic.update_deadline_s, config.critic.token_budget, ledger
         ),
-        scorer=pools[0] if len(pools) == 1 else MixedScorer(pools),
-        reference=reference,
+        scorer=WatchedScorer(pools[0] if len(pools) == 1 else MixedScorer(pools), ledger),
+        reference=None if reference is None else WatchedReference(reference, ledger),
         publisher=Publisher(
             learners, generators, generator.roster, transport, directory, dtype, config.push.bucket_bytes,
             config.generator.tensor_parallel_size, config.push.deadline_s, staggered=config.run.max_staleness > 0,
         ),
+        accountant=accountant,
         layout=layout,
         device=device,
         dtype=dtype,

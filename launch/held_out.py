@@ -19,6 +19,7 @@ from launch.config import RunConfig
 from launch.journal import strict
 from launch.live_instruments import FirstEvaluation, live_metrics
 from launch.telemetry import Telemetry
+from trainers.accounting import evaluating
 from trainers.evaluation import EvaluationReport, evaluate
 from trainers.experience import Prompt, TrajectoryGroup, WeightVersion, decode_group
 
@@ -58,13 +59,14 @@ class HeldOut:
     async def evaluate(self, step: int, version: WeightVersion, last: bool) -> dict[str, float]:
         """Metrics of one evaluation under ``version``; the first and the last are kept as samples-*.jsonl."""
         settings = self._config.evaluation
-        report = await evaluate(
-            self._prompts, self._fleet.generator, self._fleet.scorer, version=version, step=step,
-            num_samples=self._num_samples, temperature=settings.temperature,
-            max_tokens=self._config.generator.sampling.max_tokens,
-            reward=settings.reward or self._config.reward_names[0], seed=self._config.run.seed,
-            progress=lambda done, total: self._telemetry.phase("evaluate", done, total),
-        )  # fmt: skip
+        with evaluating():
+            report = await evaluate(
+                self._prompts, self._fleet.generator, self._fleet.scorer, version=version, step=step,
+                num_samples=self._num_samples, temperature=settings.temperature,
+                max_tokens=self._config.generator.sampling.max_tokens,
+                reward=settings.reward or self._config.reward_names[0], seed=self._config.run.seed,
+                progress=lambda done, total: self._telemetry.phase("evaluate", done, total),
+            )  # fmt: skip
         groups = [decode_group(fetch(g.payload, PAYLOAD_DEADLINE_S)) for g in report.groups]
         if step == 0:
             self._write("samples-before.jsonl", groups, report)

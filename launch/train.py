@@ -21,6 +21,7 @@ from cluster.checkpoints import Checkpoint, CheckpointStore
 from cluster.layout import NodeSupply
 from cluster.placement import RayHandle
 from cluster.transport import fetch
+from launch.accountant import bubble_table
 from launch.alarm_watch import AlarmWatch
 from launch.assemble import Fleet, assemble
 from launch.checkpointing import Checkpointer, SavingRanks
@@ -248,6 +249,7 @@ class _Run:
 
     async def _between_steps(self, step: int, version: WeightVersion, last: bool) -> dict[str, float]:
         evaluation = self.config.evaluation
+        spent = self.fleet.accountant.settle()  # the first time it is the start's, and no row's
         metrics: dict[str, float] = {}
         fresh = step == 0 and self.checkpoint is None
         resumed_here = step == self.first_step and not fresh
@@ -258,7 +260,7 @@ class _Run:
             if metrics:
                 self.recorder.step(0, metrics)
             return {}
-        return metrics | (self.saver.metrics() if self.saver is not None else {})
+        return metrics | spent | (self.saver.metrics() if self.saver is not None else {})
 
     async def _after_record(self, step: int, version: WeightVersion, last: bool) -> None:
         every = self.config.checkpoint.every
@@ -307,6 +309,8 @@ class _Run:
 
     def show(self) -> None:
         self.console.print(self.telemetry.summary())
+        if (bubbles := bubble_table(self.folder)) is not None:
+            self.console.print(bubbles)
         if (self.folder / "samples-after.jsonl").exists():
             self.console.print(before_after_table(before_after(self.folder)))
         if (self.folder / "metrics.jsonl").exists():

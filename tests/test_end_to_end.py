@@ -135,10 +135,32 @@ def check_lineage(folder: Path, num_steps: int, incarnation_of: Callable[[int], 
             assert versions == {(incarnation_of(step), step - 1)}
 
 
+def check_accounting(folder: Path, text: str, workers: set[str]) -> dict[str, Any]:
+    """accounting.json; the trace (its ``text``) has a track for each of ``workers``, and each one's causes sum up."""
+    events = json.loads(text)
+    tracks = {(e["pid"], e["tid"]): e["args"]["name"] for e in events if e["name"] == "thread_name"}
+    assert set(tracks.values()) == workers
+    assert {tracks[e["pid"], e["tid"]] for e in events if e["ph"] == "X"} == workers
+    report: dict[str, Any] = json.loads((folder / "accounting.json").read_text())
+    assert report["workers"].keys() == workers
+    walls = [worker["wall_ns"] for worker in report["workers"].values()]
+    for worker in report["workers"].values():
+        assert sum(worker["causes_ns"].values()) == worker["wall_ns"]
+    assert max(walls) - min(walls) < 5e9, "all were launched together and ended together"
+    return report
+
+
 def test_the_two_by_two_recipe_runs_to_its_end(start: Start) -> None:
     run = start("whole", "algorithm.kl_coef=0.1")
     assert run.end() == 0, run.tail()
     check_lineage(run.folder, 3, lambda step: 0)
+    names = {*(f"{role}-{i}" for role in ("generator", "learner") for i in (0, 1)), "reward_workers-0", "reference-0"}
+    report = check_accounting(run.folder, (run.folder / "trace.json").read_text(), names)
+    for row in report["roles"]:
+        assert row["useful_fraction"] > 0, row
+    assert {"wait for generator", "push"} <= {loss["cause"] for row in report["roles"] for loss in row["losses"]}
+    assert run.rows("metrics.jsonl")[-1]["accounting/learner/learn_fraction"] > 0
+    assert "where the time went" in run.log.read_text(errors="replace")
     rows = {row["step"]: row for row in run.rows("metrics.jsonl")}
     assert abs(rows[1]["kl"]) < 1e-3, "the policy is the reference before its first update"
     assert rows[3]["kl"] > rows[1]["kl"]
@@ -172,6 +194,10 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint_and_trains_every_prompt_o
     killed.until("events.jsonl", lambda e: e["kind"] == "checkpoint" and e["step"] >= 3)
     killed.until("metrics.jsonl", lambda row: row["step"] >= 5)
     killed.kill()
+    check_accounting(
+        killed.folder, (killed.folder / "trace.json").read_text() + "]",
+        {"generator-0", "generator-1", "learner-0", "learner-1", "reward_workers-0"},
+    )  # fmt: skip
     recorded = killed.rows("metrics.jsonl")[-1]["step"]
     checkpoint = CheckpointStore(killed.folder / "checkpoints").latest()
     assert checkpoint is not None and 3 <= checkpoint.step <= recorded
