@@ -110,12 +110,21 @@ def test_a_stale_run_with_a_correction_reaches_what_the_synchronous_one_reaches(
 
 
 def test_without_a_correction_the_stale_run_collapses_on_the_way() -> None:
-    """Onto one answer that is not the best one's share, below where it started from."""
+    """Onto one answer: most of what it had gained is gone before it finds back."""
     policies = run("none", LAG)
     assert max(distance(p) for p in policies[10:]) > 0.9
     assert distance(policies[LAG + 8]) > 0.5
     assert objective(policies[LAG + 8]) < objective(run("none", 0)[LAG + 8]) - 0.3
     assert distance(policies[60]) > 10 * distance(run("token_truncate", LAG)[60])
+
+
+def test_at_a_tenth_of_the_learning_rate_the_same_lag_harms_nobody() -> None:
+    """Staleness narrows the learning rates that hold; it is not bad in itself."""
+    synchronous = objective(train(CorrectionSettings(kind="none"), lagging(0), 100, lr=LR / 10)[-1])
+    for kind in ("none", "token_truncate"):
+        policies = train(CorrectionSettings.model_validate({"kind": kind}), lagging(LAG), 100, lr=LR / 10)
+        assert min(objective(p) for p in policies) == objective(policies[0])
+        assert objective(policies[-1]) == pytest.approx(synchronous, abs=0.02)
 
 
 def test_what_auto_means_in_a_stale_run_is_a_correction_that_holds() -> None:
