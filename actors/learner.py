@@ -149,8 +149,14 @@ class DeepSpeedLearner(BatchRank):
                 norms.append(self._step(lr, changed))
         metrics = totals.reduced()
         metrics["loss"] /= len(norms)
-        if not self.algorithm.needs_reference:
-            metrics.pop("kl", None)  # not measured is not 0
+        correction = self.algorithm.correction
+        for name, measured in (
+            ("kl", self.algorithm.needs_reference),
+            ("correction/truncated_fraction", correction.truncates),
+            ("correction/masked_fraction", correction.masks),
+        ):
+            if not measured:
+                metrics.pop(name, None)  # not measured is not 0
         if self.pretraining is not None:
             metrics["pretrain_loss"] = totals.pretrain_loss() / len(norms)
         scored = advantages[np.isfinite(advantages)]
@@ -222,7 +228,7 @@ class DeepSpeedLearner(BatchRank):
             self.engine.backward(outcome.loss if not share.is_filler else (logprobs.sum() + entropy.sum()) * 0.0)
             totals.num_microbatches += 1
             if not share.is_filler:
-                totals.add(outcome.sums, outcome.maxima, share.pack, first=index == 0)
+                totals.add(outcome, share.pack, first=index == 0)
         if self.pretraining is not None:
             totals.pretrain += self.pretraining.accumulate(self.engine, self.settings.token_budget, step, index)
 
@@ -239,6 +245,7 @@ class DeepSpeedLearner(BatchRank):
             behavior_logprobs=self.laid_out([t.behavior_logprobs for t in tokens]),
             proximal_logprobs=None if proximal is None else self.laid_out([proximal[i] for i in samples]),
             reference_logprobs=None if len(references) < len(tokens) else self.laid_out(references),
+            lengths=pack.lengths,
         )
 
     # --- log-probs before the update ------------------------------------------------------------

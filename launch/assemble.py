@@ -40,6 +40,7 @@ from launch.reward_pools import reward_pools
 from launch.scale import ScaleDesk
 from launch.scratch import make_scratch
 from trainers.bubbles import Setting
+from trainers.correction import resolved
 from trainers.errors import InputError
 from trainers.experience import WeightVersion
 from trainers.protocols import Reference, Scorer
@@ -194,6 +195,8 @@ async def assemble(
         concurrency=4096,  # an asyncio actor: calls are groups being sampled, and vLLM batches them
         deadline=config.generator.start_deadline_s,
     )  # fmt: skip
+    correction = resolved(config.algorithm.correction, config.run.max_staleness)
+    algorithm = config.algorithm.model_copy(update={"correction": correction})
     texts = run_folder.absolute() / "pretraining.arrow" if prepared.pretraining else None
     if texts is not None:
         write_examples(texts, prepared.pretraining)
@@ -204,7 +207,7 @@ async def assemble(
         [
             {
                 "rank": rank, "rendezvous": rendezvous, "model_path": prepared.model_path,
-                "settings": config.learner, "algorithm": config.algorithm, "sampling": sampling, "dtype": dtype,
+                "settings": config.learner, "algorithm": algorithm, "sampling": sampling, "dtype": dtype,
                 "device": torch_device(device), "num_steps": config.run.num_steps, "seed": config.run.seed,
                 "pretraining": None if texts is None else str(texts),
             }

@@ -22,6 +22,7 @@ NAN, INF = float("nan"), float("inf")
 
 # A healthy run as far as one row shows it; every metric that any alarm reads is there.
 HEALTHY: dict[str, float] = {
+    "staleness/max": 0.0,
     "kl": 0.1, "completions/mean_length": 100.0, "entropy": 1.0, "clip_ratio/region_mean": 0.05,
     "ratio/first_minibatch_max_deviation": 1e-4, "sampling/sampling_logp_difference/mean": 0.004,
     "completions/clipped_ratio": 0.1, "eval/mean_length": 100.0, "eval/win_rate": 0.5, "eval/accuracy": 0.5,
@@ -150,6 +151,13 @@ def test_two_faults_at_once_are_two_alarms_of_the_same_row() -> None:
     rows = series(PLANTED["clip_fraction"] | PLANTED["logprob_mismatch"])
     alarms = observe(AlarmBoard(AlarmSettings()), rows)
     assert [(a.name, a.step) for a in alarms] == [("clip_fraction", 3), ("logprob_mismatch", 3)]
+
+
+def test_a_mismatch_that_lag_explains_is_not_looked_at() -> None:
+    far = {"sampling/sampling_logp_difference/mean": [0.5] * 9}
+    assert observe(AlarmBoard(AlarmSettings()), series(far | {"staleness/max": [2.0] * 9})) == []
+    lag = [0.0, 0.0, 1.0, 3.0, 0.0, 2.0, 0.0, 0.0, 1.0]  # three batches without lag, by the fifth row
+    assert [a.step for a in observe(AlarmBoard(AlarmSettings()), series(far | {"staleness/max": lag}))] == [5]
 
 
 def test_patience_is_a_count_of_consecutive_rows() -> None:

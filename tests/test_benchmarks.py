@@ -70,6 +70,7 @@ def test_padding_equals_packing(tiny: str) -> None:
             behavior_logprobs=torch.from_numpy(np.concatenate([samples[m].behavior_logprobs for m in members])),
             proximal_logprobs=None,
             reference_logprobs=torch.from_numpy(np.concatenate([references[m] for m in members])),
+            lengths=pack.lengths,
         )
         pack_loss(logprobs, entropy, terms, algorithm).loss.backward()
         found |= dict(zip(members, logprobs.detach().split(pack.lengths), strict=True))

@@ -8,6 +8,7 @@ with several token budgets, with and without shared prompts.
 from __future__ import annotations
 
 import functools
+import math
 import multiprocessing
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,6 +25,7 @@ from actors.settings import LearnerSettings, OptimizerSettings, SamplingSettings
 from cluster.rendezvous import Rendezvous, free_port
 from trainers.advantages import group_relative
 from trainers.algorithms import AlgorithmSettings
+from trainers.correction import CorrectionSettings
 from trainers.experience import (
     GroupRewards,
     Prompt,
@@ -56,8 +58,14 @@ ALGORITHMS = {
         kl_coef=0.1, kl_estimator="k2", baseline="leave_one_out", scale="none", aggregation="constant"
     ),
     "kl-in-reward": AlgorithmSettings(kl_coef=0.1, kl_estimator="k1", kl_placement="reward", scale="none"),
+    "token-truncate": AlgorithmSettings(
+        kl_coef=0.3, entropy_coef=0.05, correction=CorrectionSettings(kind="token_truncate", cap=1.2)
+    ),
+    "sequence-mask": AlgorithmSettings(correction=CorrectionSettings(kind="sequence_mask", high=2.0)),
+    "cispo": AlgorithmSettings(aggregation="token", correction=CorrectionSettings(kind="cispo", cap=1.2)),
 }
 SEVERAL_UPDATES = AlgorithmSettings(num_minibatches=2, num_epochs=2, kl_coef=0.1)
+WEIGHTS: dict[str, list[float]] = {}  # by kind of correction: those of the naive loss
 # (token budget, share prompts); the longest sample has 29 tokens.
 PACKINGS = ((4096, True), (4096, False), (64, True), (30, False))
 
@@ -244,6 +252,17 @@ def largest_error(found: Mapping[str, torch.Tensor], expected: Mapping[str, torc
     )
 
 
+def naive_correction(logp: torch.Tensor, behavior: np.ndarray, correction: CorrectionSettings) -> list[float]:
+    """The importance weight of each token of one sample."""
+    ratios = [math.exp(p - float(b)) for p, b in zip(logp.tolist(), behavior)]
+    if correction.kind in ("token_truncate", "cispo"):
+        return [min(q, correction.cap) for q in ratios]
+    if correction.kind == "sequence_mask":
+        product = math.prod(ratios)
+        return [product if correction.low <= product <= correction.high else 0.0] * len(ratios)
+    return [1.0] * len(ratios)
+
+
 def naive_gradient(groups: Sequence[LearnerGroup], algorithm: AlgorithmSettings) -> dict[str, torch.Tensor]:
     """Sample by sample, float64, with transformers' own model and attention."""
     from transformers import AutoModelForCausalLM
@@ -270,15 +289,20 @@ def naive_gradient(groups: Sequence[LearnerGroup], algorithm: AlgorithmSettings)
                 for (lp, _), r in zip(scored, references)
             ]
         advantages = group_relative(rewards, included, algorithm.baseline, algorithm.scale)
-        for (lp, entropy), reference, advantage in zip(scored, references, advantages):
+        behaviors = [t.behavior_logprobs for t in decoded.trajectories]
+        for (lp, entropy), reference, advantage, behavior in zip(scored, references, advantages, behaviors):
             weight = next(weights)
             if weight == 0:
                 continue
-            loss = -advantage * torch.exp(lp - lp.detach()) - algorithm.entropy_coef * entropy
+            policy_term = lp if algorithm.correction.kind == "cispo" else torch.exp(lp - lp.detach())
+            loss = -advantage * policy_term - algorithm.entropy_coef * entropy
             if algorithm.kl_coef and algorithm.kl_placement == "loss":
                 d = lp - torch.from_numpy(reference.copy())
                 k = d**2 / 2 if algorithm.kl_estimator == "k2" else torch.exp(-d) - 1 + d
                 loss = loss + algorithm.kl_coef * k
+            corrected = naive_correction(lp, behavior, algorithm.correction)
+            WEIGHTS.setdefault(algorithm.correction.kind, []).extend(corrected)
+            loss = loss * torch.tensor(corrected)
             (weight * loss.sum()).backward()
     return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
@@ -298,6 +322,16 @@ def test_one_rank_and_zero_0_have_the_gradient_of_the_naive_loss(name: str) -> N
     expected = naive_gradient(recorded_batch(), ALGORITHMS[name])
     assert min(g.abs().max() for g in expected.values()) > 1e-5  # else the law says nothing
     assert largest_error(found, expected) <= TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["token-truncate", "sequence-mask", "cispo"])
+def test_the_corrections_have_something_to_correct_and_something_to_leave(name: str) -> None:
+    correction = ALGORITHMS[name].correction
+    naive_gradient(recorded_batch(), ALGORITHMS[name])
+    weights = np.array(WEIGHTS[correction.kind])
+    edge = np.isclose(weights, 0.0 if correction.masks else correction.cap, rtol=1e-4)
+    assert 0.1 < edge.mean() < 0.9
+    assert len(np.unique(weights.round(6))) > 5
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
@@ -353,7 +387,11 @@ def test_after_updates_the_parameters_agree_across_ranks_and_zero_stages(zero_st
     assert moved > 1e-6 or what == "one update"
     difference = max(float((parameters[n] - expected[n]).abs().max()) for n in expected)
     assert difference <= 1e-3 * LR  # an update moves an element by up to LR
-    for name in ("loss", "entropy", "kl", "grad_norm", "ratio/mean", "clip_ratio/region_mean"):
+    names = (
+        "loss", "entropy", "kl", "grad_norm", "ratio/mean", "clip_ratio/region_mean", "sampling/effective_sample_size",
+        "sampling/mismatch_kl/k1", "sampling/mismatch_kl/k3", "sampling/importance_sampling_ratio/max",
+    )  # fmt: skip
+    for name in names:
         if name != "kl" or what != "one update":  # which has no KL term, so none is measured
             assert metrics[name] == pytest.approx(expected_metrics[name], rel=1e-4, abs=1e-6), name
 

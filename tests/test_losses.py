@@ -192,6 +192,7 @@ def test_a_masked_token_changes_neither_loss_nor_gradient_nor_metrics() -> None:
             behavior_logprobs=torch.tensor([-1.1, nan, -2.1])[rows],
             proximal_logprobs=torch.tensor([-1.2, -inf, -1.9])[rows],
             reference_logprobs=torch.tensor([-1.3, inf, -2.2])[rows],
+            lengths=(1,) * len(rows),
         )
         found = pack_loss(logprobs, entropy, terms, algorithm)
         found.loss.backward()
@@ -210,7 +211,7 @@ def test_a_masked_token_changes_neither_loss_nor_gradient_nor_metrics() -> None:
 
 def test_kl_in_the_reward_is_measured_but_not_in_the_loss() -> None:
     logprobs = torch.tensor([-1.0, -2.0])
-    terms = TokenTerms(torch.full((2,), 0.5), torch.tensor([1.0, 1.0]), logprobs, None, logprobs - 1.0)
+    terms = TokenTerms(torch.full((2,), 0.5), torch.tensor([1.0, 1.0]), logprobs, None, logprobs - 1.0, (2,))
     in_reward = pack_loss(
         logprobs, torch.zeros(2), terms, AlgorithmSettings(kl_coef=1.0, kl_estimator="k1", kl_placement="reward")
     )

@@ -47,7 +47,9 @@ class AlarmSettings(Settings):
     entropy_collapse: Share | None = Field(0.05, description="entropy / entropy of the first step")
     clip_fraction: Share | None = Field(0.3, description="share of clipped tokens")
     first_minibatch_ratio: Above | None = Field(0.01, description="largest |ratio - 1| of the first minibatch")
-    logprob_mismatch: Above | None = Field(0.1, description="mean |behavior_ - proximal_ log-prob|, nats")
+    logprob_mismatch: Above | None = Field(
+        0.1, description="mean |behavior_ - proximal_ log-prob|, nats, of batches without lag (staleness/max 0)"
+    )
     truncation: Share | None = Field(0.8, description="share of completions cut at max_tokens")
     length_without_wins: float | None = Field(
         1.5, gt=1, allow_inf_nan=False, description="length / length at the last gain in the held-out score"
@@ -148,6 +150,11 @@ def _kl(row: Row, memory: dict[str, Any], settings: AlarmSettings) -> float | No
     return None if length is None else per_token * length
 
 
+def _fresh_mismatch(row: Row, memory: dict[str, Any], settings: AlarmSettings) -> float | None:
+    """The mismatch of a batch that has no lag; what lag does to it looks the same as a fault."""
+    return None if _get(row, "staleness/max") else _get(row, _MISMATCH)
+
+
 def _of_first_entropy(row: Row, memory: dict[str, Any], settings: AlarmSettings) -> float | None:
     entropy = _finite(row, "entropy")
     if entropy is None or ("first" not in memory and entropy <= 0):
@@ -216,7 +223,7 @@ _RULES: tuple[AlarmRule, ...] = (
               "before any update the policy disagrees with itself: proximal log-probs come from other weights, "
               "other masks or dropout",
               "a fault, no setting: look for dropout, stale weights or changed batches; do not trust the run"),
-    AlarmRule("logprob_mismatch", (_MISMATCH,), _metric(_MISMATCH), "above", "nats", 3,
+    AlarmRule("logprob_mismatch", (_MISMATCH, "staleness/max"), _fresh_mismatch, "above", "nats", 3,
               "generators sample from another distribution than the learner trains: stale weights, another "
               "precision, or sampling settings that are not scored",
               "compare the dtypes of generator and learner, and look for failed pushes in events.jsonl"),

@@ -18,7 +18,7 @@ GRPO: Shao et al. 2024 (arXiv:2402.03300).  Dr. GRPO: Liu et al. 2025 (arXiv:250
 RLOO: Ahmadian et al. 2024 (arXiv:2402.14740).  Asymmetric clip: Yu et al. 2025 (arXiv:2503.14476).
 PPO: Schulman et al. 2017 (arXiv:1707.06347), as RLHF uses it: Ouyang et al. 2022 (arXiv:2203.02155).
 
-May import: pydantic, trainers.{reward_shaping, settings}.
+May import: pydantic, trainers.{correction, reward_shaping, settings}.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from trainers.correction import CorrectionSettings
 from trainers.reward_shaping import RewardShaping
 from trainers.settings import Settings
 
@@ -92,6 +93,7 @@ class AlgorithmSettings(Settings):
     num_epochs: int = Field(1, ge=1, description="passes over one batch")
     num_minibatches: int = Field(1, ge=1, description="optimizer steps in one pass")
     mask_truncated: bool = Field(False, description="give samples that hit max_tokens no gradient")
+    correction: CorrectionSettings = CorrectionSettings()
     ppo: PPOSettings = PPOSettings()
 
     @model_validator(mode="after")
@@ -100,6 +102,17 @@ class AlgorithmSettings(Settings):
             raise ValueError(
                 "k1 in the loss has an expected gradient of zero; use kl_estimator=k2 or k3, or kl_placement=reward"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _cispo_does_not_clip_the_ratio(self) -> Self:
+        for field in ("clip_low", "clip_high"):
+            value, default = getattr(self, field), type(self).model_fields[field].default
+            if self.correction.kind == "cispo" and value != default:
+                raise ValueError(
+                    f"{field}={value:g} does nothing with correction.kind=cispo, which clips the weight at "
+                    "correction.cap; leave it out"
+                )
         return self
 
     @model_validator(mode="after")

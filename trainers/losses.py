@@ -49,6 +49,18 @@ def clipped_surrogate(
     )
 
 
+def score_function_loss(
+    policy_logprobs: torch.Tensor, proximal_logprobs: torch.Tensor, advantages: torch.Tensor
+) -> Surrogate:
+    """``-A log pi``: REINFORCE's term, which CISPO (arXiv:2506.13585, eq. 4) multiplies by a constant weight.
+
+    Nothing is clipped; the ratio to the proximal policy is only measured.  All arguments are float32 [N].
+    """
+    ratio = torch.exp(policy_logprobs.detach() - proximal_logprobs)
+    nothing = torch.zeros_like(ratio, dtype=torch.bool)
+    return Surrogate(-advantages * policy_logprobs, ratio, nothing, nothing)
+
+
 def kl_estimate(
     policy_logprobs: torch.Tensor, reference_logprobs: torch.Tensor, estimator: Literal["k1", "k2", "k3"]
 ) -> torch.Tensor:

@@ -35,6 +35,7 @@ RUN = "the whole step"
 PAIRS = "all pairs of the step"
 ROLE = "all workers of role <name>, from where the row before ended to where the learner ended its part of this push"
 # Reducers, worded once.
+HISTOGRAM = "over all tokens at once, from a histogram: within 0.4 % of the log ratio, or 1e-6"
 TOKEN_MEAN = "sum over all ranks and minibatches / number of tokens"  # noqa: S105 - a language token
 SHARE_OF_TIME = "ns of the role's workers / all ns of the role's workers"
 COMPARISON_MEAN = "mean over a comparison's pairs, then over comparisons"
@@ -102,6 +103,22 @@ _ROWS: tuple[Metric, ...] = (
            "nats", TOKENS, TOKEN_MEAN),
     Metric("sampling/sampling_logp_difference/max", "largest |behavior_ - proximal_ log-prob|", "nats", TOKENS,
            "maximum over ranks"),
+    Metric("sampling/mismatch_kl/k1", "KL(behavior || proximal), by behavior_ - proximal_ log-prob: no bias, noisy",
+           "nats per token", TOKENS, TOKEN_MEAN),
+    Metric("sampling/mismatch_kl/k3", "the same by ratio - 1 - log ratio, with ratio = exp(proximal_ - behavior_ "
+           "log-prob): never negative", "nats per token", TOKENS, TOKEN_MEAN),
+    Metric("sampling/importance_sampling_ratio/p01", "1 % of tokens have exp(proximal_ - behavior_ log-prob) up to "
+           "this, before any cap or mask", "ratio", TOKENS, HISTOGRAM),
+    Metric("sampling/importance_sampling_ratio/p50", "its median", "ratio", TOKENS, HISTOGRAM),
+    Metric("sampling/importance_sampling_ratio/p99", "99 % of tokens have one up to this", "ratio", TOKENS, HISTOGRAM),
+    Metric("sampling/importance_sampling_ratio/max", "largest such ratio", "ratio", TOKENS, "maximum over ranks"),
+    Metric("sampling/effective_sample_size", "(sum w)^2 / (n sum w^2), with w the product of a completion's ratios "
+           "before any cap or mask: 1 where all weigh the same, 1 / n where one outweighs all", "fraction",
+           "samples trained on", "over all of them at once"),
+    Metric("correction/truncated_fraction", "share of tokens whose weight was cut to algorithm.correction.cap",
+           "fraction", TOKENS, TOKEN_MEAN),
+    Metric("correction/masked_fraction", "share of tokens that algorithm.correction masks: they have no gradient",
+           "fraction", TOKENS, TOKEN_MEAN),
     Metric("grad_norm", "L2 norm of the whole gradient before clipping", "loss", "all trained parameters",
            "norm over all ranks' shards, mean over updates of the step"),
     Metric("learning_rate", "learning rate of the last update", "1", RUN, LAST),
