@@ -517,6 +517,14 @@ def rank_main(rank: int, ranks: int, zero_stage: int, port: int, folder: str) ->
     before = learner.weights.whole_state(torch.float32)
     learner.update(BATCH, 0)
     after = learner.weights.whole_state(torch.float32)
+    learner.begin_save(f"{folder}/state-{ranks}-{zero_stage}")
+    assert learner.save_outcome(DEADLINE_S).error is None
+    torch.distributed.barrier()
+    learner.update(BATCH, 1)
+    found["next"] = learner.weights.whole_state(torch.float32)
+    learner.load(f"{folder}/state-{ranks}-{zero_stage}")
+    learner.update(BATCH, 1)
+    found["next after a load"] = learner.weights.whole_state(torch.float32)
     if rank == 0:
         found["moved"] = {name: float((after[name] - before[name]).abs().max()) for name in before}
         torch.save(found, Path(folder) / f"found-{ranks}-{zero_stage}.pt")
@@ -604,6 +612,8 @@ def test_gradient_and_step_are_those_of_the_naive_loss_whatever_the_packing_rank
     # AdamW's first step is the learning rate itself, whatever the gradient: only the head's is another one.
     for name, moved in found["moved"].items():
         assert moved == pytest.approx(1e-3 * (HEAD_LR_FACTOR if name == "score.weight" else 1), rel=0.05), name
+    for name, tensor in found["next"].items():  # backbone and head are two groups of the optimizer
+        assert torch.equal(found["next after a load"][name], tensor), name
     baseline = run(1, 0)["scores"]
     for a, b in zip(found["scores"], baseline, strict=True):
         np.testing.assert_allclose(a, b, atol=FP32_TOLERANCE)
