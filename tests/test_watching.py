@@ -294,6 +294,27 @@ def test_a_call_of_a_worker_that_left_is_made_and_not_accounted_for(tmp_path: Pa
     asyncio.run(scenario())
 
 
+def test_a_worker_that_is_added_ended_or_started_again_is_accounted_for_while_it_is_there(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        accountant = Accountant(tmp_path, Setting(0, False), Clock())
+        ledger, group = accountant.ledger, workers(accountant, "generator")
+        await group.ready()
+        index = group.add({}, group.slot(0))
+        await group.ready_at(index)
+        group.end(0)
+        assert [ledger.is_present(f"generator-{i}") for i in (0, 1)] == [False, True]
+        accountant.settle(final=True)
+        before = ledger.totals["generator-1"][Cause.START, ""]
+        await group.restart(index, group.slot(index))
+        assert ledger.is_present("generator-1")
+        await group.call(index, "load_weights", {}, {"version": "0.1"}, deadline_s=5.0)
+        accountant.settle(final=True)
+        found = ledger.totals["generator-1"]
+        assert 0 < before < found[Cause.START, ""] and found[Cause.PAUSE, ""] > 0
+
+    asyncio.run(scenario())
+
+
 def test_an_unwatched_group_works_as_before() -> None:
     async def scenario() -> None:
         group = WatchedWorkers.launch(
