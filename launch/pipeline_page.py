@@ -48,12 +48,12 @@ class Pipeline:
 
 def summary(pipeline: Pipeline) -> list[tuple[str, str]]:
     """(what, measured) lines for the terminal and the head of the page."""
-    accuracy = _estimate(pipeline.reward_report["accuracy"])
+    accuracy, num_pairs = _estimate(pipeline.reward_report["accuracy"]), pipeline.reward_report["num_pairs"]
     wins, kl = pipeline.evaluation["win_rate"], pipeline.evaluation["kl_from_base"]
     lines = [
         ("SFT, held-out nats per token", " -> ".join(f"{v:.3f}" for v in _ends(pipeline.sft, "eval/loss"))),
         ("pairs labelled", str(pipeline.label["num_rows"])),
-        ("reward model, held-out accuracy", f"{accuracy} over {accuracy.n} pairs"),
+        ("reward model, held-out accuracy", f"{accuracy} over {num_pairs} pairs of {accuracy.n} prompts"),
         ("noise ceiling on these pairs", f"{pipeline.ceiling:.3f} (the gold itself: {pipeline.gold_agrees})"),
         ("below the ceiling", f"{pipeline.ceiling - accuracy.value:.3f}"),
         ("reward model, calibration error", f"{pipeline.reward_report['expected_calibration_error']:.3f}"),
