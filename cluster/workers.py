@@ -30,6 +30,12 @@ class _Worker:
     def __init__(self, factory: type) -> None:
         self.factory = factory
         self.constructed = False  # known to be; a worker that never came to be has nothing to close
+        self.ended = False
+
+    def refuse_after_end(self) -> None:
+        """A killed actor may still answer for a moment: whether it does must not depend on who is faster."""
+        if self.ended:
+            raise WorkerError(f"{self.factory.__name__}: called after it was ended")
 
 
 class RayWorker(_Worker):
@@ -57,13 +63,16 @@ class RayWorker(_Worker):
         self.constructed = True
 
     async def call(self, method: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        self.refuse_after_end()
         return await getattr(self._handle, method).remote(*args, **kwargs)
 
     async def call_split(self, method: str, args: tuple[Any, ...], num_payloads: int) -> tuple[Any, ...]:
+        self.refuse_after_end()
         summary, *payloads = getattr(self._handle, method).options(num_returns=1 + num_payloads).remote(*args)
         return await summary, *payloads
 
     def end(self) -> None:
+        self.ended = True
         ray.kill(self._handle, no_restart=True)
 
 
@@ -76,12 +85,10 @@ class LocalWorker(_Worker):
         self._threads = ThreadPoolExecutor(concurrency, thread_name_prefix=factory.__name__)
         self._running = asyncio.Semaphore(concurrency)
         self._object: Any = None
-        self._ended = False
 
     async def construct(self) -> None:
         # In the caller's thread: an engine may install signal handlers, which only the main thread can.
-        if self._ended:
-            raise WorkerError(f"{self.factory.__name__}: called after its group was shut down")
+        self.refuse_after_end()
         if not self.constructed:
             self._object = self.factory(**self._kwargs)
             self.constructed = True
@@ -103,7 +110,7 @@ class LocalWorker(_Worker):
 
     def end(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
-        self._object, self._ended = None, True
+        self._object, self.ended = None, True
 
 
 class _Kept(contextlib.AbstractContextManager[None]):
