@@ -56,7 +56,7 @@ class EvalSettings(Settings):
     num_samples: Positive = Field(1, description="completions of each prompt by each model, under the same seeds")
     num_prompts: Positive | None = Field(None, description="use the first prompts only; default: all")
     win_by: str | None = Field(
-        None, description="what decides who wins: a reward's name, total or judge; default: total, without rewards judge"
+        None, description="decides who wins: a reward's name, total or judge; default: total, without rewards judge"
     )
     gold: str | None = Field(
         None, description="the reward that stands for the truth: its win rate is shown beside that of win_by"
