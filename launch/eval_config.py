@@ -19,11 +19,13 @@ from actors.settings import (
 )
 from cluster.settings import ClusterSettings
 from launch.config import PromptSettings, TelemetrySettings
+from launch.label_config import JudgeSettings
 from trainers.rewards import RewardSettings
 from trainers.settings import Settings
 
 Positive = Annotated[int, Field(ge=1)]
 TOTAL = "total"  # the weighted sum, beside the parts
+JUDGE = "judge"  # its verdicts, among the rewards' names
 
 
 class EvalRunSettings(Settings):
@@ -53,9 +55,14 @@ class EvalSettings(Settings):
 
     num_samples: Positive = Field(1, description="completions of each prompt by each model, under the same seeds")
     num_prompts: Positive | None = Field(None, description="use the first prompts only; default: all")
-    win_by: str = Field(TOTAL, description="the reward whose win rate stands first: a reward's name, or total")
+    win_by: str | None = Field(
+        None, description="decides who wins: a reward's name, total or judge; default: total, without rewards judge"
+    )
     gold: str | None = Field(
         None, description="the reward that stands for the truth: its win rate is shown beside that of win_by"
+    )
+    judge: JudgeSettings | None = Field(
+        None, description="a language model that compares each sample of the policy with the base's, in both orders"
     )
     correct: str | None = Field(
         None, description="the reward that says, from 0 to 1, whether an answer is right; calibrates the policy"
@@ -66,6 +73,12 @@ class EvalSettings(Settings):
         None, description="held-out preference pairs (docs/data.md) on which every reward model is judged"
     )
     num_page_samples: int = Field(12, ge=0, description="prompts shown with both answers on the page")
+
+    @model_validator(mode="after")
+    def _judge_is_another_model(self) -> Self:
+        if self.judge is not None and self.judge.path is None:
+            raise ValueError("judge: nobody judges himself; give judge.path, the folder of another model")
+        return self
 
     @model_validator(mode="after")
     def _suites_differ(self) -> Self:
@@ -92,13 +105,15 @@ class EvalConfig(Settings):
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:
         names = self.reward_names
-        if len({*names, TOTAL}) != len(names) + 1:
-            raise ValueError(f"rewards: names must differ and none may be {TOTAL}, got {names}; rename one")
-        if not names and self.base.path is not None:
-            raise ValueError("rewards: empty, and reward_models too: nothing decides who wins; give one of them")
+        if len({*names, TOTAL, JUDGE}) != len(names) + 2:
+            raise ValueError(f"rewards: names must differ and none may be {TOTAL} or {JUDGE}, got {names}; rename one")
+        if not self.winners and self.base.path is not None:
+            raise ValueError("rewards: empty, and no reward_models or eval.judge: nothing decides who wins; give one")
+        if self.eval.judge is not None and self.base.path is None:
+            raise ValueError("eval.judge: there is nothing to compare the policy with; give base.path or leave it out")
         for key in ("win_by", "gold", "correct"):
             value = getattr(self.eval, key)
-            known = [*names, TOTAL] if key == "win_by" else names
+            known = self.winners if key == "win_by" else names
             if value is not None and value not in known:
                 near = difflib.get_close_matches(value, known, n=1, cutoff=0.0)
                 hint = f"did you mean {near[0]}?" if near else "give rewards"
@@ -112,6 +127,17 @@ class EvalConfig(Settings):
                 f"{self.eval.suite_max_tokens} leaves no room for a prompt in model.max_length={longest}; use less"
             )
         return self
+
+    @property
+    def winners(self) -> list[str]:
+        """What can decide who wins."""
+        rewards = [*self.reward_names, TOTAL] if self.reward_names else []
+        return [*rewards, JUDGE] if self.eval.judge is not None else rewards
+
+    @property
+    def win_by(self) -> str:
+        """What decides who wins."""
+        return self.eval.win_by or (TOTAL if self.reward_names else JUDGE)
 
     @property
     def reward_names(self) -> list[str]:

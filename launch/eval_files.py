@@ -1,4 +1,4 @@
-"""What an evaluation leaves: eval.json, eval.html, samples.parquet, a table on the terminal, a summary in W&B.
+"""What an evaluation leaves: eval.json, eval.html, samples.parquet, verdicts.jsonl, a table, a summary in W&B.
 
 May import: numpy, pyarrow, rich, yaml, wandb (inside a function), trainers.*, launch.*.
 """
@@ -20,8 +20,9 @@ from rich.console import Console
 from rich.table import Table
 
 from launch.eval_config import EvalConfig
+from launch.eval_judge import judge_rows
 from launch.eval_page import write_page
-from launch.eval_prepare import PAGE, REPORT, SAMPLES, PreparedEval
+from launch.eval_prepare import PAGE, REPORT, SAMPLES, VERDICTS, PreparedEval
 from launch.eval_report import BASE, POLICY, Measured, flat, plain
 from launch.eval_sections import Row, page_sections, summary_rows
 from launch.label_prepare import folder_digest
@@ -42,6 +43,9 @@ def write_results(
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
     pq.write_table(samples_table(measured), folder / SAMPLES, compression="zstd")
+    if measured.judgements:
+        lines = [json.dumps(row) for row in judge_rows(measured.policy.groups, measured.judgements)]
+        (folder / VERDICTS).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     rows = summary_rows(report)
     title = f"{config.run.name}: {config.model.path}" + (f" against {config.base.path}" if config.base.path else "")
     write_page(folder / PAGE, title, page_sections(config, measured, report, rows))

@@ -1,7 +1,7 @@
 """Where an evaluation runs: one stage of workers after the other, so that no two big models share memory.
 
-May import: actors.{generator, model_folders, reference, reward_model, reward_worker}, cluster.*,
-launch.{eval_config, machines}.
+May import: actors.{generator, model_folders, reference, reward_model, reward_worker, settings},
+cluster.*, launch.{eval_config, machines}.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from actors.model_folders import resolve_model
 from actors.reference import ReferenceModel
 from actors.reward_model import RewardModel
 from actors.reward_worker import RewardWorker
+from actors.settings import GeneratorSettings
 from cluster.layout import Layout, RoleDemand, plan_layout
 from cluster.placement import Placement
 from cluster.worker_group import WorkerGroup
@@ -45,12 +46,13 @@ class EvalCluster:
 
     def __init__(self, config: EvalConfig) -> None:
         self._config = config
-        engines = config.generator.num_workers
+        fleets = [config.generator] + ([] if config.eval.judge is None else [config.eval.judge.generator])
+        engines = max(fleet.num_workers for fleet in fleets)
         scorers = config.reward_workers.num_workers + sum(m.num_workers for m in config.reward_models)
         self._ray, self._nodes = connect(config.cluster, max(engines, scorers, config.base.num_workers))
         try:
             # Stages come one after the other, so the engines say how many GPUs there have to be at least.
-            wanted = engines * config.generator.tensor_parallel_size
+            wanted = max(fleet.num_workers * fleet.tensor_parallel_size for fleet in fleets)
             self.device = choose_device(config.cluster, self._nodes, wanted)
         except BaseException:
             self.close()
@@ -63,8 +65,9 @@ class EvalCluster:
 
     # --- roles --------------------------------------------------------------------------------
 
-    def engines(self, who: str, path: str, max_length: int) -> Role:
-        settings = self._config.generator
+    def engines(self, who: str, path: str, max_length: int, settings: GeneratorSettings | None = None) -> Role:
+        """Engines as ``settings`` says; by default as those of the models that are compared."""
+        settings = settings or self._config.generator
         width = 1.0 if self._config.cluster.colocate else float(settings.tensor_parallel_size)
         shared = {
             "model_path": path, "settings": settings, "dtype": self.dtype, "device": self.device,

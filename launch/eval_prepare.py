@@ -16,6 +16,7 @@ from typing import Any
 from actors.model_folders import resolve_model
 from actors.reward_model import check_reward_model
 from launch.eval_config import EvalConfig
+from launch.judging import PreparedJudge, prepare_judge
 from launch.model_facts import check_model_folder
 from launch.prepare import PROBE_TIMEOUT_S
 from launch.prompts import build_prompts, load_prompts
@@ -29,7 +30,7 @@ from trainers.prompt_format import PromptFormat
 from trainers.rewards import load_reward, probe_rewards
 from trainers.suites import SuiteItem, load_suite
 
-REPORT, PAGE, SAMPLES = "eval.json", "eval.html", "samples.parquet"
+REPORT, PAGE, SAMPLES, VERDICTS = "eval.json", "eval.html", "samples.parquet", "verdicts.jsonl"
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +53,7 @@ class PreparedEval:
     prompts: list[Prompt]
     suites: list[Suite]
     pairs: Mapping[str, list[Comparison]]  # of each reward model, in the tokens that it reads
+    judge: PreparedJudge | None = None
 
 
 def check_eval_folder(config: EvalConfig) -> Path:
@@ -101,8 +103,11 @@ def prepare_eval(config: EvalConfig) -> PreparedEval:
     rewards = [load_reward(reward) for reward in config.rewards]
     prompts, stream = _prompts(config, tokenizer, budget - max_tokens)
     probe_rewards(rewards, prompts, PROBE_TIMEOUT_S)
+    judge = None
+    if config.eval.judge is not None:
+        judge = prepare_judge(config.eval.judge, "eval.judge", path, max_length)
     pairs = {} if config.eval.preferences is None else _pairs(config, tokenizer)
-    return PreparedEval(path, base, max_length, stream, prompts, suites, pairs)
+    return PreparedEval(path, base, max_length, stream, prompts, suites, pairs, judge)
 
 
 def _same_tokenizer(ours: Any, theirs: Any, path: str) -> None:

@@ -1,7 +1,7 @@
 """From what two models said to every number of an evaluation, each with its interval and its n.  Pure.
 
 Axes: prompts [N], G samples of each; rows [N * G] hold the samples of a prompt side by side.
-May import: numpy, trainers.*, launch.{eval_config, eval_prepare, journal}.
+May import: numpy, trainers.*, launch.{eval_config, eval_judge, eval_prepare, journal}.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from launch.eval_config import TOTAL, EvalConfig
+from launch.eval_config import JUDGE, TOTAL, EvalConfig
+from launch.eval_judge import Judgement, judge_report
 from launch.eval_prepare import PreparedEval, Suite
 from launch.journal import strict
 from trainers.calibration import Estimate, mean_estimate, policy_calibration, score_summary
@@ -63,21 +64,24 @@ class Measured:
     base: Answers | None = None
     logprobs: tuple[list[np.ndarray], list[np.ndarray]] | None = None  # of the policy's samples, by policy and by base
     pair_scores: Mapping[str, list[np.ndarray]] = dataclasses.field(default_factory=dict)  # reward model -> [C] of [K]
+    judgements: Sequence[Judgement] = ()  # [N * G], with a judge
 
 
 def build_report(config: EvalConfig, prepared: PreparedEval, measured: Measured) -> dict[str, Any]:
     """Nested mappings with Estimates in them; :func:`plain` makes JSON values of it."""
     sides = {POLICY: measured.policy} | ({} if measured.base is None else {BASE: measured.base})
-    parts = _parts(config)
     report: dict[str, Any] = {
         "prompts": {"stream": prepared.stream, "num": len(prepared.prompts), "num_samples": config.eval.num_samples},
         "models": {who: _model(config, prepared.suites, answers) for who, answers in sides.items()},
     }
     if measured.base is not None:
-        report["win_by"], report["gold"] = config.eval.win_by, config.eval.gold
+        report["win_by"], report["gold"] = config.win_by, config.eval.gold
         report["win_rate"] = {
-            name: compare(_comparisons(measured.policy, measured.base, name), seed=config.run.seed) for name in parts
+            name: compare(_comparisons(measured, measured.base, name), seed=config.run.seed)
+            for name in sorted(config.winners, key=lambda name: _rank(config, name))
         }
+    if measured.judgements:
+        report["judge"] = judge_report(measured.judgements)
     if measured.logprobs is not None:
         report["kl_from_base"] = _kl(measured, config.generator.sampling.temperature)
     report["reward_models"] = {
@@ -114,7 +118,11 @@ def flat(value: Any, prefix: str = "") -> dict[str, float]:
 def _parts(config: EvalConfig) -> list[str]:
     """Every reward, the deciding one first."""
     names = [*config.reward_names, TOTAL] if config.reward_names else []
-    return sorted(names, key=lambda name: (name != config.eval.win_by, name != config.eval.gold))
+    return sorted(names, key=lambda name: _rank(config, name))
+
+
+def _rank(config: EvalConfig, name: str) -> tuple[bool, bool]:
+    return name != config.win_by, name != config.eval.gold
 
 
 # --- one model ----------------------------------------------------------------------------------
@@ -184,14 +192,15 @@ def _calibration(samples: Sequence[Trajectory], correct: np.ndarray) -> dict[str
 # --- two models ---------------------------------------------------------------------------------
 
 
-def _comparisons(policy: Answers, base: Answers, part: str) -> list[Comparison]:
+def _comparisons(measured: Measured, base: Answers, winner: str) -> list[Comparison]:
     """Sample i of the policy against sample i of the base: they were drawn under one seed."""
-    ours, theirs = policy.scores(part), base.scores(part)
+    policy = measured.policy
     prompts = [group.prompt.prompt_id for group in policy.groups for _ in group.trajectories]
-    return [
-        Comparison(prompt, a.num_tokens, b.num_tokens, scores=(float(ours[i]), float(theirs[i])))
-        for i, (prompt, a, b) in enumerate(zip(prompts, policy.samples, base.samples, strict=True))
-    ]
+    pairs = list(zip(prompts, policy.lengths.tolist(), base.lengths.tolist(), strict=True))
+    if winner == JUDGE:
+        return [Comparison(*pair, verdicts=j.verdicts) for pair, j in zip(pairs, measured.judgements, strict=True)]
+    scores = zip(policy.scores(winner).tolist(), base.scores(winner).tolist(), strict=True)
+    return [Comparison(*pair, scores=both) for pair, both in zip(pairs, scores, strict=True)]
 
 
 def _kl(measured: Measured, temperature: float) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from launch.eval_config import EvalConfig
+from launch.eval_config import JUDGE, TOTAL, EvalConfig
 from launch.eval_page import Cell, Sample, Section, Table
 from launch.eval_plots import calibration_plot, length_plot, reward_model_plots, suite_plot, win_plot
 from launch.eval_report import BASE, POLICY, Answers, Measured
@@ -30,6 +30,9 @@ def summary_rows(report: Mapping[str, Any]) -> list[Row]:
         rows.append((f"win rate by {name}{mark}", rate.raw, None))
         if name == report["win_by"]:
             rows.append((f"win rate by {name}, at equal length", rate.length_controlled, None))
+    if judge := report.get("judge"):
+        rows.append(("judge: verdicts that survive the swap", judge["consistency"], None))
+        rows.append(("judge: verdicts not read", judge["num_unparsed"], None))
     if kl := report.get("kl_from_base"):
         rows.append(("KL from base, nats a sequence (k1)", kl["sequence"], None))
         rows.append(("KL from base, nats a sequence (k3)", kl["sequence_k3"], None))
@@ -117,7 +120,7 @@ def _wins(report: Mapping[str, Any]) -> Section:
         (name, rate.raw, rate.length_controlled, rate.num_ties, rate.num_left_out, rate.mean_length_difference)
         for name, rate in rates.items()
     )
-    columns = ("reward", "win rate", "at equal length", "ties", "left out", "length difference, tokens")
+    columns = ("by", "win rate", "at equal length", "ties", "left out", "length difference, tokens")
     text = (
         "How often the policy's sample has the higher reward than the base's sample of the same prompt and seed. A tie "
         "counts half; a pair with a missing reward is left out. At equal length: the rate a logistic fit gives where "
@@ -125,6 +128,12 @@ def _wins(report: Mapping[str, Any]) -> Section:
     )
     if report["gold"] is not None:
         text += f" {report['gold']} stands for the truth: where {report['win_by']} wins more than it does, look closer."
+    if judge := report.get("judge"):
+        text += (
+            f" The judge was asked {judge['num_asked']} times in both orders; a win counts where both agree, else "
+            f"it is a tie; {judge['num_unparsed']} could not be read. It chose what it saw first in "
+            f"{judge['first_place']}."
+        )
     return Section("Win rate", text, Table(columns, rows), plots=(win_plot(rates),))
 
 
@@ -151,7 +160,8 @@ def _rewards(config: EvalConfig, report: Mapping[str, Any], sides: Mapping[str, 
     columns = ("reward", "model", "mean", "correlation with length", "of ranks", "reward a token")
     failures = {who: side["failures"] for who, side in report["models"].items() if side["failures"]}
     text = f"Samples without a reward: {failures}." if failures else ""
-    plot = length_plot({who: (a.lengths, a.scores(config.eval.win_by)) for who, a in sides.items()}, config.eval.win_by)
+    shown = TOTAL if config.win_by == JUDGE else config.win_by
+    plot = length_plot({who: (a.lengths, a.scores(shown)) for who, a in sides.items()}, shown)
     return Section("Rewards and length", text, Table(columns, tuple(rows)), plots=(plot,))
 
 
@@ -173,8 +183,10 @@ def _suites(report: Mapping[str, Any]) -> Section:
 def _samples(config: EvalConfig, measured: Measured, base: Answers) -> Section:
     """Prompts spread over the range of what changed: the policy's best gain first, its worst loss last."""
     size = config.eval.num_samples
-    if measured.policy.rewards:
-        gains = (measured.policy.scores(config.eval.win_by) - base.scores(config.eval.win_by))[::size]
+    if config.win_by == JUDGE:
+        gains = np.array([math.nan if j.outcome is None else j.outcome for j in measured.judgements[::size]])
+    elif measured.policy.rewards:
+        gains = (measured.policy.scores(config.win_by) - base.scores(config.win_by))[::size]
     else:
         gains = np.zeros(len(base.groups))
     order = np.argsort(-np.nan_to_num(gains, nan=-math.inf), kind="stable")
@@ -190,7 +202,7 @@ def _samples(config: EvalConfig, measured: Measured, base: Answers) -> Section:
         ours = after.trajectories[0]
         note = ", ".join([*parts, f"tokens: {before.num_tokens} -> {ours.num_tokens}"])
         samples.append(Sample(_cut(group.prompt.text), _cut(before.text), _cut(ours.text), note))
-    text = f"Before is {BASE}, after is {POLICY}: from the largest gain by {config.eval.win_by} to the largest loss."
+    text = f"Before is {BASE}, after is {POLICY}: from the largest gain by {config.win_by} to the largest loss."
     return Section("Samples", text, samples=tuple(samples))
 
 

@@ -1,7 +1,7 @@
 """``burnish eval``: one policy against its base, by every instrument there is.
 
-    prompts + suites -> policy's engines -> base's engines -> rewards -> log-probs by both -> report
-                                                              pairs  -> reward models     ->
+    prompts + suites -> policy's engines -> base's engines -> rewards -> judge -> log-probs by both -> report
+                                                              pairs  -> reward models              ->
 
 Everything that can be refused is refused before Ray starts; models follow each other, so each has the memory alone.
 May import: everything.
@@ -12,9 +12,9 @@ from __future__ import annotations
 import argparse
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -26,8 +26,10 @@ from cluster.transport import fetch, put
 from launch.eval_config import EvalConfig
 from launch.eval_files import write_results
 from launch.eval_fleet import FUNCTIONS, GENERATOR, LOGPROBS, EvalCluster, Role
+from launch.eval_judge import Judgement, judge_role, judge_samples
 from launch.eval_prepare import REPORT, PreparedEval, check_eval_folder, prepare_eval
 from launch.eval_report import BASE, POLICY, Answers, Measured, build_report
+from launch.lanes import in_lanes
 from trainers.comparisons import Comparison
 from trainers.errors import InputError
 from trainers.experience import (
@@ -48,9 +50,6 @@ PAYLOAD_DEADLINE_S = 120.0
 SCORED_AT_ONCE = 64  # groups in flight for each scoring worker: enough to fill its packs
 OVERSUPPLY = 2  # groups in flight for each place: no worker runs dry, and none waits out a deadline in a queue
 HELD_OUT = -1  # the turn of a held-out prompt, as in trainers/evaluation.py: training never draws these streams
-
-A = TypeVar("A")
-B = TypeVar("B")
 
 
 def evaluate_models(config: EvalConfig, console: Console) -> Path:
@@ -79,11 +78,19 @@ async def _measure(config: EvalConfig, prepared: PreparedEval, console: Console)
     try:
         engines = {who: cluster.engines(who, path, prepared.max_length) for who, path in paths.items()}
         scorers, judged = cluster.scorers(prepared.model_path), cluster.judged_models(prepared.model_path)
-        for stage in ([engines[POLICY]], scorers, [cluster.logprobs(prepared.model_path)]):
+        judge = judge_role(config, prepared, cluster)
+        first = [engines[POLICY]], scorers, [cluster.logprobs(prepared.model_path)], [] if judge is None else [judge]
+        for stage in first:
             cluster.layout(stage)  # a shortfall is said now, not after an hour of sampling
         answers = {who: await _sample(config, prepared, cluster, role, who, console) for who, role in engines.items()}
         if scorers:
             answers = await _score(config, cluster, scorers, answers, console)
+        judgements: list[Judgement] = []
+        if judge is not None:
+            started = time.perf_counter()
+            sides = answers[POLICY].groups, answers[BASE].groups
+            judgements = await judge_samples(config, prepared, cluster, judge, *sides)
+            _say(console, f"judge: {time.perf_counter() - started:.1f} s")
         logprobs = None
         if BASE in paths:
             groups = answers[POLICY].groups
@@ -94,7 +101,7 @@ async def _measure(config: EvalConfig, prepared: PreparedEval, console: Console)
             pair_scores = await judge_reward_models(config, prepared, cluster, judged, console)
     finally:
         cluster.close()
-    return Measured(answers[POLICY], answers.get(BASE), logprobs, pair_scores)
+    return Measured(answers[POLICY], answers.get(BASE), logprobs, pair_scores, judgements)
 
 
 async def _sample(
@@ -125,7 +132,7 @@ async def _sample(
             generated = await generator.generate(request)
             return decode_group(fetch(generated.payload, PAYLOAD_DEADLINE_S))
 
-        found = await _in_lanes(-(-OVERSUPPLY * places // num_samples), [*requests, *questions], answer)
+        found = await in_lanes(-(-OVERSUPPLY * places // num_samples), [*requests, *questions], answer)
     took = time.perf_counter() - ready
     num_tokens = sum(t.num_tokens for group in found for t in group.trajectories)
     _say(console, f"{who}: {num_tokens} tokens in {took:.1f} s ({num_tokens / took:.0f}/s), "
@@ -157,7 +164,7 @@ async def _score(
         num_lanes = SCORED_AT_ONCE * max(len(role.kwargs) for role in roles)
         found = {}
         for who, side in answers.items():
-            rewards = await _in_lanes(num_lanes, [_payload(g) for g in side.groups], scorer.score)
+            rewards = await in_lanes(num_lanes, [_payload(g) for g in side.groups], scorer.score)
             found[who] = Answers(side.groups, side.suites, rewards)
     num_failed = sum(f.kind != "abstained" for side in found.values() for r in side.rewards for _, f in r.failures)
     failed = f", {num_failed} rewards failed" if num_failed else ""
@@ -175,7 +182,7 @@ async def _logprobs(
         async def score(group: TrajectoryGroup) -> list[np.ndarray]:
             return decode_logprobs(fetch(await pool.logprobs(_payload(group)), PAYLOAD_DEADLINE_S))
 
-        rows = await _in_lanes(SCORED_AT_ONCE * config.base.num_workers, answered, score)
+        rows = await in_lanes(SCORED_AT_ONCE * config.base.num_workers, answered, score)
     return [row for group in rows for row in group]
 
 
@@ -188,7 +195,7 @@ async def judge_reward_models(
         async with cluster.stage([role]) as groups:
             pool = RewardModelPool(groups[role.name], model.deadline_s, model.token_budget)
             payloads = [_payload(_as_group(c, f"pair-{i}")) for i, c in enumerate(prepared.pairs[model.name])]
-            rewards = await _in_lanes(SCORED_AT_ONCE * model.num_workers, payloads, pool.score)
+            rewards = await in_lanes(SCORED_AT_ONCE * model.num_workers, payloads, pool.score)
             found[model.name] = [r.parts[model.name] for r in rewards]
     _say(console, f"pairs: {time.perf_counter() - started:.1f} s")
     return found
@@ -206,21 +213,6 @@ def _as_group(comparison: Comparison, group_id: str) -> TrajectoryGroup:
 
 def _payload(group: TrajectoryGroup) -> GeneratedGroup:
     return GeneratedGroup(summarize(group, "eval", 0.0), put(encode_group(group)))
-
-
-async def _in_lanes(num_lanes: int, items: Sequence[A], work: Callable[[A], Awaitable[B]]) -> list[B]:
-    """``work`` of every item, in order, at most ``num_lanes`` at a time."""
-    found: dict[int, B] = {}
-    waiting = iter(enumerate(items))
-
-    async def lane() -> None:
-        for index, item in waiting:
-            found[index] = await work(item)
-
-    async with asyncio.TaskGroup() as lanes:
-        for _ in range(min(num_lanes, len(items))):
-            lanes.create_task(lane())
-    return [found[index] for index in range(len(items))]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

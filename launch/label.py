@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster.transport import fetch
+from launch.judging import PAYLOAD_DEADLINE_S
 from launch.label_config import LabelConfig
 from launch.label_fleet import LabelFleet, start_fleet
 from launch.label_prepare import (
@@ -35,7 +36,7 @@ from launch.label_prepare import (
     prepare_label,
 )
 from launch.label_records import RecordFile, Summary, preferences, record_of, schema, write_preferences
-from launch.label_sources import PAYLOAD_DEADLINE_S, merge
+from launch.label_sources import merge
 from launch.progress import duration
 from launch.prompts import PromptStream
 from trainers.errors import InputError

@@ -101,13 +101,12 @@ def _labeller(config: LabelConfig, prepared: PreparedLabel, start: _Starter, pol
     # Every try of a function, and as long again for a queue of prompts before it.
     deadline_s = 2 * workers.timeout_s * (workers.num_retries + 1) + 60.0
     if label.judge is not None:
-        judges = policy
-        if prepared.judge_path is not None:
+        assert prepared.judge is not None
+        judges, found = policy, prepared.judge
+        if label.judge.path is not None:
             own = label.judge.generator
-            engines = start.engines("judge", prepared.judge_path, own, prepared.judge_max_length)
-            judges = GeneratorFleet(engines, own.group_deadline_s)
-        tokenizer = load_tokenizer(prepared.judge_path or prepared.model_path)
-        return JudgeLabeller(config, label.judge, judges, tokenizer, prepared.judge_max_length)
+            judges = GeneratorFleet(start.engines("judge", found.path, own, found.max_length), own.group_deadline_s)
+        return JudgeLabeller(config, label.judge, judges, load_tokenizer(found.path), found.max_length)
     if label.reward_model is not None:
         model = label.reward_model
         scorers = start.reward_model(model, prepared.model_path)

@@ -16,13 +16,13 @@ from typing import Any
 from actors.model_folders import resolve_model
 from actors.reward_model import check_reward_model
 from actors.settings import RewardModelSettings
+from launch.judging import PreparedJudge, longest, prepare_judge
 from launch.label_config import LabelConfig
 from launch.model_facts import ModelFacts, check_model_folder
 from launch.prompts import PromptStream, load_prompts
 from trainers.errors import InputError
 from trainers.experience import Prompt
 from trainers.pair_function import load_pair_function, probe_pair_function, source_of
-from trainers.prompt_format import PromptFormat
 from trainers.rewards import load_reward, probe_rewards
 
 MANIFEST, RECORDS = "label.json", "labelled.jsonl"
@@ -39,8 +39,7 @@ class PreparedLabel:
     facts: ModelFacts
     max_length: int
     prompts: list[Prompt]
-    judge_path: str | None  # None: no judge, or the policy
-    judge_max_length: int
+    judge: PreparedJudge | None
     identity: Mapping[str, str]  # what must be the same for a run to be continued
 
 
@@ -88,7 +87,7 @@ def prepare_label(config: LabelConfig) -> PreparedLabel:
 
     path = resolve_model(config.model.path)
     facts = check_model_folder(path)
-    max_length = _longest(config.model.max_length, facts, "model.max_length")
+    max_length = longest(config.model.max_length, facts, "model.max_length")
     max_tokens = config.sampling.max_tokens
     if max_tokens >= max_length:
         raise InputError("sampling.max_tokens", max_tokens, f"leaves no room for a prompt in {max_length} tokens",
@@ -98,22 +97,14 @@ def prepare_label(config: LabelConfig) -> PreparedLabel:
     if len({isinstance(prompt.source, str) for prompt in prompts}) > 1:
         raise InputError("prompts.train", config.prompts.train.path, "some prompts are text and some are messages",
                          "give all of them in one form: a preference file has one")  # fmt: skip
-    judge_path, judge_max_length, labeller = None, max_length, _labeller_source(config, prompts)
+    labeller = _labeller_source(config, prompts)
     if config.label.reward_model is not None:
         labeller = _reward_model_digest(config.label.reward_model, tokenizer, max_length)
-    judge = config.label.judge
-    if judge is not None:
-        if judge.path is not None:
-            judge_path = resolve_model(judge.path)
-            judge_facts = check_model_folder(judge_path, "label.judge.path")
-            judge_max_length = _longest(judge.max_length, judge_facts, "label.judge.max_length")
-            labeller = folder_digest(judge_path)
-        if judge.max_tokens >= judge_max_length:
-            raise InputError("label.judge.max_tokens", judge.max_tokens, f"leaves no room in {judge_max_length} tokens",
-                             f"use less than {judge_max_length}")  # fmt: skip
-        # A chat template that is missing, or refuses a system message, says so here.
-        form = PromptFormat(system=judge.system, chat=judge.chat)
-        form.render(judge.template, load_tokenizer(judge_path or path), "label.judge")
+    judge = None
+    if config.label.judge is not None:
+        judge = prepare_judge(config.label.judge, "label.judge", path, max_length)
+        if config.label.judge.path is not None:
+            labeller = folder_digest(judge.path)
     identity = {
         "run.seed": str(config.run.seed),
         "model.path": folder_digest(path),
@@ -124,14 +115,7 @@ def prepare_label(config: LabelConfig) -> PreparedLabel:
         "keep.drop_identical": str(config.keep.drop_identical),
         "keep.pairs": "random" if config.keep.pairs == "random" else "all",  # which ones are compared
     }
-    return PreparedLabel(path, facts, max_length, prompts, judge_path, judge_max_length, identity)
-
-
-def _longest(setting: int | None, facts: ModelFacts, field: str) -> int:
-    if setting is not None and setting > facts.max_length:
-        raise InputError(field, setting, f"the model was built for {facts.max_length} tokens",
-                         f"use at most {facts.max_length}")  # fmt: skip
-    return setting or facts.max_length
+    return PreparedLabel(path, facts, max_length, prompts, judge, identity)
 
 
 def _labeller_source(config: LabelConfig, prompts: list[Prompt]) -> str:

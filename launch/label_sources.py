@@ -1,6 +1,6 @@
 """Labellers at work: a group of candidates in, Labels out.  Scores by functions, a function of pairs, a judge.
 
-May import: actors.{dispatch, fleet}, cluster.{transport, worker_group}, trainers.*, launch.label_config.
+May import: actors.{dispatch, fleet}, cluster.{transport, worker_group}, trainers.*, launch.{judging, label_config}.
 """
 
 from __future__ import annotations
@@ -12,27 +12,25 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 from actors.dispatch import Dispatcher
-from cluster.transport import fetch, put
+from cluster.transport import put
 from cluster.worker_group import WorkerGroup
+from launch.judging import PairJudge
 from launch.label_config import JudgeSettings, LabelConfig
-from trainers.experience import Prompt, RewardFailure, TrajectoryGroup, decode_group, encode_group, summarize
+from trainers.experience import RewardFailure, TrajectoryGroup, encode_group, summarize
 from trainers.labellers import (
     Labels,
     Outcome,
     Pair,
     candidate_masks,
     combine_verdicts,
-    fill_template,
     from_outcomes,
     from_scores,
     label_seed,
     pairs_to_compare,
     parse_verdict,
 )
-from trainers.prompt_format import PromptFormat
-from trainers.protocols import GeneratedGroup, Generator, GroupRequest, Scorer
+from trainers.protocols import GeneratedGroup, Generator, Scorer
 
-PAYLOAD_DEADLINE_S = 120.0
 Notes = Mapping[str, Any]
 
 
@@ -121,9 +119,7 @@ class JudgeLabeller(_Compares):
         self, config: LabelConfig, judge: JudgeSettings, generator: Generator, tokenizer: Any, max_length: int
     ) -> None:
         super().__init__(config)
-        self._judge, self._generator, self._tokenizer = judge, generator, tokenizer
-        self._room = max_length - judge.max_tokens
-        self._form = PromptFormat(system=judge.system, chat=judge.chat)
+        self._judge = PairJudge(judge, generator, tokenizer, max_length, "label.judge")
 
     async def label(self, group: TrajectoryGroup, turn: int) -> tuple[Labels, Notes]:
         _, pairs, dropped = self.pairs(group, turn)
@@ -132,36 +128,13 @@ class JudgeLabeller(_Compares):
         said = [[o.first, o.second, *texts] for o, texts in judged if texts is not None]
         return labels, {"verdicts": said} if said else {}
 
-    async def _compare(self, group: TrajectoryGroup, i: int, j: int) -> tuple[Outcome, list[str] | None]:
-        shown = conversation_text(group.prompt)
+    async def _compare(self, group: TrajectoryGroup, i: int, j: int) -> tuple[Outcome, tuple[str, str] | None]:
         a, b = group.trajectories[i].text, group.trajectories[j].text
-        questions = []
-        for number, (first, second) in enumerate(((a, b), (b, a))):
-            text = fill_template(self._judge.template, prompt=shown, a=first, b=second)
-            rendered, ids = self._form.render(text, self._tokenizer, "label.judge")
-            if len(ids) > self._room:
-                return Outcome(i, j, None, "too_long"), None
-            name = f"judge-{group.group_id}-{i}-{j}-{number}"
-            questions.append(Prompt(name, ids, rendered))
-        texts = await asyncio.gather(*(self._ask(question) for question in questions))
+        texts = await self._judge.ask(group.prompt, a, b, f"{group.group_id}-{i}-{j}")
+        if texts is None:
+            return Outcome(i, j, None, "too_long"), None
         value, reason = combine_verdicts(*(parse_verdict(text) for text in texts))
-        return Outcome(i, j, value, reason), list(texts)
-
-    async def _ask(self, question: Prompt) -> str:
-        answered = await self._generator.generate(
-            GroupRequest(question.prompt_id, question, 1, (0,), 1.0, self._judge.max_tokens, greedy=True)
-        )
-        return decode_group(fetch(answered.payload, PAYLOAD_DEADLINE_S)).trajectories[0].text
-
-
-def conversation_text(prompt: Prompt) -> str:
-    """What a judge is shown of a prompt: its text, or its only message, or all messages with their roles."""
-    source = prompt.source
-    if isinstance(source, str):
-        return source
-    if len(source) == 1:
-        return str(source[0]["content"])
-    return "\n\n".join(f"{message['role']}: {message['content']}" for message in source)
+        return Outcome(i, j, value, reason), texts
 
 
 def merge(groups: list[tuple[list[int], TrajectoryGroup]], group_id: str, num_candidates: int) -> TrajectoryGroup:

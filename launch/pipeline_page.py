@@ -56,6 +56,7 @@ def summary(pipeline: Pipeline) -> list[tuple[str, str]]:
         ("reward model, held-out accuracy", f"{accuracy} over {num_pairs} pairs of {accuracy.n} prompts"),
         ("noise ceiling on these pairs", f"{pipeline.ceiling:.3f} (the gold itself: {pipeline.gold_agrees})"),
         ("below the ceiling", f"{pipeline.ceiling - accuracy.value:.3f}"),
+        ("below the gold on the same labels", f"{pipeline.gold_agrees.value - accuracy.value:.3f}"),
         ("reward model, calibration error", f"{pipeline.reward_report['expected_calibration_error']:.3f}"),
     ]
     for name in sorted(wins):
@@ -83,7 +84,9 @@ def page_sections(pipeline: Pipeline) -> list[Section]:
         Section(
             "Reward model",
             "Accuracy on pairs of prompts that were not trained on. The labels are noisy: no scorer can be expected "
-            f"to agree with more than {pipeline.ceiling:.3f} of them.",
+            f"to agree with more than {pipeline.ceiling:.3f} of them. These labels are one draw: the gold itself "
+            f"agrees with {pipeline.gold_agrees.value:.3f}, so {pipeline.ceiling - pipeline.gold_agrees.value:.3f} of "
+            "the distance to the ceiling is luck that no reward model can mend.",
             plots=(_curves(pipeline.reward, (("loss", "Bradley-Terry loss"), ("accuracy", "training accuracy")), ""),
                    pipeline.reward_plot),
         ),
