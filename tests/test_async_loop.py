@@ -272,6 +272,18 @@ def test_a_lost_group_comes_again_and_one_that_is_lost_too_often_makes_room_for_
     assert world.loop.rollouts.ledger.counts == {"trained": 8, "dropped": 0, "failed": 1}
 
 
+@pytest.mark.parametrize("fate", ["lost", "dropped"])
+def test_a_straggler_that_comes_to_nothing_is_waited_for_no_longer(fate: str) -> None:
+    """Position 0 takes 100 s and with staleness 3 holds up the fourth lap, as long as it may still be in its batch."""
+    world, filtering = filtered(lambda p: fate == "dropped" and p == 0)
+    world.generate_s = lambda p: 100.0 if p == 0 or p > 11 else 1.0
+    if fate == "lost":
+        world.loses = lambda position, attempt: position == 0 and attempt == 1
+    run(world, 6, 3, filtering=filtering)
+    assert [when for when, kind, step in world.calls if (kind, step) == ("update", 3)] == [pytest.approx(100.0)]
+    assert world.rows[4]["time/wait_bound_s"] == pytest.approx(100.0 - 4.0)
+
+
 def test_what_the_fleet_has_tried_often_enough_is_not_tried_again() -> None:
     world = World(loses=lambda position, attempt: position == 3, deaths=3)
     run(world, 4, 1)
@@ -336,6 +348,27 @@ def test_finished_groups_survive_a_stop_and_only_what_was_in_flight_is_sampled_a
     assert world.loop is not None and not any(
         isinstance(world.loop.rollouts.ledger.entry(p), Trained) for p in range(9 * G, 9 * G + 4)
     )
+
+
+@pytest.mark.parametrize("max_staleness", [0, 2])
+@pytest.mark.parametrize("told_to_stop", [False, True])
+def test_a_cancelled_run_says_so_even_when_it_was_told_to_stop_before(max_staleness: int, told_to_stop: bool) -> None:
+    """After a second Ctrl-C, in the middle of an update: whoever hears of no cancellation would save it as a step."""
+    world = World(lambda p: 1.0, update_s=100.0)
+
+    async def cancelled() -> None:
+        task = asyncio.create_task(world.start(9, max_staleness).run())
+        await asyncio.sleep(5.0)
+        assert world.loop is not None
+        if told_to_stop:
+            world.loop.stop()
+        await asyncio.sleep(5.0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    in_virtual_time(cancelled())
+    assert [kind for _, kind, _ in world.calls if kind != "generate"] == ["update"] and not world.batches
 
 
 def test_a_synchronous_run_saves_no_half_lap() -> None:

@@ -81,7 +81,10 @@ class TrainingLoop:
         return self.rollouts.ledger.state_dict(), self.rollouts.finished if self.settings.max_staleness else []
 
     async def run(self) -> None:
-        """Until ``num_steps`` or :meth:`stop`.  The first failure of any part ends the run with its error."""
+        """Until ``num_steps`` or :meth:`stop`.  The first failure of any part ends the run with its error.
+
+        Being cancelled is never a way to stop: an update may have been cut off, which nobody must save as a step.
+        """
         await self.parts.between_steps(self.step, self.version, False)
         try:
             async with asyncio.TaskGroup() as tasks:
@@ -90,9 +93,6 @@ class TrainingLoop:
                     await self._one_step()
                 feeding.cancel()
                 self.rollouts.end()
-        except* asyncio.CancelledError:
-            if not self.stopping:
-                raise
         except* Exception as group:  # noqa: BLE001 - unwrapped and raised again
             raise _first(group) from None
 
