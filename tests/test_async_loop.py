@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainers.errors import GroupFailedError, VerificationError
+from trainers.errors import GroupFailedError, NoGeneratorError, VerificationError
 from trainers.evaluation import evaluate
 from trainers.experience import GroupRewards, GroupSummary, Prompt, WeightVersion
 from trainers.filtering import FilterSettings, RefillLimit, useless
@@ -22,7 +22,7 @@ from trainers.ledger import Ledger, Trained
 from trainers.loop import LoopParts, LoopSettings, TrainingLoop
 from trainers.protocols import GeneratedGroup, GroupRequest, LearnerGroup, PushReport, UpdateReport
 
-G, SAMPLES = 2, 4
+G, SAMPLES, MAX_ATTEMPTS = 2, 4, 3
 T = TypeVar("T")
 
 
@@ -154,10 +154,10 @@ class World:
             between_steps=self.between, on_update=lambda step, batch, report: None, after_record=self.after, ppo=ppo,
             clock=now,
         )  # fmt: skip
-        first, ledger, finished = 0, None, []
+        first, ledger, finished = 0, Ledger(MAX_ATTEMPTS), []
         if resume and self.saved is not None:
             first, state, finished = self.saved
-            ledger = Ledger.restore(json.loads(state), set(positions(finished)))
+            ledger = Ledger.restore(json.loads(state), set(positions(finished)), MAX_ATTEMPTS)
         self.version = WeightVersion(self.version.incarnation + resume, first)
         del self.trained[first * G :]
         chosen = LoopSettings(num_steps, G, SAMPLES, max_staleness, 1.0, 8, 0)
@@ -293,6 +293,21 @@ def test_what_the_fleet_has_tried_often_enough_is_not_tried_again() -> None:
 def test_when_more_groups_fail_than_a_step_holds_the_run_ends_with_the_reason() -> None:
     with pytest.raises(GroupFailedError, match="attempt 3"):
         run(World(loses=lambda position, attempt: position > 1), 4, 1)
+
+
+@pytest.mark.parametrize("max_staleness", [0, 3])
+def test_without_a_generator_the_run_ends_at_once_and_no_group_is_blamed(max_staleness: int) -> None:
+    world = World()
+
+    async def nobody(request: GroupRequest) -> GeneratedGroup:
+        raise NoGeneratorError(request.group_id, ("no generator is left: the last one went",))
+
+    world.generate = nobody  # type: ignore[method-assign]
+    with pytest.raises(NoGeneratorError, match="no generator is left"):
+        run(world, 4, max_staleness)
+    assert world.loop is not None and not world.events
+    ledger = world.loop.rollouts.ledger
+    assert len(ledger.in_flight) == (max_staleness + 1) * G and ledger.counts["failed"] == 0
 
 
 @settings(max_examples=60, deadline=None)

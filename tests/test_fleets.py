@@ -16,7 +16,7 @@ from actors.scorer_pools import ReferencePool, RewardPool
 from cluster.errors import DamagedError, DeadlineError, WorkerDiedError, WorkerError
 from cluster.layout import WorkerSlot
 from cluster.settings import HealthSettings
-from trainers.errors import GroupFailedError
+from trainers.errors import GroupFailedError, NoGeneratorError
 from trainers.experience import GroupRewards, GroupSummary, Prompt, WeightVersion
 from trainers.protocols import GeneratedGroup, GroupRequest
 
@@ -287,7 +287,7 @@ def test_without_recruiting_the_last_death_fails_waiting_groups_with_its_reason(
         asked = world.ask(1)
         await world.until(lambda: world.sampled)
         world.group.kill(0)
-        with pytest.raises(GroupFailedError, match=r"died in generate; no generator is left: the last one went"):
+        with pytest.raises(NoGeneratorError, match=r"died in generate; no generator is left: the last one went"):
             await asked
 
     run(law)
@@ -341,7 +341,7 @@ def test_a_start_that_fails_is_tried_again_and_too_many_end_a_fleet_that_has_nob
         if num_faults < 3:
             assert (await asked).summary.generator == f"generator-{1 + num_faults}"
         else:
-            with pytest.raises(GroupFailedError, match="3 starts in a row failed, the last: (Memory|Damaged)Error"):
+            with pytest.raises(NoGeneratorError, match="3 starts in a row failed, the last: (Memory|Damaged)Error"):
                 await asked
         return world
 

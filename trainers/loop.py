@@ -41,7 +41,8 @@ class TrainingLoop:
     """Runs laps ``first_step`` .. ``num_steps``.  ``step`` is the number of finished laps.
 
     Args:
-        ledger: of the run that goes on; by default one that has trained ``first_step`` whole batches.
+        ledger: of the run that goes on; by default one that has trained ``first_step`` whole batches and gives every
+            group one try.
         finished: groups that ledger has as finished, in that order.
     """
 
@@ -60,7 +61,7 @@ class TrainingLoop:
         self.num_tokens = num_tokens  # prompt and completion tokens of trained samples, over the whole run
         self._stopping = asyncio.Event()
         if ledger is None:
-            ledger = Ledger(frontier=first_step * settings.groups_per_step)
+            ledger = Ledger(1, frontier=first_step * settings.groups_per_step)
         self.rollouts = Rollouts(settings, parts, first_step, ledger, finished, self._stopping)
 
     def stop(self) -> None:

@@ -16,7 +16,7 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from trainers.errors import GroupFailedError
+from trainers.errors import GroupFailedError, NoGeneratorError
 from trainers.experience import GroupRewards
 from trainers.filtering import RefillLimit, useless
 from trainers.ledger import Ledger
@@ -93,6 +93,8 @@ class Rollouts:
     async def _group(self, position: int) -> None:
         try:
             group = await self._rollout(position)
+        except NoGeneratorError:
+            raise  # the run ends with it: no group is lost, each is in flight until the run goes on
         except GroupFailedError as error:
             self._lost(position, error)
             return
