@@ -381,6 +381,25 @@ def test_scaling_up_adds_members_and_scaling_down_drains_the_youngest_without_lo
     run(law)
 
 
+def test_what_the_end_of_a_leaving_generator_raises_costs_the_others_nothing() -> None:
+    async def law() -> None:
+        world = World(2)
+        world.open()
+
+        async def clumsy(index: int) -> None:
+            world.group.end(index)
+            raise RuntimeError("the engine is gone already")
+
+        world.group.retire = clumsy  # type: ignore[method-assign]
+        world.fleet.scale(1)
+        await world.until(lambda: world.kinds("generator_left"))
+        assert world.kinds("generator_left")[0]["error"] == "RuntimeError: the engine is gone already"
+        assert world.vacated == [1] and (await world.ask(1)).summary.generator == "generator-0"
+        await world.fleet.close()
+
+    run(law)
+
+
 def test_one_that_dies_while_it_leaves_is_not_replaced() -> None:
     async def law() -> None:
         world = World(2)
