@@ -242,7 +242,8 @@ class Membership:
         self.roster.strike(member, "it left")
         closed = await outcome(self.workers.retire(member.index))  # what its close raised costs the others nothing
         self._forget(member)
-        said: dict[str, str] = {} if closed.error is None else {"error": f"{type(closed.error).__name__}: {closed.error}"}
+        error = closed.error
+        said = {} if error is None else {"error": f"{type(error).__name__}: {error}"}
         self.event("generator_left", worker=member.name, num_generators=len(self.roster), **said)
         self._staff()
 
