@@ -566,6 +566,23 @@ def test_groups_that_die_with_one_worker_restart_it_once() -> None:
     run(law)
 
 
+def test_workers_that_end_with_their_run_are_no_deaths_although_a_call_is_under_way() -> None:
+    """A batch is served to its end, even when all who asked for it were cancelled."""
+
+    async def law() -> None:
+        scores = Scores(1)
+        pool = ReferencePool(scores.group, LIMIT_S, 1000, HealthSettings(), scores.event)  # type: ignore[arg-type]
+        asked = asyncio.create_task(pool.logprobs(_generated("1")))
+        await scores.arrived.acquire()
+        asked.cancel()
+        await pool.close()
+        scores.group.kill(0)
+        await asyncio.sleep(SOON_S)
+        assert scores.events == [] and scores.group.ended == []
+
+    run(law)
+
+
 def test_a_pool_that_is_closed_starts_nobody_again() -> None:
     async def law() -> None:
         scores = Scores(1)
