@@ -251,8 +251,11 @@ class Publisher:
             while True:  # a newer version is out, its file took the place of this one, or rank 0 was long at an update
                 await self.between_pushes()
                 async with self._door:
-                    if self._quiet.is_set():  # not so when the push that was waited for failed
-                        return self._admit(member, await self._load_present(member))
+                    if not self._quiet.is_set():  # the push that was waited for failed
+                        continue
+                    served = await self._load_present(member)
+                    if self._quiet.is_set():  # the learner is the one that it was
+                        return self._admit(member, served)
         finally:
             self._num_joining -= 1
 
