@@ -39,6 +39,7 @@ class Crew:
         self._places = Places([workers.slot(i) for i in workers.indices], workers.placement, GRANT_DEADLINE_S)
         self._starts = dict.fromkeys(workers.indices, 0)  # how often each was started again
         self._mending: dict[int, asyncio.Task[None]] = {}
+        self._closed = False
 
     def start_of(self, worker: int) -> int:
         """Which start of the worker a call made now speaks to; for :meth:`lost`."""
@@ -46,6 +47,8 @@ class Crew:
 
     def lost(self, worker: int, start: int, error: BaseException, num_groups: int) -> bool:
         """A call found that start of the worker dead; others may have before.  Whether it is being mended now."""
+        if self._closed:  # it is ended with its group; calls that nobody waits for any more may still be under way
+            return False
         name = f"{self.workers.name}-{worker}"
         if start == self._starts[worker] and worker not in self._mending:
             self.event("worker_died", role=self.workers.name, worker=name, reason=str(error))
@@ -56,6 +59,7 @@ class Crew:
 
     async def close(self) -> None:
         """No more restarts: the group is about to be shut down."""
+        self._closed = True
         tasks = list(self._mending.values())
         for task in tasks:
             task.cancel()

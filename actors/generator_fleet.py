@@ -13,7 +13,7 @@ from cluster.errors import DeadlineError, WorkerError
 from cluster.settings import HealthSettings
 from cluster.transport import settle
 from cluster.worker_group import WorkerGroup
-from trainers.errors import GroupFailedError
+from trainers.errors import GroupFailedError, NoGeneratorError
 from trainers.experience import GroupSummary
 from trainers.protocols import GeneratedGroup, GroupRequest, Payload
 
@@ -35,7 +35,8 @@ class GeneratorFleet(Membership):
         """Sample one group, on another generator when one dies over it.
 
         Raises:
-            GroupFailedError: ``health.max_attempts`` generators died over it, or none is left.
+            GroupFailedError: ``health.max_attempts`` generators died over it.
+            NoGeneratorError: none is left.
         """
         cost = int(request.prompt.token_ids.shape[0]) + request.num_samples * request.max_tokens
         reasons: list[str] = []
@@ -61,7 +62,7 @@ class GeneratorFleet(Membership):
         while self._failure is not None or not self._dispatcher.open:
             if self._failure is not None:
                 reasons.append(f"no generator is left: {self._failure}")
-                raise GroupFailedError(group_id, tuple(reasons)) from self._failure
+                raise NoGeneratorError(group_id, tuple(reasons)) from self._failure
             self._opened.clear()
             # Ends: a suspect recovers or dies, and a fleet without members starts one or fails.
             await self._opened.wait()

@@ -118,9 +118,10 @@ class Membership:
         self._opened.set()
 
     def _forget(self, member: Member) -> None:
-        """End its worker and free its place; nothing of it is left but what its callers hold."""
+        """End its worker and free its place, once; nothing of it is left but what its callers hold."""
+        if self._members.pop(member.index, None) is None:
+            return
         self._dispatcher.remove(member.index)
-        self._members.pop(member.index, None)
         self._leaving.discard(member.index)
         self.workers.end(member.index)
         if self._recruiting is not None:
@@ -239,9 +240,11 @@ class Membership:
             return
         self._beats.health.leave(member.index)
         self.roster.strike(member, "it left")
-        await self.workers.retire(member.index)
+        closed = await outcome(self.workers.retire(member.index))  # what its close raised costs the others nothing
         self._forget(member)
-        self.event("generator_left", worker=member.name, num_generators=len(self.roster))
+        error = closed.error
+        said = {} if error is None else {"error": f"{type(error).__name__}: {error}"}
+        self.event("generator_left", worker=member.name, num_generators=len(self.roster), **said)
         self._staff()
 
     # --- tasks ------------------------------------------------------------------------------------

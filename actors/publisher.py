@@ -70,6 +70,8 @@ class Publisher:
         self._turns: dict[int, asyncio.Lock] = {}  # of the engines of each serving rank
         self._sealed: tuple[Path, dict[str, Any]] | None = None  # with ``file``: the newest version's
         self._quiet = asyncio.Event()  # a first push is complete and none is going on
+        self._door = asyncio.Lock()  # held by a push, and by a generator that joins while no push may begin
+        self._num_joining = 0
 
     def serving_rank(self, engine: int) -> int:
         """Engine e is served by learner rank e mod R: no rank is a bottleneck."""
@@ -77,6 +79,10 @@ class Publisher:
 
     async def push(self, version: WeightVersion) -> PushReport:
         """Bring every member of the roster to ``version``; those that cannot be brought there are expelled."""
+        async with self._door:
+            return await self._push(version)
+
+    async def _push(self, version: WeightVersion) -> PushReport:
         started = time.perf_counter()
         self._quiet.clear()
         if self.transport == "file":
@@ -110,6 +116,7 @@ class Publisher:
         return manifests[0], loads
 
     async def _push_staged(self, version: WeightVersion) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        self._sealed = None
         if self.transport == "group":
             await self._part()
             await self._deliver(version, self._connect)
@@ -123,7 +130,11 @@ class Publisher:
             per_worker=[(rank in serving,) for rank in range(len(self.learner))],
         )
         loads = await self._deliver(version, lambda member: self._load_staged(member, manifests[0]))
-        self._remove_files(None)
+        if self._num_joining:  # rank 0 has nothing else to do now; once it updates, a joiner would wait for its end
+            path = self._path(version)
+            written = await outcome(self._write_staged(path))
+            self._sealed = None if written.error is not None else (path, written.value())
+        self._remove_files(None if self._sealed is None else self._sealed[0])
         return manifests[0], loads
 
     async def _deliver(
@@ -227,18 +238,32 @@ class Publisher:
         """Bring a generator that is in no push to the present version by file, and admit it to the roster.
 
         Returns the version: no push is going on, and the generator serves what the others serve.  A push that comes
-        meanwhile is not delayed; the generator then loads the newer version.
+        meanwhile is not delayed at first; when one has come, the generator loads the newer version and the next push
+        waits for that.  Otherwise a run whose laps are shorter than a load would never get a generator.
         """
-        while True:
+        self._num_joining += 1
+        try:
             await self.between_pushes()
             at = self.version
             loaded = await outcome(self._load_present(member))
-            if self.version != at or not self._quiet.is_set():
-                continue  # a newer version is out, or its file took the place of this one
-            served: str = loaded.value()
-            if served == str(at):
-                self.roster.admit(member)
-                return served
+            if self.version == at and self._quiet.is_set() and not _is_learners_deadline(loaded.error):
+                return self._admit(member, loaded.value())
+            while True:  # a newer version is out, its file took the place of this one, or rank 0 was long at an update
+                await self.between_pushes()
+                async with self._door:
+                    if not self._quiet.is_set():  # the push that was waited for failed
+                        continue
+                    served = await self._load_present(member)
+                    if self._quiet.is_set():  # the learner is the one that it was
+                        return self._admit(member, served)
+        finally:
+            self._num_joining -= 1
+
+    def _admit(self, member: Member, served: str) -> str:
+        if served != str(self.version):
+            raise VerificationError(f"{member.name} caught up with version {served}, the others serve {self.version}")
+        self.roster.admit(member)
+        return served
 
     async def _load_present(self, member: Member) -> str:
         if self._sealed is not None:
@@ -246,10 +271,14 @@ class Publisher:
             return str(self.version)
         # The staged copy is whole whatever the learner is doing; only the rank itself is asked.
         path = self._path(f"{self.version}-for-{member.name}")
-        manifest = await self.learner.call(0, "weights_call", "write_staged", str(path), deadline_s=self.deadline_s)
+        manifest = await self._write_staged(path)
         await self._load_file(member, path, manifest)
         path.unlink(missing_ok=True)
         return str(manifest["version"])
+
+    async def _write_staged(self, path: Path) -> dict[str, Any]:
+        written = await self.learner.call(0, "weights_call", "write_staged", str(path), deadline_s=self.deadline_s)
+        return dict(written)
 
     async def probe(self, prompts: list[np.ndarray], max_tokens: int, seed: int, tolerance: float) -> dict[str, float]:
         """Do generator and learner mean the same by the same weights?  Log-probs of the same tokens.
@@ -284,10 +313,15 @@ class Publisher:
 
 def _of_sender(came: Outcome[T]) -> T:
     """What the learner's side gave.  A deadline that *it* waited out is the receiver's fault and raised as it is."""
-    waited_in_vain = isinstance(came.error, DeadlineError) and not came.error.source.startswith("learner[")
+    waited_in_vain = isinstance(came.error, DeadlineError) and not _is_learners_deadline(came.error)
     if came.error is not None and not waited_in_vain:
         raise SenderError(came.error)
     return came.value()
+
+
+def _is_learners_deadline(error: BaseException | None) -> bool:
+    """Whether a learner rank did not answer in time."""
+    return isinstance(error, DeadlineError) and error.source.startswith("learner[")
 
 
 def _group(engine: int) -> str:

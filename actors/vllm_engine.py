@@ -294,10 +294,15 @@ class BesideEngine(Engine):
             await self._engine.resume_generation()
 
     async def check(self) -> None:
+        from vllm.v1.engine.exceptions import EngineDeadError
+
         if self._engine.errored:
             raise WorkerDiedError(f"vLLM's engine has ended: {self._engine.dead_error}")
         if not self._updating:  # it answers nothing while it loads weights
-            await self._engine.is_sleeping()
+            try:
+                await self._engine.is_sleeping()
+            except EngineDeadError as error:  # between the two questions
+                raise WorkerDiedError(f"vLLM's engine has ended: {error}") from error
 
     async def rpc(self, method: str, *args: Any, **kwargs: Any) -> list[Any]:
         return list(await self._engine.collective_rpc(method, args=args, kwargs=kwargs))

@@ -40,6 +40,7 @@ class WorkerGroup:
         self._factory, self._placement, self._concurrency = factory, placement, concurrency
         self._workers: dict[int, RayWorker | LocalWorker] = {}
         self._places: list[tuple[Mapping[str, Any], WorkerSlot]] = []  # by index, of those that ended too
+        self._closed = False
 
     @classmethod
     def launch(
@@ -131,6 +132,8 @@ class WorkerGroup:
         return isinstance(error, WorkerDiedError) or (silent and not self.in_process)
 
     def _start(self, index: int) -> None:
+        if self._closed:  # whoever missed a worker that its group ended; an actor now would outlive the run
+            raise WorkerError(f"{self.name} was shut down: nobody starts in it any more")
         kwargs, slot = self._places[index]
         if self._placement is None:
             self._workers[index] = LocalWorker(self._factory, kwargs, self._concurrency)
@@ -202,8 +205,9 @@ class WorkerGroup:
         """Call ``close()`` of every worker that was constructed and has one, within the deadline; then end them all.
 
         A worker that is dead or does not answer is logged; what a ``close`` raised is raised after the end of all.
+        None can be added or started again from then on.
         """
-
+        self._closed = True
         try:
             closing = (self._close(index, deadline_s) for index in self.indices)
             outcomes = await asyncio.gather(*closing, return_exceptions=True)

@@ -140,6 +140,8 @@ class ScaleDesk:
             reason = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'request'}: {e['msg']}" for e in error.errors())
         except ValueError as error:
             reason = str(error)
+        except FileNotFoundError:  # withdrawn since it was listed
+            return
         path.unlink(missing_ok=True)
         if not reason:
             reason = self._refusal(request.generators)

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainers.errors import GroupFailedError, VerificationError
+from trainers.errors import GroupFailedError, NoGeneratorError, VerificationError
 from trainers.evaluation import evaluate
 from trainers.experience import GroupRewards, GroupSummary, Prompt, WeightVersion
 from trainers.filtering import FilterSettings, RefillLimit, useless
@@ -22,7 +22,7 @@ from trainers.ledger import Ledger, Trained
 from trainers.loop import LoopParts, LoopSettings, TrainingLoop
 from trainers.protocols import GeneratedGroup, GroupRequest, LearnerGroup, PushReport, UpdateReport
 
-G, SAMPLES = 2, 4
+G, SAMPLES, MAX_ATTEMPTS = 2, 4, 3
 T = TypeVar("T")
 
 
@@ -154,10 +154,10 @@ class World:
             between_steps=self.between, on_update=lambda step, batch, report: None, after_record=self.after, ppo=ppo,
             clock=now,
         )  # fmt: skip
-        first, ledger, finished = 0, None, []
+        first, ledger, finished = 0, Ledger(MAX_ATTEMPTS), []
         if resume and self.saved is not None:
             first, state, finished = self.saved
-            ledger = Ledger.restore(json.loads(state), set(positions(finished)))
+            ledger = Ledger.restore(json.loads(state), set(positions(finished)), MAX_ATTEMPTS)
         self.version = WeightVersion(self.version.incarnation + resume, first)
         del self.trained[first * G :]
         chosen = LoopSettings(num_steps, G, SAMPLES, max_staleness, 1.0, 8, 0)
@@ -272,6 +272,18 @@ def test_a_lost_group_comes_again_and_one_that_is_lost_too_often_makes_room_for_
     assert world.loop.rollouts.ledger.counts == {"trained": 8, "dropped": 0, "failed": 1}
 
 
+@pytest.mark.parametrize("fate", ["lost", "dropped"])
+def test_a_straggler_that_comes_to_nothing_is_waited_for_no_longer(fate: str) -> None:
+    """Position 0 takes 100 s and with staleness 3 holds up the fourth lap, as long as it may still be in its batch."""
+    world, filtering = filtered(lambda p: fate == "dropped" and p == 0)
+    world.generate_s = lambda p: 100.0 if p == 0 or p > 11 else 1.0
+    if fate == "lost":
+        world.loses = lambda position, attempt: position == 0 and attempt == 1
+    run(world, 6, 3, filtering=filtering)
+    assert [when for when, kind, step in world.calls if (kind, step) == ("update", 3)] == [pytest.approx(100.0)]
+    assert world.rows[4]["time/wait_bound_s"] == pytest.approx(100.0 - 4.0)
+
+
 def test_what_the_fleet_has_tried_often_enough_is_not_tried_again() -> None:
     world = World(loses=lambda position, attempt: position == 3, deaths=3)
     run(world, 4, 1)
@@ -281,6 +293,21 @@ def test_what_the_fleet_has_tried_often_enough_is_not_tried_again() -> None:
 def test_when_more_groups_fail_than_a_step_holds_the_run_ends_with_the_reason() -> None:
     with pytest.raises(GroupFailedError, match="attempt 3"):
         run(World(loses=lambda position, attempt: position > 1), 4, 1)
+
+
+@pytest.mark.parametrize("max_staleness", [0, 3])
+def test_without_a_generator_the_run_ends_at_once_and_no_group_is_blamed(max_staleness: int) -> None:
+    world = World()
+
+    async def nobody(request: GroupRequest) -> GeneratedGroup:
+        raise NoGeneratorError(request.group_id, ("no generator is left: the last one went",))
+
+    world.generate = nobody  # type: ignore[method-assign]
+    with pytest.raises(NoGeneratorError, match="no generator is left"):
+        run(world, 4, max_staleness)
+    assert world.loop is not None and not world.events
+    ledger = world.loop.rollouts.ledger
+    assert len(ledger.in_flight) == (max_staleness + 1) * G and ledger.counts["failed"] == 0
 
 
 @settings(max_examples=60, deadline=None)
@@ -336,6 +363,27 @@ def test_finished_groups_survive_a_stop_and_only_what_was_in_flight_is_sampled_a
     assert world.loop is not None and not any(
         isinstance(world.loop.rollouts.ledger.entry(p), Trained) for p in range(9 * G, 9 * G + 4)
     )
+
+
+@pytest.mark.parametrize("max_staleness", [0, 2])
+@pytest.mark.parametrize("told_to_stop", [False, True])
+def test_a_cancelled_run_says_so_even_when_it_was_told_to_stop_before(max_staleness: int, told_to_stop: bool) -> None:
+    """After a second Ctrl-C, in the middle of an update: whoever hears of no cancellation would save it as a step."""
+    world = World(lambda p: 1.0, update_s=100.0)
+
+    async def cancelled() -> None:
+        task = asyncio.create_task(world.start(9, max_staleness).run())
+        await asyncio.sleep(5.0)
+        assert world.loop is not None
+        if told_to_stop:
+            world.loop.stop()
+        await asyncio.sleep(5.0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    in_virtual_time(cancelled())
+    assert [kind for _, kind, _ in world.calls if kind != "generate"] == ["update"] and not world.batches
 
 
 def test_a_synchronous_run_saves_no_half_lap() -> None:

@@ -16,7 +16,7 @@ from actors.scorer_pools import ReferencePool, RewardPool
 from cluster.errors import DamagedError, DeadlineError, WorkerDiedError, WorkerError
 from cluster.layout import WorkerSlot
 from cluster.settings import HealthSettings
-from trainers.errors import GroupFailedError
+from trainers.errors import GroupFailedError, NoGeneratorError
 from trainers.experience import GroupRewards, GroupSummary, Prompt, WeightVersion
 from trainers.protocols import GeneratedGroup, GroupRequest
 
@@ -287,7 +287,7 @@ def test_without_recruiting_the_last_death_fails_waiting_groups_with_its_reason(
         asked = world.ask(1)
         await world.until(lambda: world.sampled)
         world.group.kill(0)
-        with pytest.raises(GroupFailedError, match=r"died in generate; no generator is left: the last one went"):
+        with pytest.raises(NoGeneratorError, match=r"died in generate; no generator is left: the last one went"):
             await asked
 
     run(law)
@@ -341,7 +341,7 @@ def test_a_start_that_fails_is_tried_again_and_too_many_end_a_fleet_that_has_nob
         if num_faults < 3:
             assert (await asked).summary.generator == f"generator-{1 + num_faults}"
         else:
-            with pytest.raises(GroupFailedError, match="3 starts in a row failed, the last: (Memory|Damaged)Error"):
+            with pytest.raises(NoGeneratorError, match="3 starts in a row failed, the last: (Memory|Damaged)Error"):
                 await asked
         return world
 
@@ -376,6 +376,25 @@ def test_scaling_up_adds_members_and_scaling_down_drains_the_youngest_without_lo
         await world.until(lambda: len(world.kinds("generator_left")) == 2)
         assert sorted(world.vacated) == [1, 2] == sorted(world.group.ended) and len(world.fleet.roster) == 1
         assert not world.kinds("worker_died") and not world.kinds("group_reissued")
+        await world.fleet.close()
+
+    run(law)
+
+
+def test_what_the_end_of_a_leaving_generator_raises_costs_the_others_nothing() -> None:
+    async def law() -> None:
+        world = World(2)
+        world.open()
+
+        async def clumsy(index: int) -> None:
+            world.group.end(index)
+            raise RuntimeError("the engine is gone already")
+
+        world.group.retire = clumsy  # type: ignore[method-assign]
+        world.fleet.scale(1)
+        await world.until(lambda: world.kinds("generator_left"))
+        assert world.kinds("generator_left")[0]["error"] == "RuntimeError: the engine is gone already"
+        assert world.vacated == [1] and (await world.ask(1)).summary.generator == "generator-0"
         await world.fleet.close()
 
     run(law)
@@ -543,6 +562,23 @@ def test_groups_that_die_with_one_worker_restart_it_once() -> None:
         scores.gate.set()
         assert [r.group_id for r in await asyncio.gather(*asked)] == [str(i) for i in range(5)]
         assert scores.kinds().count("worker_died") == 1 == scores.kinds().count("worker_replaced")
+
+    run(law)
+
+
+def test_workers_that_end_with_their_run_are_no_deaths_although_a_call_is_under_way() -> None:
+    """A batch is served to its end, even when all who asked for it were cancelled."""
+
+    async def law() -> None:
+        scores = Scores(1)
+        pool = ReferencePool(scores.group, LIMIT_S, 1000, HealthSettings(), scores.event)  # type: ignore[arg-type]
+        asked = asyncio.create_task(pool.logprobs(_generated("1")))
+        await scores.arrived.acquire()
+        asked.cancel()
+        await pool.close()
+        scores.group.kill(0)
+        await asyncio.sleep(SOON_S)
+        assert scores.events == [] and scores.group.ended == []
 
     run(law)
 

@@ -123,11 +123,11 @@ def test_a_position_that_comes_again_goes_before_new_ones_and_keeps_its_attempts
 def test_a_resumed_ledger_keeps_what_was_saved_in_its_order_and_issues_the_rest_again() -> None:
     ledger = ledger_with(p0="running", p3="finished", p1="finished", p2="finished", p4="trained")
     state = json.loads(json.dumps(ledger.state_dict()))
-    again = Ledger.restore(state, kept=(3, 1))
+    again = Ledger.restore(state, kept=(3, 1), max_attempts=3)
     assert list(again.finished) == [3, 1], "what finished first stays first"
     assert again.to_reissue == [0, 2] and not again.in_flight
     assert again.entry(4) == Trained(4) and again.counts == ledger.counts
-    assert Ledger.restore(state, ()).to_reissue == [0, 1, 2, 3]
+    assert Ledger.restore(state, (), 3).to_reissue == [0, 1, 2, 3]
 
 
 # --- random schedules with kills ------------------------------------------------------------------
@@ -144,10 +144,10 @@ class Checkpoint:
 class Run:
     """A run as the ledger sees one; ``trained`` is what the surviving lineage of weights was trained on."""
 
-    ledger: Ledger = field(default_factory=Ledger)
+    ledger: Ledger = field(default_factory=lambda: Ledger(3))
     step: int = 0
     trained: list[int] = field(default_factory=list)
-    saved: Checkpoint = field(default_factory=lambda: Checkpoint(json.dumps(Ledger().state_dict()), [], []))
+    saved: Checkpoint = field(default_factory=lambda: Checkpoint(json.dumps(Ledger(3).state_dict()), [], []))
 
     def act(self, action: str, pick: int) -> None:
         running, finished = list(self.ledger.in_flight), list(self.ledger.finished)
@@ -169,7 +169,7 @@ class Run:
             spooled = finished[pick % (len(finished) + 1) :]  # some of them: a full disk may cost any
             self.saved = Checkpoint(json.dumps(self.ledger.state_dict()), spooled, list(self.trained))
         elif action == "kill":
-            self.ledger = Ledger.restore(json.loads(self.saved.state), self.saved.spooled)
+            self.ledger = Ledger.restore(json.loads(self.saved.state), self.saved.spooled, 3)
             self.trained, self.step = list(self.saved.trained), len(self.saved.trained) // G
 
     def drain(self) -> None:

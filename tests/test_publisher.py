@@ -200,6 +200,54 @@ def test_a_joiner_is_admitted_only_at_the_version_that_the_others_serve(
     run(law)
 
 
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_pushes_that_follow_each_other_faster_than_a_joiner_loads_let_it_in(
+    transport: Transport, tmp_path: Path
+) -> None:
+    async def law() -> None:
+        world = World(transport, 1, tmp_path)
+        await world.publisher.push(v(1))
+        world.generators.stalls[5, "load_weights"] = first = asyncio.Event()
+        joining = asyncio.create_task(world.publisher.catch_up(Member(5, "generator-5")))
+        await world.until(lambda: 5 in world.asked("load_weights"))
+        await world.publisher.push(v(2))  # the first one is not held up
+        world.generators.stalls[5, "load_weights"] = second = asyncio.Event()
+        first.set()
+        await world.until(lambda: world.asked("load_weights").count(5) == 2)
+        num_asked = len(world.asked("write_staged"))
+        third = asyncio.create_task(world.publisher.push(v(3)))
+        for _ in range(50):
+            await asyncio.sleep(0)
+        assert world.asked("load_weights").count(0) == 2 and not third.done(), "it would be too late again"
+        second.set()
+        assert await joining == "0.2"
+        await third
+        assert world.serves == {0: "0.3", 5: "0.3"}
+        # Rank 0 wrote while it pushed: asked later it would have answered after its next update.
+        assert len(world.asked("write_staged")) == num_asked
+        await world.publisher.push(v(4))
+        assert len(list(tmp_path.iterdir())) == (transport == "file"), "files for joiners go with the next push"
+
+    run(law)
+
+
+def test_a_joiner_outlasts_an_update_that_is_longer_than_the_deadline_of_a_push(tmp_path: Path) -> None:
+    async def law() -> None:
+        world = World("group", 1, tmp_path)
+        await world.publisher.push(v(1))
+        answer, errors = world.answer, [DeadlineError("weights_call", "learner[0]", 300.0)]
+
+        def busy_once(index: int, what: str, args: tuple[Any, ...]) -> Any:
+            if what == "write_staged" and errors:
+                raise errors.pop()
+            return answer(index, what, args)
+
+        world.answer = busy_once  # type: ignore[method-assign]
+        assert await world.publisher.catch_up(Member(5, "generator-5")) == "0.1"
+
+    run(law)
+
+
 def test_a_staggered_push_pauses_one_generator_at_a_time_and_a_failure_stops_nobody(tmp_path: Path) -> None:
     async def law() -> None:
         world = World("file", 3, tmp_path)

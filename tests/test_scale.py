@@ -94,6 +94,12 @@ def test_a_request_that_is_none_is_refused_and_removed_and_the_desk_stays_open(t
     assert driver.fleet.asked == [1] and driver.events()[0]["reason"]
 
 
+def test_a_request_that_is_withdrawn_between_two_looks_at_it_costs_the_desk_nothing(tmp_path: Path) -> None:
+    driver = Driver(tmp_path)
+    driver.desk._answer(tmp_path / "control" / "request-00.json")
+    assert driver.events() == [] == driver.fleet.asked
+
+
 def test_requests_of_an_earlier_driver_are_not_carried_out(tmp_path: Path) -> None:
     (tmp_path / "control").mkdir()
     (tmp_path / "control" / "request-00.json").write_text('{"generators": 7}')

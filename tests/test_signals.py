@@ -16,7 +16,7 @@ DEADLINE_S = 30.0
 
 
 class Story:
-    """A loop that ends ``needs_s`` after it was asked to stop, and swallows a cancellation as TrainingLoop does."""
+    """A loop that ends ``needs_s`` after it was asked to stop and, which none should, swallows a cancellation."""
 
     def __init__(self, number: signal.Signals, needs_s: float, grace_s: float | None) -> None:
         self.number, self.needs_s, self.grace_s = number, needs_s, grace_s

@@ -82,7 +82,7 @@ def config(*overrides: str) -> RunConfig:
 
 def checkpoint(folder: Path) -> Checkpoint:
     """Of a run that trained 0, has 7 and 3 finished and 1 in flight."""
-    ledger = Ledger()
+    ledger = Ledger(3)
     for position in range(8):
         ledger.issue(position, "g", 0, 0.0)
     for position in (0, 7, 3):

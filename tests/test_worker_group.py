@@ -316,6 +316,10 @@ def test_shutdown_closes_every_worker(launch: Launcher, tmp_path: Path) -> None:
         assert all(path.exists() for path in paths)
         with pytest.raises(WorkerError):
             await group.call(0, "add", 1, deadline_s=20)
+        with pytest.raises(WorkerError, match="was shut down"):
+            await group.restart(0, group.slot(0))
+        with pytest.raises(WorkerError, match="was shut down"):
+            group.add({"rank": 2}, group.slot(0))
 
     asyncio.run(check())
 

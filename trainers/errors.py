@@ -4,6 +4,7 @@
     |- InputError          bad configuration, data, model folder or reward function (exit code 2)
     |- VerificationError   two things that must be equal are not (fingerprints, checksums, probes)
     `- GroupFailedError    a prompt group that no generator could sample
+        `- NoGeneratorError    there is no generator any more, nor will there be one
 """
 
 from __future__ import annotations
@@ -45,3 +46,7 @@ class GroupFailedError(BurnishError):
 
     def __str__(self) -> str:
         return f"group {self.group_id} was tried {len(self.reasons)} times: {'; '.join(self.reasons)}"
+
+
+class NoGeneratorError(GroupFailedError):
+    """It is not the group's fault, and every other group would fail as well."""

@@ -19,8 +19,6 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Self
 
-MAX_ATTEMPTS = 3  # a group that was lost so often is given up
-
 
 class IllegalTransition(ValueError):
     """A step that the drawing above does not have."""
@@ -83,9 +81,12 @@ _CONSUMED = (Trained, Dropped, Failed)
 
 
 class Ledger:
-    """Positions ``frontier`` and up.  Every method either makes the whole transition or raises IllegalTransition."""
+    """Positions ``frontier`` and up.  Every method either makes the whole transition or raises IllegalTransition.
 
-    def __init__(self, max_attempts: int = MAX_ATTEMPTS, frontier: int = 0) -> None:
+    ``max_attempts``: a group that was lost so often is given up.
+    """
+
+    def __init__(self, max_attempts: int, frontier: int = 0) -> None:
         if max_attempts < 1 or frontier < 0:
             raise ValueError(f"{max_attempts=}, {frontier=}")
         self.max_attempts = max_attempts
@@ -196,7 +197,7 @@ class Ledger:
         return {"frontier": self._frontier, "next": self._next, "counts": dict(self._counts), "entries": entries}
 
     @classmethod
-    def restore(cls, state: Mapping[str, Any], kept: Collection[int], max_attempts: int = MAX_ATTEMPTS) -> Self:
+    def restore(cls, state: Mapping[str, Any], kept: Collection[int], max_attempts: int) -> Self:
         """The ledger of a run that goes on from ``state``.
 
         ``kept``: finished positions whose samples were saved.  Every other one that was under way is pending again.

@@ -41,7 +41,8 @@ class TrainingLoop:
     """Runs laps ``first_step`` .. ``num_steps``.  ``step`` is the number of finished laps.
 
     Args:
-        ledger: of the run that goes on; by default one that has trained ``first_step`` whole batches.
+        ledger: of the run that goes on; by default one that has trained ``first_step`` whole batches and gives every
+            group one try.
         finished: groups that ledger has as finished, in that order.
     """
 
@@ -60,7 +61,7 @@ class TrainingLoop:
         self.num_tokens = num_tokens  # prompt and completion tokens of trained samples, over the whole run
         self._stopping = asyncio.Event()
         if ledger is None:
-            ledger = Ledger(frontier=first_step * settings.groups_per_step)
+            ledger = Ledger(1, frontier=first_step * settings.groups_per_step)
         self.rollouts = Rollouts(settings, parts, first_step, ledger, finished, self._stopping)
 
     def stop(self) -> None:
@@ -81,7 +82,10 @@ class TrainingLoop:
         return self.rollouts.ledger.state_dict(), self.rollouts.finished if self.settings.max_staleness else []
 
     async def run(self) -> None:
-        """Until ``num_steps`` or :meth:`stop`.  The first failure of any part ends the run with its error."""
+        """Until ``num_steps`` or :meth:`stop`.  The first failure of any part ends the run with its error.
+
+        Being cancelled is never a way to stop: an update may have been cut off, which nobody must save as a step.
+        """
         await self.parts.between_steps(self.step, self.version, False)
         try:
             async with asyncio.TaskGroup() as tasks:
@@ -90,9 +94,6 @@ class TrainingLoop:
                     await self._one_step()
                 feeding.cancel()
                 self.rollouts.end()
-        except* asyncio.CancelledError:
-            if not self.stopping:
-                raise
         except* Exception as group:  # noqa: BLE001 - unwrapped and raised again
             raise _first(group) from None
 

@@ -16,7 +16,7 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from trainers.errors import GroupFailedError
+from trainers.errors import GroupFailedError, NoGeneratorError
 from trainers.experience import GroupRewards
 from trainers.filtering import RefillLimit, useless
 from trainers.ledger import Ledger
@@ -93,14 +93,15 @@ class Rollouts:
     async def _group(self, position: int) -> None:
         try:
             group = await self._rollout(position)
+        except NoGeneratorError:
+            raise  # the run ends with it: no group is lost, each is in flight until the run goes on
         except GroupFailedError as error:
             self._lost(position, error)
             return
         if (reason := self._reason_to_drop(group)) is not None:
             self.tally.dropped.append(group.rewards)
             self.ledger.drop(position, reason)
-            self._gate.give_back()
-            self._slots.set()
+            self._make_room()
             return
         self._groups[position] = group
         self.ledger.finish(position)
@@ -154,12 +155,17 @@ class Rollouts:
     def _lost(self, position: int, error: GroupFailedError) -> None:
         again = self.ledger.lose(position, str(error), max(1, len(error.reasons)))
         self.parts.recorder.event("group_lost", position=position, reason=str(error), again=again)
-        self._gate.give_back()
         if not again:
             self.tally.num_failed += 1
             if self.tally.num_failed > self.settings.groups_per_step:
                 raise error  # no accident any more: more groups failed than a step holds
+        self._make_room()
+
+    def _make_room(self) -> None:
+        """A group ended that nobody will train on; the learner may have waited for it, at its bound."""
+        self._gate.give_back()
         self._slots.set()
+        self._arrived.set()
 
     def _of_a_step(self, num_groups: int) -> tuple[int, int]:
         return min(num_groups, self.settings.groups_per_step), self.settings.groups_per_step
