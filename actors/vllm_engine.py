@@ -115,7 +115,10 @@ class Engine(ABC):
 
     @abstractmethod
     async def update_weights(self, info: dict[str, Any], version: str) -> None:
-        """Keep running samples and their KV cache, load the weights, go on under ``version``."""
+        """Keep running samples and their KV cache, load the weights, go on under ``version``.
+
+        When that fails nothing is sampled until another update succeeds: half a version may be in memory.
+        """
 
     @abstractmethod
     async def check(self) -> None:
@@ -142,6 +145,7 @@ class InProcessEngine(Engine):
         self._wake = threading.Condition()
         self._waiting: dict[str, tuple[asyncio.AbstractEventLoop, asyncio.Future[Completion], str]] = {}
         self._closed = False
+        self._is_whole = True  # the weights are those of one version
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="vllm-steps", daemon=True)
         self._thread.start()
@@ -153,11 +157,14 @@ class InProcessEngine(Engine):
 
     # --- the stepping thread ------------------------------------------------------------------
 
+    def _has_work(self) -> bool:
+        return self._is_whole and self._engine.has_unfinished_requests()
+
     def _run(self) -> None:
         try:
             while True:
                 with self._wake:
-                    while not (self._commands or self._closed or self._engine.has_unfinished_requests()):
+                    while not (self._commands or self._closed or self._has_work()):
                         self._wake.wait()
                     commands = list(self._commands)
                     self._commands.clear()
@@ -165,7 +172,7 @@ class InProcessEngine(Engine):
                         return
                 for command in commands:
                     command()
-                if self._engine.has_unfinished_requests():
+                if self._has_work():
                     for output in self._engine.step():
                         self._deliver(output)
         except BaseException as error:
@@ -242,10 +249,12 @@ class InProcessEngine(Engine):
 
     async def update_weights(self, info: dict[str, Any], version: str) -> None:
         def load() -> None:
+            self._is_whole = False
             self._engine.collective_rpc("start_weight_update")
             self._engine.collective_rpc("update_weights", kwargs={"update_info": info})
             self._engine.collective_rpc("finish_weight_update")
             self._set_version(version)
+            self._is_whole = True
 
         await self._between_steps(load)
 
@@ -319,7 +328,7 @@ class BesideEngine(Engine):
             self.version, self._announced = version, True
         finally:
             self._updating = False
-            await self._engine.resume_generation()
+        await self._engine.resume_generation()  # and not after a failure
 
     async def check(self) -> None:
         if self._engine.errored:

@@ -10,7 +10,8 @@
 
 What a rank *raises* would be raised again, so it ends the run.  But the peers of a rank that dies raise too, and often
 sooner than its death is known: so after any failure the ranks are asked.
-May import: cluster.*, launch.{assemble, checkpointing, config, resuming, signals, telemetry, trained_ranks}, trainers.*.
+May import: cluster.*, trainers.*, launch.{assemble, checkpointing, config, resuming, signals, telemetry,
+trained_ranks}.
 """
 
 from __future__ import annotations
@@ -138,7 +139,7 @@ async def train_on(run: RestartableRun, clock: Callable[[], float] = time.monoto
                 loss = None
             await run.train()
             return
-        except Exception as error:  # noqa: BLE001 - raised again unless a rank is lost
+        except Exception as error:  # raised again unless a rank is lost
             found = await find_loss(error, run.fleet.trained)
             if found is None and loss is not None and isinstance(error, WorkerError | DeadlineError):
                 found = Loss(loss.role, loss.rank, f"{type(error).__name__}: {error}")  # it did not come back

@@ -1,4 +1,4 @@
-"""A learner or critic rank dies: both start again from the newest checkpoint, generators stay, and it ends by itself."""
+"""A learner or critic rank dies: both start again from the newest checkpoint, and the generators stay."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import test_async_run
 import test_publisher
@@ -57,7 +56,7 @@ def bounded(law: Callable[[], Awaitable[Any]]) -> Any:
 @pytest.mark.parametrize(
     "error",
     [
-        RuntimeError("Connection closed by peer"),  # what the peers of a dead rank raise, sooner than its death is known
+        RuntimeError("Connection closed by peer"),  # the peers of a dead rank raise before its death is known
         WorkerDiedError("critic[0] died in or before values"),
         DeadlineError("update", "learner[0]", 1800.0),
         WorkerError("a payload is lost"),
@@ -163,7 +162,9 @@ PEER = RuntimeError("Connection closed by peer")  # a lap that ends with it has 
 class FakeRun:
     """A run whose loop does what it is told: each of ``laps`` is (steps that it reaches, what it ends with)."""
 
-    def __init__(self, folder: Path, laps: Sequence[tuple[int, BaseException | None]], saved: Sequence[int] = ()) -> None:
+    def __init__(
+        self, folder: Path, laps: Sequence[tuple[int, BaseException | None]], saved: Sequence[int] = ()
+    ) -> None:
         self.config = load_config("cpu-two-by-two", ["health.max_attempts=2"]).config
         self.folder, self.laps, self.log = folder, list(laps), list[str]()
         self.version, self.first_step, self.saver = WeightVersion(0, 0), 0, None
@@ -392,17 +393,22 @@ def test_every_generator_gives_up_what_it_samples_and_one_that_cannot_be_told_is
 
 
 class FakeLLM:
-    """As much of vLLM's engine as a sample that never ends needs; its last step still has what was aborted."""
+    """As much of vLLM's engine as samples that never end need; its next step still has what was aborted."""
 
     def __init__(self) -> None:
         self.requests: list[str] = []
         self.aborted: list[str] = []
+        self.num_steps = 0
+        self.added, self.stepped = asyncio.Event(), asyncio.Event()
+        self.loop = asyncio.get_running_loop()
+        self.fails = False
 
     def has_unfinished_requests(self) -> bool:
         return bool(self.requests)
 
     def add_request(self, request_id: str, prompt: Any, params: Any) -> None:
         self.requests.append(request_id)
+        self.loop.call_soon_threadsafe(self.added.set)
 
     def abort_request(self, request_ids: list[str]) -> None:
         self.aborted += request_ids
@@ -410,40 +416,85 @@ class FakeLLM:
 
     def step(self) -> list[Any]:
         time.sleep(0.001)  # a step takes time, and the thread that makes it may not spin
+        self.num_steps += 1
+        self.loop.call_soon_threadsafe(self.stepped.set)
         return [SimpleNamespace(finished=True, request_id=name) for name in self.aborted]
 
+    def collective_rpc(self, method: str, args: Any = (), kwargs: Any = None) -> None:
+        if self.fails and method == "update_weights":
+            raise DeadlineError("bucket 1, version 0.8", "group weights-to-generator-0, rank 1 of 2", 5.0)
 
-def test_an_engine_that_gives_up_tells_whoever_waits_and_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = object.__new__(InProcessEngine)
-    engine._engine, engine._commands, engine._wake = FakeLLM(), deque(), threading.Condition()  # type: ignore[assignment]
-    engine._waiting, engine._closed, engine._failure, engine.version = {}, False, None, "0.0"
+
+class Sampling:
+    """An engine that is stepped by its thread, around a fake."""
+
+    def __init__(self) -> None:
+        self.llm = FakeLLM()
+        self.engine = engine = object.__new__(InProcessEngine)
+        engine._engine, engine._commands, engine._wake = self.llm, deque(), threading.Condition()  # type: ignore[assignment]
+        engine._waiting, engine._closed, engine._failure, engine.version = {}, False, None, "0.0"
+        engine._is_whole = True
+        engine._thread = threading.Thread(target=engine._run, daemon=True)
+        engine._thread.start()
+
+    async def ask(self, name: str) -> asyncio.Task[Any]:
+        request = SampleRequest(name, [1], 1.0, 4, 0, (), "")
+        self.llm.added.clear()
+        task = asyncio.create_task(self.engine.sample(request))
+        await self.llm.added.wait()
+        return task
+
+    async def step(self) -> None:
+        self.llm.stepped.clear()
+        await self.llm.stepped.wait()
+
+
+@pytest.fixture
+def plain_requests(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("actors.vllm_engine._prompt", lambda request: None)
     monkeypatch.setattr("actors.vllm_engine._sampling_params", lambda request: None)
-    engine._thread = threading.Thread(target=engine._run, daemon=True)
-    engine._thread.start()
 
-    def sample(name: str) -> asyncio.Task[Any]:
-        request = SampleRequest(name, np.zeros(1, np.int32), 1.0, 4, 0, (), "")  # type: ignore[arg-type]
-        return asyncio.create_task(engine.sample(request))
 
+@pytest.mark.usefixtures("plain_requests")
+def test_an_engine_that_gives_up_tells_whoever_waits_and_goes_on() -> None:
     async def law() -> None:
-        first = [sample("a/0/0"), sample("a/1/0")]
-        while len(engine._engine.requests) < 2:
-            await asyncio.sleep(0.001)
-        await engine.abort()
+        sampling = Sampling()
+        first = [await sampling.ask("a/0/0"), await sampling.ask("a/1/0")]
+        await sampling.engine.abort()
         for waiting in first:
             with pytest.raises(RuntimeError, match="given up"):
                 await waiting
-        assert sorted(engine._engine.aborted) == ["a/0/0", "a/1/0"]
-        later = sample("b/0/1")
-        while not engine._engine.requests:
-            await asyncio.sleep(0.001)
-        await engine.check()
+        assert sampling.llm.aborted == ["a/0/0", "a/1/0"]
+        later = await sampling.ask("b/0/1")
+        await sampling.step()
+        await sampling.engine.check()
         assert not later.done(), "what is asked for afterwards is not given up"
         later.cancel()
+        sampling.engine.close()
 
     bounded(law)
-    engine.close()
+
+
+@pytest.mark.usefixtures("plain_requests")
+def test_an_engine_with_half_a_version_samples_nothing_until_it_has_a_whole_one() -> None:
+    async def law() -> None:
+        sampling = Sampling()
+        waiting = await sampling.ask("a/0/0")
+        await sampling.step()
+        sampling.llm.fails = True
+        with pytest.raises(DeadlineError, match="bucket 1"):
+            await sampling.engine.update_weights({}, "0.8")
+        stood_at = sampling.llm.num_steps
+        await sampling.engine.rpc("burnish_fingerprints")  # it answers
+        assert sampling.llm.num_steps == stood_at and sampling.engine.version == "0.0"
+        sampling.llm.fails = False
+        await sampling.engine.update_weights({}, "1.6")
+        await sampling.step()
+        assert sampling.engine.version == "1.6" and not waiting.done()
+        waiting.cancel()
+        sampling.engine.close()
+
+    bounded(law)
 
 
 # --- whole runs: a rank is killed -------------------------------------------------------------------
