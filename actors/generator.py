@@ -128,6 +128,10 @@ class VLLMGenerator:
             version_spans=tuple(VersionSpan(_parse(v), n) for v, n in completion.spans),
         )
 
+    async def abort(self) -> None:
+        """Give up every group that is being sampled: whoever asked for them has gone back."""
+        await self._engine.abort()
+
     # --- weights ----------------------------------------------------------------------------------
 
     async def init_transfer(self, info: dict[str, Any]) -> None:

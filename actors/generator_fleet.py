@@ -7,9 +7,12 @@ May import: actors.{membership, roster}, cluster.*, trainers.{errors, experience
 
 from __future__ import annotations
 
+import asyncio
+
 from actors.membership import Event, Membership, no_event
 from actors.roster import Member, MemberGoneError
 from cluster.errors import DeadlineError, WorkerError
+from cluster.outcomes import outcome
 from cluster.settings import HealthSettings
 from cluster.transport import settle
 from cluster.worker_group import WorkerGroup
@@ -56,6 +59,18 @@ class GeneratorFleet(Membership):
                 if not member.num_running:
                     member.idle.set()
         raise GroupFailedError(request.group_id, tuple(reasons))
+
+    async def abort(self, deadline_s: float) -> None:
+        """Have every generator give up what it samples; who cannot be told so is expelled."""
+
+        async def one(member: Member) -> None:
+            told = await outcome(member.during(self.workers.call(member.index, "abort", deadline_s=deadline_s)))
+            if isinstance(told.error, WorkerError | DeadlineError):
+                self.roster.expel(member, f"abort: {told.error}")
+            elif not isinstance(told.error, MemberGoneError):
+                told.value()
+
+        await asyncio.gather(*(one(member) for member in self.roster.members))
 
     async def _next(self, cost: int, affinity: str, group_id: str, reasons: list[str]) -> Member:
         """The member that takes a job now; waits while all are suspect or being replaced."""

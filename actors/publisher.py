@@ -101,6 +101,17 @@ class Publisher:
             num_arrival_verified=max((r["num_at_arrival"] for r in loads), default=0),
         )
 
+    def disconnect(self) -> None:
+        """The learner is gone.  Until :attr:`learner` is another one and has pushed, nobody can join.
+
+        The generators' groups with it are theirs to leave: each meets its new serving rank in the next push.
+        """
+        self._quiet.clear()
+        self._connected.clear()
+        self._turns.clear()
+        for unsealed in self.directory.glob(".weights-*.partial"):  # its writer was ended
+            unsealed.unlink(missing_ok=True)
+
     async def between_pushes(self) -> None:
         """Return when no push is going on and one is complete; every step of a push has a deadline."""
         await self._quiet.wait()

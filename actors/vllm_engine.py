@@ -110,8 +110,15 @@ class Engine(ABC):
     async def sample(self, request: SampleRequest) -> Completion: ...
 
     @abstractmethod
+    async def abort(self) -> None:
+        """Give up every sample that is under way; who still waits for one gets an error or what there is of it."""
+
+    @abstractmethod
     async def update_weights(self, info: dict[str, Any], version: str) -> None:
-        """Keep running samples and their KV cache, load the weights, go on under ``version``."""
+        """Keep running samples and their KV cache, load the weights, go on under ``version``.
+
+        When that fails nothing is sampled until another update succeeds: half a version may be in memory.
+        """
 
     @abstractmethod
     async def check(self) -> None:
@@ -138,6 +145,7 @@ class InProcessEngine(Engine):
         self._wake = threading.Condition()
         self._waiting: dict[str, tuple[asyncio.AbstractEventLoop, asyncio.Future[Completion], str]] = {}
         self._closed = False
+        self._is_whole = True  # the weights are those of one version
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="vllm-steps", daemon=True)
         self._thread.start()
@@ -149,11 +157,14 @@ class InProcessEngine(Engine):
 
     # --- the stepping thread ------------------------------------------------------------------
 
+    def _has_work(self) -> bool:
+        return self._is_whole and self._engine.has_unfinished_requests()
+
     def _run(self) -> None:
         try:
             while True:
                 with self._wake:
-                    while not (self._commands or self._closed or self._engine.has_unfinished_requests()):
+                    while not (self._commands or self._closed or self._has_work()):
                         self._wake.wait()
                     commands = list(self._commands)
                     self._commands.clear()
@@ -161,7 +172,7 @@ class InProcessEngine(Engine):
                         return
                 for command in commands:
                     command()
-                if self._engine.has_unfinished_requests():
+                if self._has_work():
                     for output in self._engine.step():
                         self._deliver(output)
         except BaseException as error:
@@ -171,7 +182,10 @@ class InProcessEngine(Engine):
     def _deliver(self, output: Any) -> None:
         if not output.finished:
             return
-        loop, future, submitted_under = self._waiting.pop(output.request_id)
+        waiting = self._waiting.pop(output.request_id, None)
+        if waiting is None:  # aborted meanwhile
+            return
+        loop, future, submitted_under = waiting
         completion = _completion(output, submitted_under, self.version)
         loop.call_soon_threadsafe(_set_result, future, completion)
 
@@ -224,12 +238,23 @@ class InProcessEngine(Engine):
             self._wake.notify()
         return await future
 
+    async def abort(self) -> None:
+        def give_up() -> None:
+            waiting, self._waiting = self._waiting, {}
+            self._engine.abort_request(list(waiting))
+            for loop, future, _ in waiting.values():
+                loop.call_soon_threadsafe(_set_exception, future, RuntimeError("given up: nobody waits for it"))
+
+        await self._between_steps(give_up)
+
     async def update_weights(self, info: dict[str, Any], version: str) -> None:
         def load() -> None:
+            self._is_whole = False
             self._engine.collective_rpc("start_weight_update")
             self._engine.collective_rpc("update_weights", kwargs={"update_info": info})
             self._engine.collective_rpc("finish_weight_update")
             self._set_version(version)
+            self._is_whole = True
 
         await self._between_steps(load)
 
@@ -258,6 +283,7 @@ class BesideEngine(Engine):
         self._engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**engine_args))
         self.version = version
         self._announced = self._updating = False
+        self._running: set[str] = set()  # request ids
 
     async def _announce(self) -> None:
         if not self._announced and hasattr(self._engine, "update_weight_version"):
@@ -270,14 +296,25 @@ class BesideEngine(Engine):
         await self._announce()
         submitted_under = self.version
         final = None
+        self._running.add(request.request_id)
         try:
             async for output in self._engine.generate(_prompt(request), _sampling_params(request), request.request_id):
                 final = output
         except EngineDeadError as error:
             raise WorkerDiedError(f"vLLM's engine has ended: {error}") from error
+        finally:
+            self._running.discard(request.request_id)
         if final is None:
             raise RuntimeError(f"vLLM ended request {request.request_id} without an output")
         return _completion(final, submitted_under, self.version)
+
+    async def abort(self) -> None:
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        try:
+            await self._engine.abort(list(self._running))
+        except EngineDeadError as error:
+            raise WorkerDiedError(f"vLLM's engine has ended: {error}") from error
 
     async def update_weights(self, info: dict[str, Any], version: str) -> None:
         await self._engine.pause_generation(mode="keep", clear_cache=False)
@@ -291,7 +328,7 @@ class BesideEngine(Engine):
             self.version, self._announced = version, True
         finally:
             self._updating = False
-            await self._engine.resume_generation()
+        await self._engine.resume_generation()  # and not after a failure
 
     async def check(self) -> None:
         from vllm.v1.engine.exceptions import EngineDeadError

@@ -72,6 +72,9 @@ class BurnishWeightTransferEngine(WeightTransferEngine[BurnishInitInfo, BurnishU
     def init_transfer_engine(self, init_info: BurnishInitInfo) -> None:
         if init_info.size == 0:
             return
+        before = self._groups.pop(init_info.group, None)
+        if before is not None:  # its other side is gone: a serving rank that was started again meets us anew
+            before.abort()
         parallel = self.parallel_config
         rank = init_info.rank_offset + int(getattr(parallel, "rank", 0))
         self._groups[init_info.group] = TransferGroup(
@@ -90,7 +93,11 @@ class BurnishWeightTransferEngine(WeightTransferEngine[BurnishInitInfo, BurnishU
         finalize_layerwise_reload(self.model, self.model_config)
 
     def receive_weights(self, update_info: BurnishUpdateInfo) -> None:
-        self.model.load_weights(self._tensors(update_info))
+        try:
+            self.model.load_weights(self._tensors(update_info))
+        except BaseException:
+            self.finish_weight_update()  # half a version is in, but the layers can compute and take the next one
+            raise
 
     def _tensors(self, info: BurnishUpdateInfo) -> Iterator[tuple[str, torch.Tensor]]:
         if info.transport == "file":

@@ -37,7 +37,9 @@ CAUSES: Mapping[str, Cause] = {
     "probe": Cause.START,
 }
 # A look at a worker, or its end: no work of its own.
-UNCOUNTED = frozenset({"close", "meeting_point", "peak_memory_bytes", "ping", "save_outcome", "weight_version"})
+UNCOUNTED = frozenset(
+    {"abort", "close", "meeting_point", "peak_memory_bytes", "ping", "save_outcome", "weight_version"}
+)
 _SAMPLES = frozenset({Cause.GENERATE, Cause.SCORE, Cause.REFERENCE, Cause.VALUES})
 
 

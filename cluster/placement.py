@@ -17,7 +17,12 @@ from typing import Any
 
 import ray
 from ray.exceptions import GetTimeoutError
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.placement_group import (
+    PlacementGroup,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.errors import DeadlineError, ShortfallError
@@ -161,6 +166,13 @@ class Placement:
         """Whether the node of a slot of the layout is alive."""
         node_id = self._layout.nodes[slot.node].node_id
         return any(node["NodeID"] == node_id and node["Alive"] for node in ray.nodes())
+
+    def node_of(self, slot: WorkerSlot) -> str:
+        """Id of the node that a slot lies on."""
+        extra = self._extra.get((slot.role, slot.index))
+        if extra is None:
+            return self._layout.nodes[slot.node].node_id
+        return str(placement_group_table(extra)["bundles_to_node_id"][0])
 
     def options(self, slot: WorkerSlot) -> dict[str, Any]:
         """Options of the actor that fills ``slot``."""

@@ -38,8 +38,8 @@ class HealthSettings(BaseModel):
         "is known to have ended is dead at once"
     )  # fmt: skip
     max_attempts: int = Field(
-        3, ge=1, description="tries of one prompt group or scoring call whose worker dies, and failed starts in a row "
-        "after which a role without workers ends the run"
+        3, ge=1, description="tries of one prompt group or scoring call whose worker dies, failed starts in a row "
+        "after which a role without workers ends the run, and restarts of the trained ranks that bring it no further"
     )  # fmt: skip
     replace: bool = Field(True, description="start a generator in the place of a dead one")
     retry_s: float = Field(10.0, gt=0, description="before the next start after a failed one; doubles with each")

@@ -12,35 +12,31 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from actors.critic import CriticLearner
-from actors.example_files import write_examples
 from actors.fleet import CriticGang, LearnerGang
 from actors.generator import VLLMGenerator
 from actors.generator_fleet import GeneratorFleet
-from actors.learner import DeepSpeedLearner
 from actors.membership import Event, Recruiting, no_event
 from actors.mixed_scorer import MixedScorer
 from actors.publisher import Publisher, Transport
 from actors.reference import ReferenceModel
 from actors.scorer_pools import ReferencePool, RewardModelPool, RewardPool
-from actors.watched_parts import WatchedCritic, WatchedReference, WatchedScorer
+from actors.watched_parts import WatchedReference, WatchedScorer
 from actors.watched_workers import WatchedWorkers
-from cluster.layout import Layout, NodeSupply, plan_layout
+from cluster.layout import Layout, NodeSupply, WorkerSlot, plan_layout
 from cluster.placement import Placement, RayHandle
 from cluster.places import Places
-from cluster.rendezvous import Rendezvous, node_address
 from cluster.weight_channel import free_bytes
 from cluster.worker_group import WorkerGroup
 from launch.accountant import Accountant
 from launch.config import RunConfig
-from launch.demands import num_gpus_asked, other_port, role_demands
+from launch.demands import num_gpus_asked, role_demands
 from launch.machines import choose_device, dtype_name, torch_device
 from launch.prepare import Prepared
 from launch.reward_pools import reward_pools
 from launch.scale import ScaleDesk
 from launch.scratch import make_scratch
+from launch.trained_ranks import TrainedRanks, meeting_on
 from trainers.bubbles import Setting
-from trainers.correction import resolved
 from trainers.errors import InputError
 from trainers.experience import WeightVersion
 from trainers.protocols import Reference, Scorer
@@ -76,12 +72,7 @@ def meeting_point(
     ``taken``: a port of this node that was given to another role and is not listened on yet.
     """
     node = layout.nodes[layout.of(role)[0].node].node_id
-    if node != nodes[0].node_id:
-        name = "rendezvous" if role == "learner" else f"{role}_rendezvous"
-        address, port = next(fact[name] for fact in facts if fact.get("node_id") == node)
-        return address, port
-    address = node_address()
-    return address, other_port(address, taken)
+    return meeting_on(node, nodes[0].node_id, facts, role, taken)
 
 
 @dataclass
@@ -89,8 +80,8 @@ class Fleet:
     """A running system."""
 
     generators: WorkerGroup
-    learners: WorkerGroup
-    critics: WorkerGroup | None
+    trained: dict[str, WorkerGroup]  # learner and, where there is one, critic
+    ranks: TrainedRanks  # how those of ``trained`` start again
     rewards: tuple[WorkerGroup, ...]  # reward functions, then each reward model
     references: WorkerGroup | None
     generator: GeneratorFleet
@@ -109,6 +100,12 @@ class Fleet:
     _pools: Sequence[RewardPool | RewardModelPool | ReferencePool]  # of ``rewards`` and ``references``
     _desk: asyncio.Task[None] | None = None  # answers `burnish scale`
 
+    def take_ranks(self, trained: dict[str, WorkerGroup]) -> None:
+        """Learner and critic are these from now on; the publisher has let the ones before go."""
+        self.trained = trained
+        self.learner, self.critic = self.ranks.gangs(trained, self.accountant.ledger)
+        self.publisher.learner = trained["learner"]
+
     async def close(self) -> None:
         """End every worker, generators first: nobody then waits for a dead learner."""
         self.accountant.close()
@@ -118,7 +115,7 @@ class Fleet:
         await self.generator.close()
         for pool in self._pools:
             await pool.close()
-        for group in (self.generators, *self.rewards, self.references, self.critics, self.learners):
+        for group in (self.generators, *self.rewards, self.references, *reversed(self.trained.values())):
             if group is not None:
                 await group.shutdown()
         if self._placement is not None:
@@ -171,10 +168,11 @@ async def assemble(
     placement = None if handle is None else Placement.create(layout, config.cluster.placement_deadline_s)
 
     def launch(
-        name: str, factory: type, kwargs: list[Mapping[str, Any]], concurrency: int, deadline: float
-    ) -> WorkerGroup:
+        name: str, factory: type, kwargs: list[Mapping[str, Any]], concurrency: int, deadline: float,
+        slots: Sequence[WorkerSlot] | None = None,
+    ) -> WorkerGroup:  # fmt: skip
         group = WatchedWorkers.launch(
-            name, factory, kwargs, placement=placement, slots=layout.of(name),
+            name, factory, kwargs, placement=placement, slots=layout.of(name) if slots is None else slots,
             concurrency=concurrency, start_deadline_s=deadline,
         )  # fmt: skip
         group.watch(ledger)
@@ -195,42 +193,12 @@ async def assemble(
         concurrency=4096,  # an asyncio actor: calls are groups being sampled, and vLLM batches them
         deadline=config.generator.start_deadline_s,
     )  # fmt: skip
-    correction = resolved(config.algorithm.correction, config.run.max_staleness)
-    algorithm = config.algorithm.model_copy(update={"correction": correction})
-    texts = run_folder.absolute() / "pretraining.arrow" if prepared.pretraining else None
-    if texts is not None:
-        write_examples(texts, prepared.pretraining)
-    rendezvous = Rendezvous(*meeting_point(layout, nodes, facts), config.learner.num_workers)
-    learners = launch(
-        "learner",
-        DeepSpeedLearner,
-        [
-            {
-                "rank": rank, "rendezvous": rendezvous, "model_path": prepared.model_path,
-                "settings": config.learner, "algorithm": algorithm, "sampling": sampling, "dtype": dtype,
-                "device": torch_device(device), "num_steps": config.run.num_steps, "seed": config.run.seed,
-                "pretraining": None if texts is None else str(texts),
-            }
-            for rank in range(config.learner.num_workers)
-        ],
-        concurrency=1,
-        deadline=config.learner.start_deadline_s,
-    )  # fmt: skip
-    critics = None
+    ranks = TrainedRanks(config, prepared, run_folder, torch_device(device), dtype, layout, placement, launch)
+    meetings = {"learner": meeting_point(layout, nodes, facts)}
     if prepared.critic_path is not None:
-        meeting = Rendezvous(*meeting_point(layout, nodes, facts, "critic", rendezvous.port), config.critic.num_workers)
-        critics = launch(
-            "critic", CriticLearner,
-            [
-                {
-                    "rank": rank, "rendezvous": meeting, "model_path": prepared.critic_path,
-                    "settings": config.critic, "algorithm": config.algorithm, "dtype": dtype,
-                    "device": torch_device(device), "num_steps": config.run.num_steps, "seed": config.run.seed,
-                }
-                for rank in range(config.critic.num_workers)
-            ],
-            concurrency=1, deadline=config.critic.start_deadline_s,
-        )  # fmt: skip
+        meetings["critic"] = meeting_point(layout, nodes, facts, "critic", meetings["learner"][1])
+    trained = ranks.launch(meetings)
+    learner, critic = ranks.gangs(trained, ledger)
     pools = reward_pools(config, prepared.model_path, dtype, torch_device(device), launch, event)
     references = None
     if config.algorithm.needs_reference:
@@ -254,19 +222,17 @@ async def assemble(
     generator = GeneratorFleet(generators, config.generator.group_deadline_s, config.health, event)
     fleet = Fleet(
         generators=generators,
-        learners=learners,
-        critics=critics,
+        trained=trained,
+        ranks=ranks,
         rewards=tuple(pool.workers for pool in pools),
         references=references,
         generator=generator,
-        learner=LearnerGang(learners, config.learner.update_deadline_s),
-        critic=None if critics is None else WatchedCritic(
-            critics, config.critic.update_deadline_s, config.critic.token_budget, ledger
-        ),
+        learner=learner,
+        critic=critic,
         scorer=WatchedScorer(pools[0] if len(pools) == 1 else MixedScorer(pools), ledger),
         reference=None if reference is None else WatchedReference(reference, ledger),
         publisher=Publisher(
-            learners, generators, generator.roster, transport, directory, dtype, config.push.bucket_bytes,
+            trained["learner"], generators, generator.roster, transport, directory, dtype, config.push.bucket_bytes,
             config.generator.tensor_parallel_size, config.push.deadline_s, staggered=config.run.max_staleness > 0,
         ),
         accountant=accountant,
@@ -280,7 +246,7 @@ async def assemble(
     )  # fmt: skip
     try:
         # Learners first: in the in-process twin constructors run one after the other.
-        for group in (learners, critics, generators, *fleet.rewards, references):
+        for group in (*trained.values(), generators, *fleet.rewards, references):
             if group is not None:
                 await group.ready()
         places = Places(layout.of("generator"), placement, config.cluster.placement_deadline_s)

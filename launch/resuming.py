@@ -93,7 +93,7 @@ def earlier_attempts(folder: Path) -> tuple[int, str | None]:
     """
     incarnation, wandb_id = -1, None
     for event in read_rows(folder / "events.jsonl"):
-        if event.get("kind") == "ready":
+        if event.get("kind") in ("ready", "learner_restarted"):
             incarnation = max(incarnation, int(str(event["version"]).split(".")[0]))
         elif event.get("kind") == "recording":
             wandb_id = event.get("wandb_id") or wandb_id

@@ -42,7 +42,7 @@ SAMPLE_TABLE_EVERY = 10  # steps between W&B sample tables, besides the steps wi
 SHOWN_EVENTS = frozenset(  # also noted on the terminal
     {"alarm", "rolling_back", "roll_back_failed", "fault", "wandb_fallback", "record_lost", "worker_died",
      "worker_replaced", "start_failed", "generator_joined", "generator_left", "scale_refused", "checkpoint_failed",
-     "checkpoint_waits"}
+     "checkpoint_waits", "rank_died", "learner_restarted"}
 )
 KEY_METRICS = ("reward", "eval/accuracy", "completions/mean_length", "completions/clipped_ratio", "kl", "entropy",
                "frac_reward_zero_std", "grad_norm", "time/step_s", "throughput/generate_tokens_per_s")
@@ -192,6 +192,19 @@ class Telemetry:
         self._log_wandb(shown)
         if self._watcher is not None:
             self._watcher.step(step, metrics)
+
+    def go_back(self, step: int | None) -> int:
+        """Go on from the checkpoint of ``step`` (None: from the beginning) within this attempt, as a resume does.
+
+        Returns the number of rows that are superseded.
+        """
+        self._metrics.close()
+        num_superseded = cut_after(self._folder, -1 if step is None else step)
+        self._metrics = Journal(self._folder / "metrics.jsonl")
+        self._rows = list(read_rows(self._folder / "metrics.jsonl"))
+        self._last_step = self._rows[-1]["step"] if self._rows else -1
+        self._table = None
+        return num_superseded
 
     def event(self, kind: str, **fields: Any) -> None:
         """One row of events.jsonl: time_unix, kind, step (the last recorded one unless given), fields."""

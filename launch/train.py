@@ -16,24 +16,24 @@ from typing import Any
 
 from rich.console import Console
 
-from actors.settings import LearnerSettings
 from cluster.checkpoints import Checkpoint, CheckpointStore
 from cluster.layout import NodeSupply
 from cluster.placement import RayHandle
 from cluster.transport import fetch
-from launch.accountant import bubble_table
 from launch.alarm_watch import AlarmWatch
 from launch.assemble import Fleet, assemble
 from launch.checkpointing import Checkpointer, SavingRanks
 from launch.demands import node_facts, num_workers
+from launch.ending import show_end
 from launch.held_out import HeldOut
+from launch.loop_settings import loop_settings, ppo_lap
 from launch.machines import connect
 from launch.node_probe import gather_facts, local_nodes
 from launch.overrides import ResolvedConfig, dump_yaml
-from launch.plots import before_after, before_after_table, reward_plot
 from launch.prepare import Prepared, check_run_folder, prepare
 from launch.progress import Progress
 from launch.prompts import PromptStream
+from launch.restart import train_on
 from launch.resuming import earlier_attempts, made_with, newest_checkpoint, restored_ledger
 from launch.rolling_back import WatchedRecorder
 from launch.signals import stop_on_signals
@@ -42,14 +42,15 @@ from launch.telemetry import Telemetry
 from launch.validate import refuse_problems, refuse_shortfall
 from trainers.alarms import AlarmBoard
 from trainers.experience import WeightVersion, decode_group
-from trainers.loop import LoopParts, LoopSettings, TrainingLoop
-from trainers.ppo_lap import PPOLap, PPOState
-from trainers.protocols import LearnerGroup, UpdateReport
+from trainers.loop import LoopParts, TrainingLoop
+from trainers.ppo_lap import PPOLap
+from trainers.protocols import LearnerGroup, PushReport, UpdateReport
 
 logger = logging.getLogger("burnish.launch")
 
 PROBE_PROMPTS, PROBE_TOKENS = 4, 8
 PAYLOAD_DEADLINE_S = 120.0
+SHARDS = {"num_workers", "zero_stage"}  # how a trained state was held when it was saved; a resumed run may differ
 
 
 def train(resolved: ResolvedConfig, resume: bool, console: Console) -> Path:
@@ -75,7 +76,7 @@ def train(resolved: ResolvedConfig, resume: bool, console: Console) -> Path:
         checkpoint = newest_checkpoint(config, folder)
         console.print(f"{config.run.name}: an alarm takes the run back to step {checkpoint.step if checkpoint else 0}")
         run = _Run(resolved, prepared, folder, checkpoint, console, run.facts)
-    run.show()
+    show_end(console, folder, run.telemetry)
     return folder
 
 
@@ -95,26 +96,34 @@ class _Run:
         facts: list[dict[str, Any]] | None = None,
     ) -> None:
         self.resolved, self.config, self.prepared = resolved, resolved.config, prepared
-        self.folder, self.checkpoint, self.console = folder, checkpoint, console
+        self.folder, self.console = folder, console
         kept = self.config.checkpoint
         self.store = CheckpointStore(folder / "checkpoints", kept.keep, kept.keep_best, kept.best)
         self.stream = PromptStream(prepared.train, self.config.run.seed, self.config.prompts.shuffle)
         self.facts = facts
-        self.first_step, self.num_tokens = 0, 0
         incarnation, self.wandb_id = earlier_attempts(folder)
         self.is_resumed = self.wandb_id is not None or checkpoint is not None or incarnation >= 0
+        if checkpoint is not None:
+            self.wandb_id = checkpoint.metadata.get("wandb_id") or self.wandb_id
+        self.go_on_from(checkpoint, incarnation)
+        self.saver: Checkpointer | None = None
+        self.fleet: Fleet
+        self.telemetry: Telemetry
+        self.loop: TrainingLoop
+        self.ppo: PPOLap | None = None
+        self.goes_back = False
+
+    def go_on_from(self, checkpoint: Checkpoint | None, incarnation: int) -> None:
+        """:meth:`train` begins at ``checkpoint``, None: at the beginning; ``incarnation``: the last that was served."""
+        self.checkpoint = checkpoint
+        self.first_step, self.num_tokens = 0, 0
         if checkpoint is not None:
             state = checkpoint.metadata
             self.first_step = checkpoint.step
             incarnation = max(incarnation, int(state["incarnation"]))
-            self.wandb_id = state.get("wandb_id") or self.wandb_id
             self.stream.check(state["prompts"])
             self.num_tokens = int(state["num_tokens"])
         self.version = WeightVersion(incarnation + 1, self.first_step)
-        self.saver: Checkpointer | None = None
-        self.fleet: Fleet
-        self.ppo: PPOLap | None = None
-        self.goes_back = False
 
     async def go(self) -> bool:
         """Whether an alarm ended the run to have it go on from an earlier checkpoint."""
@@ -149,7 +158,7 @@ class _Run:
             )
             try:
                 await self._prove(time.perf_counter() - started)
-                await self._loop()
+                await train_on(self)
             finally:
                 if self.saver is not None:
                     await self.saver.close()
@@ -161,14 +170,19 @@ class _Run:
             progress.close()
             self.telemetry.close()
 
-    async def _prove(self, start_s: float) -> None:
-        """Restore, push, and compare both engines' log-probs before anything is sampled for training."""
-        fleet, config = self.fleet, self.config
+    async def restore(self) -> PushReport:
+        """The checkpoint's state into every rank, where there is one, and its weights into every generator."""
+        fleet = self.fleet
         if self.checkpoint is not None:
             await fleet.learner.load(str(self.checkpoint.path / "learner"))
             if fleet.critic is not None:
                 await fleet.critic.load(str(self.checkpoint.path / "critic"))
-        pushed = await fleet.publisher.push(self.version)
+        return await fleet.publisher.push(self.version)
+
+    async def _prove(self, start_s: float) -> None:
+        """Restore, push, and compare both engines' log-probs before anything is sampled for training."""
+        fleet, config = self.fleet, self.config
+        pushed = await self.restore()
         probe = await fleet.publisher.probe(
             [p.token_ids for p in self.prepared.train[:PROBE_PROMPTS]],
             min(PROBE_TOKENS, config.generator.sampling.max_tokens), config.run.seed, config.push.probe_tolerance,
@@ -180,17 +194,11 @@ class _Run:
             probe_mean_difference=probe["mean_difference"], layout=fleet.layout.table(),
         )  # fmt: skip
 
-    async def _loop(self) -> None:
-        config = self.config
-        run, sampling = config.run, config.generator.sampling
-        settings = LoopSettings(
-            num_steps=run.num_steps, groups_per_step=run.groups_per_step, samples_per_prompt=run.samples_per_prompt,
-            max_staleness=run.max_staleness, temperature=sampling.temperature, max_tokens=sampling.max_tokens,
-            seed=run.seed, filtering=config.filtering, mask_truncated=config.algorithm.mask_truncated,
-        )  # fmt: skip
-        fleet = self.fleet
-        self.ppo = self._ppo_lap()
+    async def train(self) -> None:
+        """From the checkpoint, or the beginning, to the end of the run or a stop."""
+        config, fleet = self.config, self.fleet
         saved = {} if self.checkpoint is None else self.checkpoint.metadata
+        self.ppo = ppo_lap(config, fleet, saved or None)
         self.board = AlarmBoard(config.alarms, config.algorithm.ppo.value_warmup_steps if self.ppo else 0)
         if "alarms" in saved:
             self.board.load_state_dict(saved["alarms"])
@@ -212,7 +220,7 @@ class _Run:
                 "ledger", frontier=ledger.frontier, num_untrained=len(untrained), num_reissued=len(ledger.to_reissue)
             )
         self.loop = TrainingLoop(
-            settings, parts, self.first_step, self.version, self.num_tokens, ledger, untrained
+            loop_settings(config), parts, self.first_step, self.version, self.num_tokens, ledger, untrained
         )
         async with stop_on_signals(self.loop.stop, self.telemetry, config.checkpoint.grace_s) as stopping:
             await self.loop.run()
@@ -231,19 +239,6 @@ class _Run:
             await fleet.learner.export(str(target))
             self.telemetry.event("export", path=str(target))
         self.telemetry.event("stopped" if self.loop.stopping else "finished", step=self.loop.step)
-
-    def _ppo_lap(self) -> PPOLap | None:
-        """With a critic: the lap that updates both, with the state of the checkpoint if there is one."""
-        fleet, algorithm = self.fleet, self.config.algorithm
-        if fleet.critic is None:
-            return None
-        state = PPOState.initial(algorithm)
-        if self.checkpoint is not None:
-            state = PPOState.restored(algorithm, self.checkpoint.metadata["ppo"])
-        overlap = self.config.critic.overlap
-        if overlap is None:
-            overlap = fleet.device == "cuda" and not self.config.cluster.colocate
-        return PPOLap(fleet.learner, fleet.critic, algorithm, state, overlap)
 
     # --- between steps --------------------------------------------------------------------------
 
@@ -290,10 +285,11 @@ class _Run:
             "made_with": made_with(self.config), "wandb_id": self.telemetry.wandb_id,
             "num_tokens": self.loop.num_tokens, "seed": self.config.run.seed,
             "alarms": self.board.state_dict(), "first_evaluation": self.held_out.state_dict(),
-            "learner": _shards(self.config.learner),
+            "learner": self.config.learner.model_dump(include=SHARDS),
         }  # fmt: skip
         if self.ppo is not None:
-            metadata |= {"critic": _shards(self.config.critic), "ppo": self.ppo.state.state_dict()}
+            critic = self.config.critic.model_dump(include=SHARDS)
+            metadata |= {"critic": critic, "ppo": self.ppo.state.state_dict()}
         assert self.saver is not None
         score = self.telemetry.value(step, self.config.checkpoint.best_metric)
         files = {}
@@ -306,18 +302,3 @@ class _Run:
     def _record(self, step: int, batch: list[LearnerGroup], report: UpdateReport) -> None:
         groups = [decode_group(fetch(g.payload, PAYLOAD_DEADLINE_S)) for g in batch]
         self.telemetry.trajectories(step, groups, [g.rewards for g in batch], report.advantages)
-
-    def show(self) -> None:
-        self.console.print(self.telemetry.summary())
-        if (bubbles := bubble_table(self.folder)) is not None:
-            self.console.print(bubbles)
-        if (self.folder / "samples-after.jsonl").exists():
-            self.console.print(before_after_table(before_after(self.folder)))
-        if (self.folder / "metrics.jsonl").exists():
-            reward_plot([self.folder], self.folder / "reward.png")
-            self.console.print(f"plot: {self.folder / 'reward.png'}")
-
-
-def _shards(settings: LearnerSettings) -> dict[str, int]:
-    """How the state was held when it was saved; a resumed run may hold it otherwise."""
-    return {"num_workers": settings.num_workers, "zero_stage": settings.zero_stage}
