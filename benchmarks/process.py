@@ -15,7 +15,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -86,17 +87,25 @@ def start(
 
     ``num_cores``: how many of the cores of this process it may use; all of them where there are no more.
     """
+    with log.open("w") as sink, _on_cores(num_cores):
+        return subprocess.Popen(
+            [python, "-m", module, *arguments], cwd=ROOT, env=dict(environment() if variables is None else variables),
+            stdout=sink, stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+
+
+@contextmanager
+def _on_cores(num_cores: int | None) -> Iterator[None]:
+    """What this thread starts meanwhile may use so many of its cores."""
+    if num_cores is None:
+        yield
+        return
     allowed = os.sched_getaffinity(0)
-    with log.open("w") as sink:
-        os.sched_setaffinity(0, sorted(allowed)[:num_cores])  # of this thread, and so of the process it starts
-        try:
-            return subprocess.Popen(
-                [python, "-m", module, *arguments], cwd=ROOT,
-                env=dict(environment() if variables is None else variables),
-                stdout=sink, stderr=subprocess.STDOUT, start_new_session=True,
-            )  # fmt: skip
-        finally:
-            os.sched_setaffinity(0, allowed)
+    os.sched_setaffinity(0, sorted(allowed)[:num_cores])
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, allowed)
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
