@@ -14,6 +14,7 @@ import argparse
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +105,7 @@ def rate_between(rows: Sequence[Row], begin: float, end: float) -> float:
     if not times or not times[0] <= begin < end <= times[-1]:
         raise ValueError(f"{begin:.1f} .. {end:.1f} s is not within the steps of the run")
     num_groups = 0.0
-    for (since, until), row in zip(zip(times, times[1:]), ordered[1:]):
+    for (since, until), row in zip(pairwise(times), ordered[1:]):
         if until > since:
             shared = max(0.0, min(until, end) - max(since, begin))
             num_groups += row["groups/num_generated"] * shared / (until - since)

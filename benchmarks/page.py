@@ -77,7 +77,7 @@ def section_of(page: str, name: str) -> str:
         ValueError: the page has no such markers.
     """
     begin, end = BEGIN.replace("results", name), END.replace("results", name)
-    before, found, rest = page.partition(begin)
+    _, found, rest = page.partition(begin)
     inside, closed, _ = rest.partition(end)
     if not found or not closed:
         raise ValueError(f"docs/benchmarks.md has no {begin} ... {end}")

@@ -171,7 +171,7 @@ def text_of(rows: Sequence[Sequence[str]], num_steps: int) -> str:
     return "\n\n".join([
         f"The recipe `cpu-demo`, {num_steps} steps.",
         markdown_table(COLUMNS, rows),
-        "![Training reward by step at max_staleness 0, 1, 4 and 16, with and without correction](figures/staleness.svg)",
+        "![Training reward by step at max_staleness 0, 1, 4, 16, with correction and without](figures/staleness.svg)",
     ])  # fmt: skip
 
 
