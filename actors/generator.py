@@ -145,15 +145,12 @@ class VLLMGenerator:
             DamagedError: what lies in memory now is not what the learner sent.
         """
         sent = WeightManifest.from_dict(manifest)
-        started = time.perf_counter()
-        await self._engine.update_weights({**info, "version": sent.version}, sent.version)
-        pause_s = time.perf_counter() - started
+        loaded = await self._engine.update_weights({**info, "version": sent.version}, sent.version)
         if self._fused is None:
             self._fused = (await self._engine.rpc("burnish_fused_names"))[0]
-        workers = await self._engine.rpc("burnish_fingerprints")
-        verified = compare(sent, workers, self._fused or {}, self.name)
+        verified = compare(sent, loaded.fingerprints, self._fused or {}, self.name)
         return {
-            "pause_s": pause_s,
+            "pause_s": loaded.pause_s,
             "num_after_load": verified.num_after_load,
             "num_at_arrival": verified.num_at_arrival,
         }

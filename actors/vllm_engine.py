@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
+import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -36,6 +37,14 @@ class Completion:
     logprobs: np.ndarray  # float32 [T]
     finish_reason: str
     spans: tuple[tuple[str, int], ...]  # (weight version, tokens), lengths sum to T
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """New weights in every vLLM worker."""
+
+    fingerprints: list[dict[str, tuple[int, int]]]  # of each worker, taken after the load: see vllm_worker
+    pause_s: float  # the engine stood still, for the load and its fingerprints
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +123,7 @@ class Engine(ABC):
         """Give up every sample that is under way; who still waits for one gets an error or what there is of it."""
 
     @abstractmethod
-    async def update_weights(self, info: dict[str, Any], version: str) -> None:
+    async def update_weights(self, info: dict[str, Any], version: str) -> Loaded:
         """Keep running samples and their KV cache, load the weights, go on under ``version``.
 
         When that fails nothing is sampled until another update succeeds: half a version may be in memory.
@@ -247,16 +256,19 @@ class InProcessEngine(Engine):
 
         await self._between_steps(give_up)
 
-    async def update_weights(self, info: dict[str, Any], version: str) -> None:
-        def load() -> None:
+    async def update_weights(self, info: dict[str, Any], version: str) -> Loaded:
+        def load() -> Loaded:
+            started = time.perf_counter()  # here, not before the wait for the step that is being made
             self._is_whole = False
             self._engine.collective_rpc("start_weight_update")
             self._engine.collective_rpc("update_weights", kwargs={"update_info": info})
             self._engine.collective_rpc("finish_weight_update")
             self._set_version(version)
+            fingerprints = self._engine.collective_rpc("burnish_fingerprints")
             self._is_whole = True
+            return Loaded(fingerprints, time.perf_counter() - started)
 
-        await self._between_steps(load)
+        return await self._between_steps(load)
 
     async def check(self) -> None:
         # Not between two steps: a push may hold the stepping thread for longer than anyone waits for a heartbeat.
@@ -316,7 +328,8 @@ class BesideEngine(Engine):
         except EngineDeadError as error:
             raise WorkerDiedError(f"vLLM's engine has ended: {error}") from error
 
-    async def update_weights(self, info: dict[str, Any], version: str) -> None:
+    async def update_weights(self, info: dict[str, Any], version: str) -> Loaded:
+        started = time.perf_counter()
         await self._engine.pause_generation(mode="keep", clear_cache=False)
         self._updating = True
         try:
@@ -326,9 +339,11 @@ class BesideEngine(Engine):
             if hasattr(self._engine, "update_weight_version"):
                 await self._engine.update_weight_version(version)
             self.version, self._announced = version, True
+            fingerprints = await self.rpc("burnish_fingerprints")
         finally:
             self._updating = False
         await self._engine.resume_generation()  # and not after a failure
+        return Loaded(fingerprints, time.perf_counter() - started)
 
     async def check(self) -> None:
         from vllm.v1.engine.exceptions import EngineDeadError

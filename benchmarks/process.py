@@ -15,7 +15,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -59,25 +60,55 @@ def run(
     """
     with tempfile.TemporaryDirectory(prefix="burnish-bench-") as folder:
         output, log = Path(folder) / "output.json", Path(folder) / "log"
-        command = [python, "-m", module, *arguments, *([f"--output={output}"] if wants_output else [])]
-        with log.open("w") as sink:
-            process = subprocess.Popen(
-                command, cwd=ROOT, env=dict(environment() if variables is None else variables),
-                stdout=sink, stderr=subprocess.STDOUT, start_new_session=True,
-            )  # fmt: skip
-            try:
-                code = process.wait(deadline_s)
-            except subprocess.TimeoutExpired:
-                raise MeasurementError(f"{module} was not done in {deadline_s:g} s; {_last_lines(log)}") from None
-            finally:
-                _end(process)
+        asked = [*arguments, *([f"--output={output}"] if wants_output else [])]
+        process = start(module, asked, log, python=python, variables=variables)
+        try:
+            code = process.wait(deadline_s)
+        except subprocess.TimeoutExpired:
+            raise MeasurementError(f"{module} was not done in {deadline_s:g} s; {last_lines(log)}") from None
+        finally:
+            end(process)
         if code != 0 or (wants_output and not output.exists()):
             how = f"was ended by signal {-code}, which it was not sent here" if code < 0 else f"ended with {code}"
-            raise MeasurementError(f"{module} {how}: {_last_lines(log)}")
+            raise MeasurementError(f"{module} {how}: {last_lines(log)}")
         return dict(json.loads(output.read_text())) if wants_output else {}
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
+def start(
+    module: str,
+    arguments: Sequence[str],
+    log: Path,
+    *,
+    python: str = sys.executable,
+    variables: Mapping[str, str] | None = None,
+    num_cores: int | None = None,
+) -> subprocess.Popen[bytes]:
+    """``python -m module`` in a session of its own, so that :func:`end` reaches whatever it starts; output to ``log``.
+
+    ``num_cores``: how many of the cores of this process it may use; all of them where there are no more.
+    """
+    with log.open("w") as sink, _on_cores(num_cores):
+        return subprocess.Popen(
+            [python, "-m", module, *arguments], cwd=ROOT, env=dict(environment() if variables is None else variables),
+            stdout=sink, stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+
+
+@contextmanager
+def _on_cores(num_cores: int | None) -> Iterator[None]:
+    """What this thread starts meanwhile may use so many of its cores."""
+    if num_cores is None:
+        yield
+        return
+    allowed = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, sorted(allowed)[:num_cores])
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, allowed)
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
     """End the process and what it left behind: all of it is in a session of its own."""
     for number, wait_s in ((signal.SIGTERM, KILL_GRACE_S), (signal.SIGKILL, KILL_GRACE_S)):
         try:
@@ -90,7 +121,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
             continue
 
 
-def _last_lines(log: Path) -> str:
+def last_lines(log: Path) -> str:
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
     errors = [line for line in lines if "Error" in line or "error:" in line]
     chosen = errors[-2:] or lines[-ERROR_LINES:]

@@ -17,59 +17,21 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import checkpoint, generation, learner, ppo, push, step, trl_job
+from benchmarks import generation, learner, ppo, push, step, trl_job
 from benchmarks.job import Job
+from benchmarks.page import COLUMNS, PAGE, Row, markdown_table, renewed_rows, replace_section, section_of
 from benchmarks.process import ROOT, MeasurementError, run
+from benchmarks.speed import SPEED, SpeedSections
 from cluster.host import host_facts
 
-PAGE = ROOT / "docs" / "benchmarks.md"
-BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 CPU_FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16")
 QUICK_JOB = Job(model="builtin:tiny-llama", num_prompts=2, num_samples=4, max_tokens=16)
-# name -> (which way is better, target ratio); without a target a ratio is reported and nothing is claimed.
-TARGETS = {
-    "generation": ("at least", 0.95),
-    "learner": ("at least", 1.0),
-    "memory": ("at most", 0.33),
-    "push": ("at most", 1.5),
-    "checkpoint": ("at most", 1.2),
-    "step": ("at most", 1.15),
-    "scoring": ("at least", 0.9),
-    "ppo": ("at most", 1.15),
-    "trl shipped": ("at least", 2.5),
-    "trl tuned": ("at least", 1.5),
-}
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the table."""
-
-    what: str
-    ours: str
-    baseline: str
-    ratio: float | None = None
-    target: str = ""  # a key of TARGETS
-    note: str = ""
-
-    def cells(self) -> tuple[str, ...]:
-        """what, ours, baseline, ratio, target, met."""
-        ratio = "" if self.ratio is None else f"{self.ratio:.2f}"
-        if self.target not in TARGETS:
-            return self.what, self.ours, self.baseline, ratio, "", self.note
-        way, limit = TARGETS[self.target]
-        met = "not measured"
-        if self.ratio is not None:
-            met = "met" if (self.ratio <= limit if way == "at most" else self.ratio >= limit) else "not met"
-        verdict = ", ".join(x for x in (met, self.note) if x)
-        return self.what, self.ours, self.baseline, ratio, f"{way} {limit:g}", verdict
 
 
 def step_row(what: str, found: Mapping[str, Any], target: str) -> Row:
@@ -80,7 +42,7 @@ def step_row(what: str, found: Mapping[str, Any], target: str) -> Row:
     return Row(what, ours, ideal, found["ratio"], target)
 
 
-class Report:
+class Report(SpeedSections):
     """Runs the sections in order; what one records the next ones use."""
 
     def __init__(self, job: Job, quick: bool, scratch: Path, rounds: int = 3) -> None:
@@ -137,13 +99,6 @@ class Report:
         memcpy = f"memcpy {found['memcpy_bytes_per_s'] / 1e9:.1f} GB/s; the plain loop's checksum: {checksum}"
         return [Row("weight push", ours, plain, found["ratio"], "push", memcpy)]
 
-    def checkpoint(self) -> list[Row]:
-        found = checkpoint.compare(self.job, 1 if self.quick else 2, 2 if self.quick else 5)
-        ours, plain = (f"{found['seconds'][s]:.3f} s" for s in ("ours", "plain"))
-        note = f"{found['num_bytes'] / 1e9:.2f} GB, on the disk {found['write_s']:.2f} s later, in a thread"
-        what = "a checkpoint stops the learner (plain host copy)"
-        return [Row(what, ours, plain, found["ratio"], "checkpoint", note)]
-
     def step(self) -> list[Row]:
         found = step.compare(self.job, 2 if self.quick else 5, not self.quick)
         self.step_rate = found["samples_per_s"]
@@ -182,12 +137,12 @@ class Report:
         return rows
 
 
-SECTIONS = ("generation", "learner", "memory", "push", "checkpoint", "step", "scoring", "ppo", "trl")
+SECTIONS = ("generation", "learner", "memory", "push", "step", "scoring", "ppo", *SPEED, "trl")
 
 
-def run_all(report: Report, sections: list[str], console: Console) -> list[Row]:
+def run_all(report: Report, sections: list[str], console: Console) -> dict[str, list[Row]]:
     """Every section's rows; a section that fails becomes one row."""
-    rows: list[Row] = []
+    rows: dict[str, list[Row]] = {}
     for name in sections:
         section: Callable[[], list[Row]] = getattr(report, name)
         started = time.perf_counter()
@@ -196,13 +151,13 @@ def run_all(report: Report, sections: list[str], console: Console) -> list[Row]:
         except (MeasurementError, subprocess.CalledProcessError, OSError) as error:
             found = [Row(name, "no number", "", target=name, note=f"failed: {str(error)[:300]}")]
         console.print(f"{name}: {time.perf_counter() - started:.0f} s")
-        rows += found
+        rows[name] = found
     return rows
 
 
 def show(rows: list[Row], console: Console) -> None:
     table = Table(title="Burnish against its baselines", show_lines=True)
-    for title in ("what (baseline)", "Burnish", "baseline", "ratio", "target", ""):
+    for title in COLUMNS:
         table.add_column(title, justify="right" if title == "ratio" else "left")
     for row in rows:
         table.add_row(*row.cells())
@@ -241,18 +196,20 @@ def section_text(rows: list[Row], report: Report, command: str, took_s: float) -
             f"Completions were {lengths['mean']:g} tokens long on average (median {lengths['median']:g}, "
             f"{lengths['min']:g} to {lengths['max']:g}), prompts {lengths['prompt_mean']:g}."
         )
-    lines += ["", "| what (baseline) | Burnish | baseline | ratio | target | |", "|---|---|---|---:|---|---|"]
-    lines += ["| " + " | ".join(cell.replace("|", "/") for cell in row.cells()) + " |" for row in rows]
-    return "\n".join(lines)
+    return "\n".join([*lines, "", markdown_table(COLUMNS, (row.cells() for row in rows))])
 
 
-def replace_section(page: str, text: str) -> str:
-    """``page`` with everything between the two markers replaced by ``text``."""
-    before, found, rest = page.partition(BEGIN)
-    _, closed, after = rest.partition(END)
-    if not found or not closed:
-        raise ValueError(f"docs/benchmarks.md has no {BEGIN} ... {END}")
-    return f"{before}{BEGIN}\n\n{text}\n\n{END}{after}"
+def renewed_page(page: str, rows: Mapping[str, list[Row]], report: Report, command: str, took_s: float) -> str:
+    """The page with what was measured: the results as a whole, of asynchronous runs each row for itself."""
+    results = [row for name, found in rows.items() if name not in SPEED for row in found]
+    renewed = [row for name, found in rows.items() if name in SPEED for row in found if row.ours != "no number"]
+    if results:
+        page = replace_section(page, section_text(results, report, command, took_s))
+    if renewed:
+        page = replace_section(page, renewed_rows(section_of(page, "asynchrony"), renewed), "asynchrony")
+    if report.bubbles:
+        page = replace_section(page, report.bubbles, "bubbles")
+    return page
 
 
 def main() -> int:
@@ -269,12 +226,12 @@ def main() -> int:
     started = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="burnish-bench-report-") as scratch:
         report = Report(job, arguments.quick, Path(scratch), arguments.rounds)
-        rows = run_all(report, sections, console)
+        found = run_all(report, sections, console)
+    rows = [row for section_rows in found.values() for row in section_rows]
     show(rows, console)
     if not arguments.quick:
         command = " ".join(["python -m benchmarks.report", *sys.argv[1:]])
-        text = section_text(rows, report, command, time.perf_counter() - started)
-        PAGE.write_text(replace_section(PAGE.read_text(), text))
+        PAGE.write_text(renewed_page(PAGE.read_text(), found, report, command, time.perf_counter() - started))
         console.print(f"written: {PAGE.relative_to(ROOT)}")
     return int(any(row.ours == "no number" or row.baseline == "no number" for row in rows))
 

@@ -2,7 +2,8 @@
 
     with GPUs      every role has GPUs of its own, node by node, a worker's GPUs never spanning two
     colocated      worker i of every role shares one set of GPUs, each role with an equal fraction
-    without GPUs   roles work in turns, so every role divides all cores of a node among its workers there
+    without GPUs   roles work in turns, so every role divides all cores of a node among its workers there;
+                   roles that ask for cores of their own divide them among all of theirs
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ class RoleDemand:
     name: str
     num_workers: int
     gpus_per_worker: float
+    own_cores: bool = False  # without GPUs: cores that no worker of another such role uses
 
 
 @dataclass(frozen=True)
@@ -199,11 +201,16 @@ def _without_gpus(demands: Sequence[RoleDemand], nodes: Sequence[NodeSupply]) ->
     hosts = _nodes_with_cores(nodes)
     spread = {demand.name: _spread(demand.num_workers, len(hosts)) for demand in demands}
     crowd = [sum(counts[turn] for counts in spread.values()) for turn in range(len(hosts))]
+    apart = [sum(spread[demand.name][turn] for demand in demands if demand.own_cores) for turn in range(len(hosts))]
+    placed = [0] * len(hosts)  # of those that divide a node's cores among all of them
     slots = []
     for demand in demands:
         for index in range(demand.num_workers):
             position, turn = divmod(index, len(hosts))
             node, beside = hosts[turn], spread[demand.name][turn]
+            if demand.own_cores:
+                position, beside = placed[turn], apart[turn]
+                placed[turn] += 1
             cores = nodes[node].num_cpus
             cpus = _round_down((cores - DRIVER_CPUS) / crowd[turn])
             _refuse_no_cpu(cpus, demand, crowd[turn], nodes[node])

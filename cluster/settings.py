@@ -23,6 +23,10 @@ class ClusterSettings(BaseModel):
     colocate: bool = Field(
         False, description="all roles share the same GPUs by fraction instead of having their own"
     )
+    own_cores: bool = Field(
+        False, description="without GPUs: generators, learner and the other models divide the cores of a node among "
+        "all of them, to work at the same time (run.max_staleness > 0); default: each role has all cores, in turns"
+    )  # fmt: skip
     placement_deadline_s: float = Field(600.0, gt=0, description="for the cluster to grant the placement")
     start_deadline_s: float = Field(900.0, gt=0, description="for every worker to be constructed")
     object_store_bytes: int = Field(512 * 2**20, ge=80 * 2**20, description="of a Ray started here")

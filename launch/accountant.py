@@ -89,19 +89,32 @@ def _row(role: RoleTime, setting: Setting) -> dict[str, Any]:
     }
 
 
-def bubble_table(folder: Path) -> Table | None:
-    """Where the time of the run's last start went; None when there is no accounting.json."""
+BUBBLE_COLUMNS = ("role", "workers", "start", "useful", "the rest", "what would help")
+
+
+def bubble_rows(folder: Path) -> list[tuple[str, ...]] | None:
+    """Where the time of the run's last start went, as cells under BUBBLE_COLUMNS; None without accounting.json."""
     path = folder / NAME
     if not path.is_file():
         return None
-    report = json.loads(path.read_text(encoding="utf-8"))
-    table = Table(title="where the time went")
-    for title in ("role", "workers", "start", "useful", "the rest", "what would help"):
-        table.add_column(title, justify="right" if title in ("workers", "start", "useful") else "left")
-    for row in report["roles"]:
+    rows = []
+    for row in json.loads(path.read_text(encoding="utf-8"))["roles"]:
         rest = [f"{loss['cause']} {loss['fraction']:.0%}" for loss in row["losses"] if loss["fraction"] >= 0.005]
-        table.add_row(
+        rows.append((
             row["role"], str(row["num_workers"]), f"{row['start_s'] / row['num_workers']:.0f} s",
             f"{row['useful_fraction']:.0%}", ", ".join(rest[:SHOWN_LOSSES]), row["help"],
-        )  # fmt: skip
+        ))  # fmt: skip
+    return rows
+
+
+def bubble_table(folder: Path) -> Table | None:
+    """The same for the terminal."""
+    rows = bubble_rows(folder)
+    if rows is None:
+        return None
+    table = Table(title="where the time went")
+    for title in BUBBLE_COLUMNS:
+        table.add_column(title, justify="right" if title in ("workers", "start", "useful") else "left")
+    for row in rows:
+        table.add_row(*row)
     return table

@@ -49,18 +49,20 @@ def role_demands(config: RunConfig, on_gpu: bool) -> list[RoleDemand]:
     def gpus(setting: float | None, default: float) -> float:
         return (default if setting is None else setting) if on_gpu else 0.0
 
+    def model(name: str, num_workers: int, setting: float | None, default: float = 1.0) -> RoleDemand:
+        return RoleDemand(name, num_workers, gpus(setting, default), config.cluster.own_cores)
+
     width = 1.0 if config.cluster.colocate else float(config.generator.tensor_parallel_size)
     demands = [
-        RoleDemand("generator", config.generator.num_workers, gpus(config.generator.gpus_per_worker, width)),
-        RoleDemand("learner", config.learner.num_workers, gpus(config.learner.gpus_per_worker, 1.0)),
+        model("generator", config.generator.num_workers, config.generator.gpus_per_worker, width),
+        model("learner", config.learner.num_workers, config.learner.gpus_per_worker),
     ]
     if config.algorithm.needs_critic:
-        demands.append(RoleDemand("critic", config.critic.num_workers, gpus(config.critic.gpus_per_worker, 1.0)))
+        demands.append(model("critic", config.critic.num_workers, config.critic.gpus_per_worker))
     if config.algorithm.needs_reference:
-        wanted = gpus(config.reference.gpus_per_worker, 1.0)
-        demands.append(RoleDemand("reference", config.reference.num_workers, wanted))
-    for index, model in enumerate(config.reward_models):
-        demands.append(RoleDemand(f"reward_models.{index}", model.num_workers, gpus(model.gpus_per_worker, 1.0)))
+        demands.append(model("reference", config.reference.num_workers, config.reference.gpus_per_worker))
+    for index, scorer in enumerate(config.reward_models):
+        demands.append(model(f"reward_models.{index}", scorer.num_workers, scorer.gpus_per_worker))
     if config.rewards:
         demands.append(RoleDemand("reward_workers", config.reward_workers.num_workers, 0.0))
     return demands

@@ -17,7 +17,7 @@ from actors.model_folders import resolve_model
 from actors.modeling import load_policy
 from actors.objective import TokenTerms, pack_loss
 from actors.scalar_model import load_scalar
-from benchmarks import checkpoint, gpu_check, learner, ppo, process, push, report, step
+from benchmarks import checkpoint, gpu_check, learner, page, ppo, process, push, step
 from benchmarks.gpu_tasks import make_packs
 from benchmarks.job import (
     Job,
@@ -222,21 +222,21 @@ def test_the_plain_side_of_the_checkpoint_benchmark_copies_weights_and_both_mome
 
 
 def test_a_missed_target_is_called_missed() -> None:
-    assert report.Row("push", "", "", 1.49, "push").cells()[-1] == "met"
-    assert report.Row("push", "", "", 1.51, "push").cells()[-1] == "not met"
-    assert report.Row("push", "no number", "", None, "push", "failed: why").cells()[-1] == "not measured, failed: why"
-    assert report.Row("a scorer", "", "", 0.89, "scoring").cells()[-1] == "not met"
-    assert report.Row("learner", "", "", 2.0).cells()[-2:] == ("", "")
+    assert page.Row("push", "", "", 1.49, "push").cells()[-1] == "met"
+    assert page.Row("push", "", "", 1.51, "push").cells()[-1] == "not met"
+    assert page.Row("push", "no number", "", None, "push", "failed: why").cells()[-1] == "not measured, failed: why"
+    assert page.Row("a scorer", "", "", 0.89, "scoring").cells()[-1] == "not met"
+    assert page.Row("learner", "", "", 2.0).cells()[-2:] == ("", "")
 
 
 def test_only_the_results_section_of_the_page_is_rewritten() -> None:
-    page = report.PAGE.read_text()
-    once = report.replace_section(page, "numbers")
-    assert once.partition(report.BEGIN)[0] == page.partition(report.BEGIN)[0]
-    assert once.partition(report.END)[2] == page.partition(report.END)[2]
-    assert report.replace_section(once, "numbers") == once
+    whole = page.PAGE.read_text()
+    once = page.replace_section(whole, "numbers")
+    assert once.partition(page.BEGIN)[0] == whole.partition(page.BEGIN)[0]
+    assert once.partition(page.END)[2] == whole.partition(page.END)[2]
+    assert page.replace_section(once, "numbers") == once
     with pytest.raises(ValueError, match="has no"):
-        report.replace_section("a page without markers", "numbers")
+        page.replace_section("a page without markers", "numbers")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")

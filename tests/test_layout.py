@@ -66,6 +66,23 @@ def test_two_ranks_on_two_cores_get_one_disjoint_core_each() -> None:
     assert sum(slot.cpus for slot in layout.slots) < 2
 
 
+def test_roles_with_cores_of_their_own_divide_them_among_all_of_theirs_and_the_others_share() -> None:
+    demands = [RoleDemand("generator", 2, 0, own_cores=True), RoleDemand("learner", 1, 0, own_cores=True),
+               RoleDemand("reward_workers", 1, 0)]  # fmt: skip
+    layout = plan_layout(demands, [NodeSupply("here", 8, 0)], colocate=False)
+    assert [slot.cpu_ids for slot in layout.slots] == [(0, 1), (2, 3), (4, 5), tuple(range(8))]
+    assert [slot.threads for slot in layout.slots] == [2, 2, 2, 8]
+    nodes = [NodeSupply("a", 2, 0), NodeSupply("b", 2, 0)]
+    spread = plan_layout(demands[:2], nodes, colocate=False)
+    assert [(slot.node, slot.cpu_ids) for slot in spread.slots] == [(0, (0,)), (1, (0, 1)), (0, (1,))]
+
+
+def test_too_few_cores_for_one_each_are_shared_unpinned() -> None:
+    demands = [RoleDemand("generator", 2, 0, own_cores=True), RoleDemand("learner", 1, 0, own_cores=True)]
+    layout = plan_layout(demands, [NodeSupply("here", 2, 0)], colocate=False)
+    assert {(slot.cpu_ids, slot.threads) for slot in layout.slots} == {((), 1)}
+
+
 def test_more_workers_than_cores_share_them_unpinned() -> None:
     layout = plan_layout([RoleDemand("scorer", 3, 0)], [NodeSupply("here", 2, 0)], colocate=False)
     assert {(slot.cpu_ids, slot.threads) for slot in layout.slots} == {((), 1)}
