@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Collection, Coroutine
 from dataclasses import dataclass
 from typing import Any
 
@@ -154,6 +154,19 @@ class Membership:
         self._staffing.reset()  # who asks for more may have made room for them: no pause
         self.event("scaling", role=self.workers.name, before=before, wanted=num_workers)
         self._staff()
+
+    def lose(self, indices: Collection[int], reason: str, num_fewer: int = 0) -> None:
+        """The node of these members has gone, and they with it; ``num_fewer`` less are wanted from now on."""
+        num_fewer = num_fewer if self.health.replace else 0  # else every death has lowered the number
+        for index in indices:
+            member = self._members.get(index)
+            if member is None:  # found dead before
+                continue
+            if num_fewer and self._staffing.target > 1:  # so that nobody is started in its place
+                self._staffing.target, num_fewer = self._staffing.target - 1, num_fewer - 1
+            self.roster.expel(member, reason)
+        if num_fewer and self._staffing.target > 1:
+            self.scale(max(1, self._staffing.target - num_fewer))
 
     def _staff(self) -> None:
         """Bring the number of generators to the one wanted; called after every change."""
