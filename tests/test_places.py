@@ -88,7 +88,7 @@ def test_places_of_an_adopted_node_are_on_it_while_it_is_alive_and_are_used_agai
     assert cluster.bound[asyncio.run(places.take()).index] is None, "it had one place"
     places.give_back(slot)
     assert slot.index not in cluster.grown
-    assert asyncio.run(places.take()) == slot and cluster.bound[slot.index] == "b", "a worker that died comes back there"
+    assert asyncio.run(places.take()) == slot and cluster.bound[slot.index] == "b", "whoever died there comes back"
     places.give_back(slot)
     cluster.nodes["b"] = False
     assert cluster.bound[asyncio.run(places.take()).index] is None, "no place on a dead node"
