@@ -21,7 +21,7 @@ from typing import Any
 from actors.dispatch import Dispatcher
 from actors.roster import Member, MemberGoneError, Roster
 from cluster.errors import WorkerError
-from cluster.health import Dead, Health, Staffing, Suspect
+from cluster.health import Dead, Health, Staffing, State, Suspect
 from cluster.heartbeats import Heartbeats
 from cluster.outcomes import outcome
 from cluster.settings import HealthSettings
@@ -92,10 +92,11 @@ class Membership:
     def _expelled(self, member: Member) -> None:
         """A member is out for good, whoever found it dead."""
         now = self._beats.clock()
+        served = self._beats.health.state(member.index) is not State.STARTING
         dead = self._beats.health.failed(member.index, now, member.reason)
         if dead is not None:
             member.silent_s = dead.silent_s
-        if member.index not in self._leaving:
+        if served and member.index not in self._leaving:
             self._lost.append((member.name, now))
         self._forget(member)
         self._staffing.reset()  # its place is free: whatever failed before may work now

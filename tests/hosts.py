@@ -1,5 +1,5 @@
-"""Several hosts on one machine, for tests: Linux network namespaces that meet at a switch, each with an address and a
-name of its own.  They share the disk, the shared memory and the cores.
+"""Several hosts on one machine, for tests: Linux network namespaces that meet at a switch, each with an address, a name
+and a /tmp/ray of its own.  They share the rest of the disk, the shared memory and the cores.
 
     with Network() as network:
         a, b = network.host("a"), network.host("b")
@@ -31,23 +31,24 @@ PREFIX = "burnish-net"  # of every namespace: PREFIX-PID-NAME
 NAMES = Path("/etc/netns")  # `ip netns exec` shows /etc/netns/NAME/hosts as /etc/hosts
 COMMAND_S = 20.0  # for one `ip` command
 END_S, ROUNDS = 30.0, 3  # for killed processes to go
+RAY_FOLDER = Path("/tmp/ray")  # where every Ray has its sockets and logs, in paths that must be short
 RAY_PORT = 6379
 RAY_S = 120.0  # for `ray start` to be done
 
 
 def lacking() -> str:
     """Why this machine can have no such network; empty when it can."""
-    for tool in ("ip", "tc", "unshare"):
+    for tool in ("ip", "tc", "unshare", "mount"):
         if shutil.which(tool) is None:
-            return f"there is no command {tool} (Debian packages iproute2 and util-linux)"
+            return f"there is no command {tool} (Debian packages iproute2, util-linux and mount)"
     if os.geteuid() != 0:
         return "network namespaces need root"
     try:
         with Network() as network:
-            network.host("a").start(["true"]).wait(COMMAND_S)
+            code = network.host("a").start(["true"]).wait(COMMAND_S)
     except HostsError as error:
         return str(error)
-    return ""
+    return "" if code == 0 else f"no command runs in a network namespace here (exit code {code})"
 
 
 class HostsError(Exception):
@@ -66,6 +67,7 @@ class Host:
 
     def __init__(self, namespace: str, switch: str, name: str, address: str) -> None:
         self.namespace, self.name, self.address = namespace, name, address
+        self.disk = Path(tempfile.gettempdir()) / namespace
         self._switch, self._port = switch, f"to-{name}"  # the switch's end of the cable
 
     def start(
@@ -73,8 +75,9 @@ class Host:
         cwd: Path | None = None,
     ) -> subprocess.Popen[bytes]:  # fmt: skip
         """Run a command on this host; it belongs to the caller, and to the network, which ends it when it closes."""
-        named = 'echo "$0" > /proc/sys/kernel/hostname && exec "$@"'
-        into = ["ip", "netns", "exec", self.namespace, "unshare", "--uts", "sh", "-c", named, self.name]
+        # `ip netns exec` and `unshare` give the process mounts and a host name that nobody else sees.
+        own = f'mount --bind {self.disk} {RAY_FOLDER} && echo {self.name} > /proc/sys/kernel/hostname && exec "$@"'
+        into = ["ip", "netns", "exec", self.namespace, "unshare", "--uts", "sh", "-c", own, "sh"]
         return subprocess.Popen([*into, *command], stdout=out, stderr=out, env=env, cwd=cwd)
 
     def cut(self) -> None:
@@ -129,6 +132,8 @@ class Network:
         number = len(self._hosts) + 1
         host = Host(f"{PREFIX}-{os.getpid()}-{name}", self._switch, name, f"10.77.0.{number}")
         self._hosts.append(host)
+        for folder in (host.disk, RAY_FOLDER):
+            folder.mkdir(parents=True, exist_ok=True)
         space, port = host.namespace, f"to-{name}"
         _do("ip", "netns", "add", space)
         _do("ip", "-n", self._switch, "link", "add", port, "type", "veth", "peer", "name", "eth0", "netns", space)
@@ -175,6 +180,7 @@ def _remove(namespace: str) -> None:
                 break
             psutil.wait_procs(ending, timeout=END_S)
         _do("ip", "netns", "delete", namespace)
+    shutil.rmtree(Path(tempfile.gettempdir()) / namespace, ignore_errors=True)
     shutil.rmtree(NAMES / namespace, ignore_errors=True)
     if NAMES.is_dir() and not any(NAMES.iterdir()):
         NAMES.rmdir()
@@ -191,13 +197,11 @@ class RayNodes:
     """One Ray over several hosts: a head, and nodes that join it.  ``env`` is for its clients, too."""
 
     def __init__(self, head: Host, env: Mapping[str, str], logs: Path) -> None:
-        # A socket's path has at most 107 bytes, fewer than pytest's folders often leave.
-        self._folder = Path(tempfile.mkdtemp(prefix="burnish-ray-"))
         self._head, self._logs = head, logs
         self.address = f"{head.address}:{RAY_PORT}"
         token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
         self.env = {k: v for k, v in env.items() if k != "RAY_ADDRESS"} | token
-        self.env |= {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "RAY_USAGE_STATS_ENABLED": "0"}
+        self.env |= {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "RAY_USAGE_STATS_ENABLED": "0", "PYTHONUNBUFFERED": "1"}
 
     def start(self, host: Host, num_cpus: int) -> subprocess.Popen[bytes]:
         """`ray start` on a host, the head first; returns when it says that it runs.  The process stays with Ray's."""
@@ -205,7 +209,7 @@ class RayNodes:
         log = self._logs / f"ray-{host.name}-{number}.log"
         role = [f"--address={self.address}"]
         if host is self._head:
-            role = ["--head", f"--port={RAY_PORT}", "--include-dashboard=false", f"--temp-dir={self._folder}"]
+            role = ["--head", f"--port={RAY_PORT}", "--include-dashboard=false"]
         command = [
             sys.executable, "-m", "ray.scripts.scripts", "start", *role, f"--node-ip-address={host.address}",
             f"--num-cpus={num_cpus}", "--num-gpus=0", f"--object-store-memory={128 * 2**20}", "--block",
@@ -221,7 +225,3 @@ class RayNodes:
                 continue
             break
         raise HostsError(f"ray start on {host.name}: not started in {RAY_S:g} s, or ended:\n{log.read_text()[-2000:]}")
-
-    def close(self) -> None:
-        """Remove what it left on the disk, once its hosts have gone."""
-        shutil.rmtree(self._folder, ignore_errors=True)

@@ -94,13 +94,9 @@ def world(tmp_path: Path) -> Iterator[World]:
     with Network() as network:
         a, b = network.host("a"), network.host("b")
         ray = RayNodes(a, environment, tmp_path)
-        try:
-            ray.start(a, num_cpus=2)
-            ray.start(b, num_cpus=2)
-            yield World(tmp_path, a, b, ray)
-        finally:
-            network.close()
-            ray.close()
+        ray.start(a, num_cpus=2)
+        ray.start(b, num_cpus=2)
+        yield World(tmp_path, a, b, ray)
 
 
 def event(run: Run, kind: str, **fields: Any) -> dict[str, Any]:
