@@ -20,7 +20,7 @@ import psutil
 import pytest
 import yaml
 from hosts import Host, Network, RayNodes, lacking
-from test_async_run import LONG
+from test_async_run import LONG, MAX_STALENESS
 from test_async_run import check_lineage as check_stale_lineage
 from test_end_to_end import REPOSITORY, RUN_S, Run, check_lineage
 
@@ -28,7 +28,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(6 * RUN_S)]
 
 RAY_TIMEOUT_S = 100.0  # by which Ray's own checks find a node dead: 5 of them, each of 10 s, with 3 s between
 NUM_STEPS = 250
-PACED_S = 1.5  # of a step, while the link is cut: the run is not to end before its host is back
+PACED_S = 1.5  # of a step, while ``paced`` is there: the run is not to end before its host is back
 HOLD_S = 5.0  # more than a step
 LATE = 1.5  # deadlines are kept up to this factor on a busy machine
 
@@ -62,10 +62,10 @@ class World:
     def paced(self) -> Path:
         return self.folder / "paced"
 
-    def train(self, name: str, *overrides: str) -> Run:
+    def train(self, name: str, max_staleness: int, *overrides: str) -> Run:
         """Start a run of the tiny recipe on a, whose steps take PACED_S while ``paced`` is there."""
         code = self.folder / "reward.py"
-        code.write_text(REWARD.format(pace=PACED_S))
+        code.write_text(REWARD.format(pace=PACED_S * (max_staleness + 1)))  # so many steps are under way at once
         recipe = yaml.safe_load((REPOSITORY / "launch" / "recipes" / "cpu-two-by-two.yaml").read_text())
         recipe["rewards"] = [{"function": f"{code}:letters", "args": {"paced": str(self.paced)}}]
         path, log = self.folder / "recipe.yaml", self.folder / f"{name}.log"
@@ -110,7 +110,8 @@ def steps(run: Run, at_least: int) -> int:
 
 
 def until(true: Callable[[], bool], what: str, deadline_s: float, run: Run) -> None:
-    for _ in range(int(deadline_s / 0.02)):
+    end = time.monotonic() + deadline_s
+    while time.monotonic() < end:
         if true():
             return
         try:
@@ -151,7 +152,7 @@ def finish(world: World, run: Run, name: str) -> None:
 
 def test_a_host_that_is_cut_off_in_mid_rollout_is_done_without_and_adopted_when_it_comes_back(world: World) -> None:
     detect_s = 30.0
-    run = world.train("rollout", *LONG, *COMMON, f"health.detect_s={detect_s}", "health.adopt_up_to=3")
+    run = world.train("rollout", MAX_STALENESS, *LONG, *COMMON, f"health.detect_s={detect_s}", "health.adopt_up_to=3")
     event(run, "ready")
     steps(run, 2)
     world.paced.touch()
@@ -180,7 +181,7 @@ def test_a_host_that_is_cut_off_in_mid_rollout_is_done_without_and_adopted_when_
 def test_a_host_that_is_cut_off_in_mid_push_is_left_out_of_it_and_adopted_when_it_comes_back(world: World) -> None:
     deadline_s = 20.0
     run = world.train(
-        "push", *COMMON, "push.backend=nccl", "model.dtype=float32", f"push.deadline_s={deadline_s}",
+        "push", 0, *COMMON, "push.backend=nccl", "model.dtype=float32", f"push.deadline_s={deadline_s}",
         "health.detect_s=120", "health.replace=false", "health.adopt_up_to=2",
     )  # fmt: skip
     event(run, "ready")
