@@ -14,14 +14,14 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Collection, Coroutine
 from dataclasses import dataclass
 from typing import Any
 
 from actors.dispatch import Dispatcher
 from actors.roster import Member, MemberGoneError, Roster
 from cluster.errors import WorkerError
-from cluster.health import Dead, Health, Staffing, Suspect
+from cluster.health import Dead, Health, Staffing, State, Suspect
 from cluster.heartbeats import Heartbeats
 from cluster.outcomes import outcome
 from cluster.settings import HealthSettings
@@ -92,10 +92,11 @@ class Membership:
     def _expelled(self, member: Member) -> None:
         """A member is out for good, whoever found it dead."""
         now = self._beats.clock()
+        served = self._beats.health.state(member.index) is not State.STARTING
         dead = self._beats.health.failed(member.index, now, member.reason)
         if dead is not None:
             member.silent_s = dead.silent_s
-        if member.index not in self._leaving:
+        if served and member.index not in self._leaving:
             self._lost.append((member.name, now))
         self._forget(member)
         self._staffing.reset()  # its place is free: whatever failed before may work now
@@ -155,6 +156,19 @@ class Membership:
         self._staffing.reset()  # who asks for more may have made room for them: no pause
         self.event("scaling", role=self.workers.name, before=before, wanted=num_workers)
         self._staff()
+
+    def lose(self, indices: Collection[int], reason: str, num_fewer: int = 0) -> None:
+        """The node of these members has gone, and they with it; ``num_fewer`` less are wanted from now on."""
+        num_fewer = num_fewer if self.health.replace else 0  # else every death has lowered the number
+        for index in indices:
+            member = self._members.get(index)
+            if member is None:  # found dead before
+                continue
+            if num_fewer and self._staffing.target > 1:  # so that nobody is started in its place
+                self._staffing.target, num_fewer = self._staffing.target - 1, num_fewer - 1
+            self.roster.expel(member, reason)
+        if num_fewer and self._staffing.target > 1:
+            self.scale(max(1, self._staffing.target - num_fewer))
 
     def _staff(self) -> None:
         """Bring the number of generators to the one wanted; called after every change."""

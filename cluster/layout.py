@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from cluster.errors import ShortfallError
@@ -39,6 +39,7 @@ class NodeSupply:
     node_id: str
     num_cpus: int
     num_gpus: int
+    address: str = field(default="", compare=False)  # for people
 
 
 @dataclass(frozen=True)

@@ -102,9 +102,12 @@ def nodes_of_cluster() -> list[NodeSupply]:
     here = ray.get_runtime_context().get_node_id()
     alive = sorted((node for node in ray.nodes() if node["Alive"]), key=lambda n: (n["NodeID"] != here, n["NodeID"]))
     return [
-        NodeSupply(node["NodeID"], int(node["Resources"].get("CPU", 0)), int(node["Resources"].get("GPU", 0)))
+        NodeSupply(
+            node["NodeID"], int(node["Resources"].get("CPU", 0)), int(node["Resources"].get("GPU", 0)),
+            node["NodeManagerAddress"],
+        )
         for node in alive
-    ]
+    ]  # fmt: skip
 
 
 class Placement:
@@ -118,6 +121,7 @@ class Placement:
             for slot in slots
         }
         self._extra: dict[tuple[str, int], PlacementGroup] = {}
+        self._extra_nodes: dict[tuple[str, int], str] = {}
 
     @classmethod
     def create(cls, layout: Layout, deadline_s: float) -> Placement:
@@ -141,30 +145,45 @@ class Placement:
             raise DeadlineError(f"{len(layout.slots)} worker slots: {missing}", "the Ray cluster", deadline_s) from None
         return cls(group, layout)
 
-    async def grow(self, slot: WorkerSlot, deadline_s: float) -> None:
-        """Reserve one more slot on whichever node has room for it; ``slot.node`` is not looked at.
+    async def grow(self, slot: WorkerSlot, deadline_s: float, node_id: str | None = None) -> None:
+        """Reserve one more slot on this node, or on whichever has room for it; ``slot.node`` is not looked at.
 
         Raises:
-            DeadlineError: no node had room in time; nothing stays reserved.
+            DeadlineError: there was no room in time; nothing stays reserved.
         """
-        group = placement_group([_bundle([slot])], strategy="STRICT_PACK")
+        where = None if node_id is None else [{"ray.io/node-id": node_id}]
+        group = placement_group([_bundle([slot])], strategy="STRICT_PACK", bundle_label_selector=where)
         try:
             async with asyncio.timeout(deadline_s):
                 await group.ready()
         except TimeoutError:
             remove_placement_group(group)
             asked = f"{slot.gpus:g} GPUs and {slot.cpus:g} CPUs" if slot.gpus else f"{slot.cpus:g} CPUs"
-            awaited = f"{asked} on one node for one more {slot.role}"
+            node = "one node" if node_id is None else f"node {node_id}"
+            awaited = f"{asked} on {node} for one more {slot.role}"
             raise DeadlineError(awaited, "the Ray cluster", deadline_s) from None
+        except BaseException:  # cancelled, too: nobody would give it back
+            remove_placement_group(group)
+            raise
         self._extra[slot.role, slot.index] = group
+        self._extra_nodes[slot.role, slot.index] = node_id or placement_group_table(group)["bundles_to_node_id"][0]
 
     def shrink(self, slot: WorkerSlot) -> None:
         """Give a slot of :meth:`grow` back; the actor in it is killed by Ray."""
+        self._extra_nodes.pop((slot.role, slot.index))
         remove_placement_group(self._extra.pop((slot.role, slot.index)))
+
+    def node_of(self, slot: WorkerSlot) -> str:
+        """Id of the node that a slot of the layout or of :meth:`grow` is on."""
+        return self._extra_nodes.get((slot.role, slot.index)) or self._layout.nodes[slot.node].node_id
 
     def stands(self, slot: WorkerSlot) -> bool:
         """Whether the node of a slot of the layout is alive."""
-        node_id = self._layout.nodes[slot.node].node_id
+        return self.is_alive(self._layout.nodes[slot.node].node_id)
+
+    @staticmethod
+    def is_alive(node_id: str) -> bool:
+        """Whether Ray holds a node to be alive, which for one that is cut off it does until its own timeout."""
         return any(node["NodeID"] == node_id and node["Alive"] for node in ray.nodes())
 
     def node_of(self, slot: WorkerSlot) -> str:

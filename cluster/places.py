@@ -1,4 +1,5 @@
-"""Places of a role whose workers come and go: the slots of its layout, and further ones while the cluster has room.
+"""Places of a role whose workers come and go: the slots of its layout, those of nodes that were adopted, and further
+ones while the cluster has room.
 
 May import: the modules of this room.
 """
@@ -18,11 +19,12 @@ class Places:
     def __init__(self, slots: Sequence[WorkerSlot], placement: Placement | None, deadline_s: float) -> None:
         self._planned = {slot.index for slot in slots}
         self._model, self._placement, self._deadline_s = slots[0], placement, deadline_s
+        self._adopted: dict[int, str] = {}  # slot -> the node it is bound to
         self._free: list[WorkerSlot] = []
         self._next = max(self._planned) + 1
 
     async def take(self) -> WorkerSlot:
-        """A free slot of the layout whose node is alive, else a new one like them, on any node that has room.
+        """A free slot of the layout or of an adopted node, if that node is alive, else a new one where there is room.
 
         A new one has GPUs of its own as the others have, and next to nothing of Ray's count of CPUs, which the
         layout has divided up already; its threads may run on every core of the node.
@@ -30,19 +32,47 @@ class Places:
         Raises:
             DeadlineError: the cluster has no room.
         """
-        for slot in self._free:
-            if self._placement is None or self._placement.stands(slot):
-                self._free.remove(slot)
+        slot = next((slot for slot in self._free if self._stands(slot)), None)
+        if slot is None:
+            slot = self._new()
+        else:
+            self._free.remove(slot)
+            if slot.index in self._planned:
                 return slot
-        slot = replace(self._model, index=self._next, cpus=SMALLEST_SHARE, cpu_ids=(), shared_gpu=None)
-        self._next += 1
         if self._placement is not None:
-            await self._placement.grow(slot, self._deadline_s)
+            try:
+                await self._placement.grow(slot, self._deadline_s, self._adopted.get(slot.index))
+            except BaseException:
+                if slot.index in self._adopted:
+                    self._free.append(slot)
+                raise
         return slot
 
     def give_back(self, slot: WorkerSlot) -> None:
         """The worker of ``slot`` has ended."""
-        if slot.index in self._planned:
-            self._free.append(slot)
-        elif self._placement is not None:
+        if slot.index not in self._planned and self._placement is not None:
             self._placement.shrink(slot)
+        if slot.index in self._planned or slot.index in self._adopted:
+            self._free.append(slot)
+
+    def adopt(self, node_id: str, number: int) -> None:
+        """``number`` more slots, free and on this node only."""
+        for _ in range(number):
+            slot = self._new()
+            self._adopted[slot.index] = node_id
+            self._free.append(slot)
+
+    def forget(self, node_id: str) -> None:
+        """An adopted node has gone: its slots are not used again; the workers in them end by themselves."""
+        self._adopted = {index: node for index, node in self._adopted.items() if node != node_id}
+        self._free = [slot for slot in self._free if slot.index in self._planned or slot.index in self._adopted]
+
+    def _new(self) -> WorkerSlot:
+        self._next += 1
+        return replace(self._model, index=self._next - 1, cpus=SMALLEST_SHARE, cpu_ids=(), shared_gpu=None)
+
+    def _stands(self, slot: WorkerSlot) -> bool:
+        if self._placement is None:
+            return True
+        node_id = self._adopted.get(slot.index)
+        return self._placement.stands(slot) if node_id is None else self._placement.is_alive(node_id)

@@ -33,7 +33,7 @@ class ClusterSettings(BaseModel):
 
 
 class HealthSettings(BaseModel):
-    """When a worker counts as dead, and what is done about it."""
+    """When a worker counts as dead, what is done about it, and whether nodes that join are made use of."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
@@ -47,3 +47,7 @@ class HealthSettings(BaseModel):
     )  # fmt: skip
     replace: bool = Field(True, description="start a generator in the place of a dead one")
     retry_s: float = Field(10.0, gt=0, description="before the next start after a failed one; doubles with each")
+    adopt_up_to: int | None = Field(
+        None, ge=1, description="start generators on nodes that join the Ray cluster during the run, up to so many in "
+        "all; default: such nodes are left alone"
+    )  # fmt: skip

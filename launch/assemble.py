@@ -28,6 +28,7 @@ from cluster.places import Places
 from cluster.weight_channel import free_bytes
 from cluster.worker_group import WorkerGroup
 from launch.accountant import Accountant
+from launch.adopting import node_watch
 from launch.config import RunConfig
 from launch.demands import num_gpus_asked, role_demands
 from launch.machines import choose_device, dtype_name, torch_device
@@ -98,7 +99,7 @@ class Fleet:
     _ray: RayHandle | None
     _scratch: Path | None
     _pools: Sequence[RewardPool | RewardModelPool | ReferencePool]  # of ``rewards`` and ``references``
-    _desk: asyncio.Task[None] | None = None  # answers `burnish scale`
+    _tasks: tuple[asyncio.Task[None], ...] = ()  # answer `burnish scale`, watch the nodes
 
     def take_ranks(self, trained: dict[str, WorkerGroup]) -> None:
         """Learner and critic are these from now on; the publisher has let the ones before go."""
@@ -109,9 +110,9 @@ class Fleet:
     async def close(self) -> None:
         """End every worker, generators first: nobody then waits for a dead learner."""
         self.accountant.close()
-        if self._desk is not None:
-            self._desk.cancel()
-            await asyncio.gather(self._desk, return_exceptions=True)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         await self.generator.close()
         for pool in self._pools:
             await pool.close()
@@ -141,13 +142,13 @@ def recruiting(
 
 
 def why_not(num_generators: int, layout: Layout, num_gpus: int, transport: Transport) -> str:
-    """Why a run cannot have so many generators whatever else happens; empty when it may try."""
+    """Why a run cannot have so many generators on this cluster whatever else happens; empty when it may try."""
     planned = layout.of("generator")
     if transport == "ipc" and num_generators > len(planned):
         return f"each generator shares the GPU of a learner rank (push.backend ipc), and there are {len(planned)}"
     gpus = planned[0].gpus * num_generators
     if gpus > num_gpus:
-        return f"{num_generators} generators hold {gpus:g} GPUs, and the cluster had {num_gpus} when the run began"
+        return f"{num_generators} generators hold {gpus:g} GPUs, and the cluster has {num_gpus}"
     return ""
 
 
@@ -214,7 +215,7 @@ async def assemble(
             concurrency=1, deadline=config.cluster.start_deadline_s,
         )  # fmt: skip
     size = 4 if dtype == "float32" else 2
-    one_host = len({slot.node for slot in layout.slots}) == 1
+    one_host = len(nodes) == 1 and config.health.adopt_up_to is None  # of whoever may have to read the file
     directory = push_directory(config, run_folder, prepared.facts.num_params * size, one_host)
     reference = None if references is None else ReferencePool(
         references, config.reference.deadline_s, config.reference.token_budget, config.health, event
@@ -251,9 +252,17 @@ async def assemble(
                 await group.ready()
         places = Places(layout.of("generator"), placement, config.cluster.placement_deadline_s)
         generator.open(recruiting(generators, places, fleet.publisher, generator_kwargs))
-        num_gpus = sum(node.num_gpus for node in nodes)
-        desk = ScaleDesk(run_folder, generator, lambda n: why_not(n, layout, num_gpus, transport), event)
-        fleet._desk = asyncio.create_task(desk.run())
+        watch = None if placement is None else node_watch(
+            config, prepared.model_path, generator, placement, places, layout, facts, event
+        )  # fmt: skip
+
+        def refusal(wanted: int) -> str:
+            present = nodes if watch is None else watch.nodes
+            return why_not(wanted, layout, sum(node.num_gpus for node in present), transport)
+
+        desk = ScaleDesk(run_folder, watch or generator, refusal, event)
+        watching = () if watch is None else (watch.run(),)
+        fleet._tasks = tuple(asyncio.create_task(work) for work in (desk.run(), *watching))
     except BaseException:
         await fleet.close()
         raise

@@ -175,6 +175,7 @@ class RunConfig(Settings):
                 f"run.max_staleness={run.max_staleness}: generators and learner share one process with "
                 "cluster.backend=in_process and cannot work at the same time; use 0 or cluster.backend=ray"
             )
+        self._check_adoption()
         if self.learner.optimizer.head_lr_factor != 1.0:
             raise ValueError(
                 f"learner.optimizer.head_lr_factor={self.learner.optimizer.head_lr_factor:g}: a policy has no scalar "
@@ -246,6 +247,20 @@ class RunConfig(Settings):
         if self.evaluation.every and self.prompts.eval is None:
             raise ValueError("evaluation.every is set but prompts.eval is missing; add it or set evaluation.every=0")
         return self
+
+    def _check_adoption(self) -> None:
+        most, place = self.health.adopt_up_to, self.cluster
+        if most is None:
+            return
+        if place.backend == "in_process" or place.colocate:
+            why = "each generator shares the GPU of a learner rank" if place.colocate else "one process has no nodes"
+            raise ValueError(f"health.adopt_up_to={most}: no generator can be added on a node that joins, because "
+                             f"{why}; leave it out")  # fmt: skip
+        if most < self.generator.num_workers:
+            raise ValueError(
+                f"health.adopt_up_to={most} is below generator.num_workers={self.generator.num_workers}, with which "
+                "the run starts; raise it or leave it out"
+            )
 
     @property
     def reward_names(self) -> list[str]:

@@ -64,7 +64,33 @@ async def gather_facts(config: RunConfig, model_path: str, nodes: Sequence[NodeS
             await probes.shutdown()
             placement.remove()
         found |= {node.node_id: fact for node, fact in zip(others, facts, strict=True)}
-    for node in usable:
-        fact = found[node.node_id]
-        fact["node_id"], fact["num_cpus"], fact["gpus"] = node.node_id, node.num_cpus, fact["gpus"][: node.num_gpus]
-    return [found[node.node_id] for node in usable]
+    return [_on(node, found[node.node_id]) for node in usable]
+
+
+async def facts_of_joined(
+    node: NodeSupply, placement: Placement, model_path: str, number: int, deadline_s: float
+) -> dict[str, Any]:
+    """``node_facts`` of a node that joined while ``placement`` stands; ``number`` is used for one node only.
+
+    Raises:
+        DeadlineError: it did not answer, or has no place for a look.
+        WorkerError: it left meanwhile.
+    """
+    slot = WorkerSlot(ROLE, number, 0, 0.0, SMALLEST_SHARE, 1, ())
+    await placement.grow(slot, deadline_s, node.node_id)
+    try:
+        probe = WorkerGroup.launch(
+            ROLE, NodeProbe, [{}], placement=placement, slots=[slot], start_deadline_s=deadline_s
+        )
+        try:
+            await probe.ready()
+            return _on(node, await probe.call(0, "facts", model_path, deadline_s=FACTS_DEADLINE_S))
+        finally:
+            await probe.shutdown()
+    finally:
+        placement.shrink(slot)
+
+
+def _on(node: NodeSupply, fact: dict[str, Any]) -> dict[str, Any]:
+    """A node's facts as far as Ray offers them."""
+    return fact | {"node_id": node.node_id, "num_cpus": node.num_cpus, "gpus": fact["gpus"][: node.num_gpus]}

@@ -4,7 +4,7 @@
     control/request-<id>.json     {"generators": N}; removed when it is answered
 
 The driver looks for requests every ``POLL_S`` and opens no port: whoever may write into the run folder may ask.
-May import: pydantic, actors.{generator_fleet, membership} (for types), launch.journal, trainers.{errors, settings}.
+May import: pydantic, actors.membership (for a type), launch.journal, trainers.{errors, settings}.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from pydantic import Field, ValidationError
 
@@ -27,7 +27,6 @@ from trainers.errors import InputError
 from trainers.settings import Settings
 
 if TYPE_CHECKING:
-    from actors.generator_fleet import GeneratorFleet
     from actors.membership import Event
 
 POLL_S = 1.0  # between two looks of the driver
@@ -103,11 +102,20 @@ def _driver(folder: Path) -> dict[str, object] | None:
 # --- answering ----------------------------------------------------------------------------------
 
 
+class Scalable(Protocol):
+    """What has a number of generators, and takes another one."""
+
+    @property
+    def num_wanted(self) -> int: ...
+
+    def scale(self, num_workers: int) -> None: ...
+
+
 class ScaleDesk:
     """The driver's side.  ``refusal(n)``: why the run cannot have n generators; empty when it may try."""
 
     def __init__(
-        self, folder: Path, fleet: GeneratorFleet, refusal: Callable[[int], str], event: Event, poll_s: float = POLL_S
+        self, folder: Path, fleet: Scalable, refusal: Callable[[int], str], event: Event, poll_s: float = POLL_S
     ) -> None:
         self._control, self._fleet = folder / CONTROL, fleet
         self._refusal, self._event, self._poll_s = refusal, event, poll_s

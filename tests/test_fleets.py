@@ -444,6 +444,71 @@ def test_a_start_that_waits_for_a_place_is_taken_back_and_who_works_stays() -> N
     run(law)
 
 
+@pytest.mark.parametrize("num_fewer", [0, 1, 2])
+def test_a_node_that_leaves_takes_its_members_with_it_and_those_that_are_still_wanted_start_elsewhere(
+    num_fewer: int,
+) -> None:
+    async def law() -> None:
+        world = World(3)
+        world.open()
+        world.gate.clear()
+        asked = [world.ask(i) for i in range(3)]
+        await world.until(lambda: len(world.sampled) == 3)
+        world.fleet.lose([1, 2], "its node left", num_fewer)
+        assert world.fleet.num_wanted == 3 - num_fewer
+        world.gate.set()
+        assert len(await asyncio.gather(*asked)) == 3
+        await world.until(lambda: len(world.fleet.roster) == 3 - num_fewer)
+        await asyncio.sleep(SOON_S)
+        assert world.group.next_index == 3 + 2 - num_fewer, "somebody was started for nothing"
+        assert 0 in world.group.alive and not world.kinds("generator_leaving"), "a healthy one had to go"
+        assert [e["reason"] for e in world.kinds("worker_died")] == ["its node left"] * 2
+        await world.fleet.close()
+
+    run(law)
+
+
+def test_a_start_on_a_node_that_leaves_is_made_elsewhere_and_waits_for_no_deadline() -> None:
+    async def law() -> None:
+        world = World(1)
+        world.open()
+        hanging, ready = asyncio.Event(), world.group.ready_at
+
+        async def hang(index: int) -> None:
+            if index == 1:
+                hanging.set()
+                await asyncio.Event().wait()
+            await ready(index)
+
+        world.group.ready_at = hang  # type: ignore[method-assign]
+        world.fleet.scale(2)
+        await hanging.wait()
+        world.fleet.lose([1], "its node left")
+        await world.until(lambda: len(world.fleet.roster) == 2)
+        assert world.group.indices == (0, 2) and not world.kinds("start_failed") and world.vacated == [1]
+        await world.fleet.close()
+
+    run(law)
+
+
+def test_what_a_lost_node_brought_is_wanted_no_more_when_its_members_were_found_dead_before() -> None:
+    async def law() -> None:
+        world = World(2)
+        world.open()
+        world.group.kill(1)
+        with pytest.raises(WorkerDiedError):
+            await world.group.ping(1, LIMIT_S)
+        world.fleet._beats.failed(1, "no answer")
+        world.fleet.lose([], "its node left", 1)
+        assert world.fleet.num_wanted == 1
+        await asyncio.sleep(SOON_S)
+        await world.until(lambda: len(world.group) == 1)
+        assert world.group.indices == (0,), "the one that works stays"
+        await world.fleet.close()
+
+    run(law)
+
+
 def test_scaling_down_takes_back_a_start_that_is_going_on() -> None:
     async def law() -> None:
         world = World(1)

@@ -13,12 +13,13 @@ import ray
 from ray.cluster_utils import Cluster
 from ray.util import placement_group_table
 
-from cluster.layout import Layout, NodeSupply, plan_layout
-from cluster.placement import nodes_of_cluster
+from cluster.layout import Layout, NodeSupply, WorkerSlot, plan_layout
+from cluster.placement import Placement, nodes_of_cluster
+from cluster.places import Places
 from launch.assemble import meeting_point
 from launch.cli import main
 from launch.demands import role_demands
-from launch.node_probe import gather_facts, local_nodes
+from launch.node_probe import facts_of_joined, gather_facts, local_nodes
 from launch.overrides import load_config
 from launch.scratch import make_scratch, remove_abandoned
 
@@ -52,6 +53,26 @@ def test_every_node_with_cores_is_looked_at_by_itself(three_nodes: list[NodeSupp
         assert socket.inet_aton(address) and port > 0
     states = {group["state"] for group in placement_group_table().values()}
     assert states == {"REMOVED"}, "a probe's place was not given back"
+
+
+def test_a_node_that_joins_is_looked_at_and_its_places_are_on_it_alone(
+    three_nodes: list[NodeSupply], tmp_path: Path
+) -> None:
+    async def law() -> None:
+        slots = (WorkerSlot("worker", 0, 1, 0.0, 0.5, 1, ()),)
+        placement = Placement.create(Layout(slots, tuple(three_nodes)), 60.0)
+        joined = three_nodes[2]
+        fact = await facts_of_joined(joined, placement, str(tmp_path), 0, 120.0)
+        assert fact["node_id"] == joined.node_id and fact["model_readable"] is False
+        places = Places(slots, placement, 60.0)
+        places.adopt(joined.node_id, 1)
+        slot, other = await places.take(), await places.take()
+        assert placement.node_of(slot) == joined.node_id
+        assert placement.node_of(other) in {node.node_id for node in three_nodes[1:]}
+        assert placement.node_of(slots[0]) == three_nodes[1].node_id
+        placement.remove()
+
+    asyncio.run(law())
 
 
 def test_validate_and_train_look_at_the_cluster_before_a_worker_is_placed(

@@ -21,15 +21,21 @@ class Cluster:
     def __init__(self, room: int) -> None:
         self.room, self.dead = room, set[int]()
         self.grown: set[int] = set()
+        self.nodes: dict[str, bool] = {}  # adopted ones: whether they are alive
+        self.bound: dict[int, str | None] = {}
+
+    def is_alive(self, node_id: str) -> bool:
+        return self.nodes[node_id]
 
     def stands(self, slot: WorkerSlot) -> bool:
         return slot.node not in self.dead
 
-    async def grow(self, slot: WorkerSlot, deadline_s: float) -> None:
+    async def grow(self, slot: WorkerSlot, deadline_s: float, node_id: str | None = None) -> None:
         if len(self.grown) == self.room:
             raise DeadlineError("1 GPUs", "the Ray cluster", deadline_s)
         assert slot.index not in self.grown
         self.grown.add(slot.index)
+        self.bound[slot.index] = node_id
 
     def shrink(self, slot: WorkerSlot) -> None:
         self.grown.remove(slot.index)
@@ -70,3 +76,38 @@ def test_no_room_is_said_in_time_and_costs_nothing() -> None:
     cluster = Cluster(0)
     with pytest.raises(DeadlineError, match="waited 1 s for 1 GPUs"):
         asyncio.run(Places(SLOTS, cluster, 1.0).take())  # type: ignore[arg-type]
+
+
+def test_places_of_an_adopted_node_are_on_it_while_it_is_alive_and_are_used_again_until_it_goes() -> None:
+    cluster = Cluster(9)
+    places = Places(SLOTS, cluster, 1.0)  # type: ignore[arg-type]
+    cluster.nodes["b"] = True
+    places.adopt("b", 1)
+    slot = asyncio.run(places.take())
+    assert cluster.bound[slot.index] == "b" and slot.cpu_ids == () and slot.index == 3
+    assert cluster.bound[asyncio.run(places.take()).index] is None, "it had one place"
+    places.give_back(slot)
+    assert slot.index not in cluster.grown
+    assert asyncio.run(places.take()) == slot and cluster.bound[slot.index] == "b", "whoever died there comes back"
+    places.give_back(slot)
+    cluster.nodes["b"] = False
+    assert cluster.bound[asyncio.run(places.take()).index] is None, "no place on a dead node"
+    places.forget("b")
+    cluster.nodes.clear()
+    assert asyncio.run(places.take()).index != slot.index
+
+
+def test_a_place_that_was_not_granted_or_whose_node_left_meanwhile_is_not_lost_or_given_twice() -> None:
+    cluster = Cluster(0)
+    places = Places(SLOTS, cluster, 1.0)  # type: ignore[arg-type]
+    cluster.nodes["b"] = True
+    places.adopt("b", 1)
+    with pytest.raises(DeadlineError):
+        asyncio.run(places.take())
+    cluster.room = 9
+    slot = asyncio.run(places.take())
+    assert cluster.bound[slot.index] == "b"
+    places.forget("b")
+    places.give_back(slot)
+    cluster.nodes.clear()
+    assert asyncio.run(places.take()).index > slot.index
