@@ -249,7 +249,7 @@ def made_up(**changes: Any) -> dict[str, Any]:
                                                                                              True)]  # fmt: skip
     runs = [RunOutcome(f"hit-{i}", 160, hit if i == 0 else hit[:1], 2) for i in range(3)]
     runs += [RunOutcome(f"calm-{i}", 160, [], 1) for i in range(3)]
-    rewards = {run.name: 0.9 + 0.01 * i for i, run in enumerate(runs)}
+    rewards = {run.name: 0.9 + 0.001 * i for i, run in enumerate(runs)}
     rewards |= changes.pop("rewards", {})
     counts = {run.name: Count(160, 640, 64, 10, 0, ()) for run in runs} | changes.pop("counts", {})
     asked = Asked(0, changes.pop("num_faults", 5), 1, ("kill_generator", "kill_driver"), True)
