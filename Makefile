@@ -4,7 +4,7 @@ BIN := .venv/bin
 RUN_DIR ?= runs
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo trap pipeline study test test-full lint bench gpu docs clean
+.PHONY: help install demo trap pipeline study chaos test test-full lint bench gpu docs clean
 
 help: ## what there is to make
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -23,6 +23,9 @@ pipeline: install ## SFT, preferences, reward model, PPO and evaluation, ending 
 
 study: install ## over-optimisation of the pipeline's reward model: gold and proxy against KL (after make pipeline)
 	@$(BIN)/python -m scripts.study --directory $(RUN_DIR)/pipeline
+
+chaos: install ## faults under real runs: 100 on a seeded schedule, about an hour (docs/chaos.md)
+	@$(BIN)/python -m scripts.chaos --directory $(RUN_DIR)/chaos
 
 test: install ## the tests CI runs, with lint and types (20 minutes or less on two cores)
 	@$(MAKE) --no-print-directory lint

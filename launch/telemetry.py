@@ -42,8 +42,8 @@ SAMPLE_TABLE_EVERY = 10  # steps between W&B sample tables, besides the steps wi
 SHOWN_EVENTS = frozenset(  # also noted on the terminal
     {"alarm", "rolling_back", "roll_back_failed", "fault", "wandb_fallback", "record_lost", "worker_died",
      "worker_replaced", "start_failed", "generator_joined", "generator_left", "scale_refused", "checkpoint_failed",
-     "checkpoint_waits", "rank_died", "learner_restarted"}
-     "checkpoint_waits", "node_joined", "node_left", "node_adopted", "node_refused"}
+     "checkpoint_waits", "rank_died", "learner_restarted", "node_joined", "node_left", "node_adopted",
+     "node_refused"}
 )
 KEY_METRICS = ("reward", "eval/accuracy", "completions/mean_length", "completions/clipped_ratio", "kl", "entropy",
                "frac_reward_zero_std", "grad_norm", "time/step_s", "throughput/generate_tokens_per_s")

@@ -114,6 +114,7 @@ class TrainingLoop:
         self.step += 1
         self.version = self.version._replace(step=self.version.step + 1)
         parts.recorder.phase("push", 0, 1)
+        parts.recorder.event("pushing", step=self.step, version=str(self.version))
         push = await parts.publisher.push(self.version)
         parts.recorder.phase("push", 1, 1)
         self.rollouts.trained(batch, self.step)

@@ -1,0 +1,148 @@
+"""``make chaos``: faults on a seeded schedule under real runs, and a report.
+
+    python -m scripts.chaos [--directory runs/chaos] [--seed 0] [--faults 100] [--quick | --short]
+
+    schedule --> deal --> runs under faults, and the same runs without --> prompts counted --> report.md, report.json
+May import: rich, scripts.*, launch.{cli, journal}.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+
+from rich.console import Console
+
+from launch.cli import REFUSED
+from launch.journal import read_rows
+from scripts.chaos_report import Asked, markdown, report
+from scripts.chaos_run import ChaosRun, RunOutcome
+from scripts.chaos_runs import EPOCH, EPOCH_STEPS, FAMILIES, SAVE_EVERY, commands, environment, make_reward_model
+from scripts.count_prompts import Count, count_prompts
+from scripts.disk import Disk, open_disk
+from scripts.faults import KINDS, Fault, deal, schedule
+
+NUM_SEEDS = 3
+NUM_STEPS = 40 * EPOCH_STEPS
+COMPARED_STEPS = 10 * EPOCH_STEPS  # the last ones, whose mean reward is compared
+MORE_STEPS = 8 * EPOCH_STEPS  # when a run ends before its faults are through
+QUICK_STEPS, SHORT_STEPS = 12 * EPOCH_STEPS, 4 * EPOCH_STEPS
+QUICK = ("kill_generator", "stall_push", "pause_generator", "slow_generator", "kill_reward_worker", "kill_reference",
+         "kill_learner", "fill_disk", "terminate_driver", "kill_everything")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One run."""
+
+    name: str
+    family: str
+    seed: int
+    num_steps: int
+    faults: tuple[Fault, ...] = ()
+
+
+def plan(seed: int, num_faults: int) -> list[Planned]:
+    """The long schedule: runs under faults, then those of the family ``async`` again, unharmed."""
+    shape = {f"async-{i}": ("async", i) for i in range(NUM_SEEDS)} | {"ppo": ("ppo", 0), "beside": ("beside", 0)}
+    faults = schedule(seed, num_faults, tuple(KINDS))
+    dealt = deal(faults, {name: FAMILIES[family].kinds for name, (family, _) in shape.items()})
+    hit = [Planned(name, family, s, NUM_STEPS, dealt[name]) for name, (family, s) in shape.items()]
+    return hit + [Planned(f"unharmed-{i}", "async", i, NUM_STEPS) for i in range(NUM_SEEDS)]
+
+
+def brief(seed: int, family: str, num_steps: int, kinds: Sequence[str]) -> list[Planned]:
+    """One run, each kind once."""
+    return [Planned(family, family, seed, num_steps, schedule(seed, len(kinds), kinds))]
+
+
+def last_reward(folder: Path, num_steps: int) -> float:
+    """Mean reward of the last ``COMPARED_STEPS`` planned steps; those that were added for faults do not count."""
+    steps = range(num_steps - COMPARED_STEPS + 1, num_steps + 1)
+    return fmean(float(row["reward"]) for row in read_rows(folder / "metrics.jsonl") if row["step"] in steps)
+
+
+def run_all(
+    planned: Sequence[Planned], directory: Path, disk: Disk, console: Console
+) -> tuple[list[RunOutcome], dict[str, Count]]:
+    """One run after the other; each leaves its folder and its output in ``directory``."""
+    outcomes, counts = [], {}
+    needs_model = any(p.family == "ppo" for p in planned)
+    model = make_reward_model(directory / "reward-model") if needs_model else None
+    for p in planned:
+        console.rule(f"{p.name}: {len(p.faults)} faults")
+        folder = disk.folder / p.name
+        outcome = ChaosRun(
+            p.name, folder, commands(p.family, p.name, disk.folder, p.seed, model), p.faults, p.num_steps, MORE_STEPS,
+            SAVE_EVERY, disk, directory / f"{p.name}.log", environment(), console.print,
+        ).go()  # fmt: skip
+        if disk.folder != directory and folder.exists():
+            shutil.move(folder, directory / p.name)
+        outcomes.append(outcome)
+        if (directory / p.name / "metrics.jsonl").exists():
+            counts[p.name] = count_prompts(directory / p.name, EPOCH)
+        console.print(f"{p.name}: {outcome.seconds:.0f} s, {len(outcome.faults)} faults, {outcome.num_starts} starts")
+    return outcomes, counts
+
+
+def asked_of(arguments: argparse.Namespace, planned: Sequence[Planned]) -> Asked:
+    faults = [fault for p in planned for fault in p.faults]
+    is_brief = arguments.quick or arguments.short
+    each = 1 if is_brief else min(5, len(faults) // len(KINDS))
+    return Asked(arguments.seed, len(faults), each, tuple(dict.fromkeys(f.kind for f in faults)), not is_brief)
+
+
+def rewards_of(planned: Sequence[Planned], outcomes: Sequence[RunOutcome], directory: Path) -> Mapping[str, float]:
+    """Of the runs of the family ``async`` that reached their planned end."""
+    whole = {outcome.name for outcome in outcomes if outcome.problem is None}
+    return {
+        p.name: last_reward(directory / p.name, p.num_steps)
+        for p in planned
+        if p.family == "async" and p.name in whole and p.num_steps >= COMPARED_STEPS
+    }
+
+
+def main() -> int:
+    """Exit code 1 when something did not pass."""
+    parser = argparse.ArgumentParser(prog="chaos", description=__doc__.partition("\n")[0])
+    parser.add_argument("--directory", type=Path, default=Path("runs/chaos"), help="must not exist")
+    parser.add_argument("--seed", type=int, default=0, help="of the schedule")
+    parser.add_argument("--faults", type=int, default=100, help="of the long schedule")
+    parser.add_argument("--quick", action="store_true", help="one run, ten kinds of faults once each")
+    parser.add_argument("--short", action="store_true", help="one run, two faults: what `make test` has time for")
+    arguments = parser.parse_args()
+    directory, console = arguments.directory.absolute(), Console(highlight=False)
+    try:
+        directory.mkdir(parents=True)
+    except FileExistsError:
+        reason = f"{directory} exists already; remove it or give another --directory"
+        print(f"chaos: {reason}", file=sys.stderr)  # noqa: T201 - the command's answer
+        return REFUSED
+    if arguments.short:
+        planned = brief(arguments.seed, "small", SHORT_STEPS, FAMILIES["small"].kinds)
+    elif arguments.quick:
+        planned = brief(arguments.seed, "async", QUICK_STEPS, QUICK)
+    else:
+        planned = plan(arguments.seed, arguments.faults)
+    disk = open_disk(directory / "disk")
+    console.print(f"the disk is full by {disk.how}")
+    try:
+        outcomes, counts = run_all(planned, directory, disk, console)
+    finally:
+        disk.close()
+    found = report(asked_of(arguments, planned), outcomes, counts, rewards_of(planned, outcomes, directory), disk.how)
+    (directory / "report.json").write_text(json.dumps(found, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    text = markdown(found)
+    (directory / "report.md").write_text(text, encoding="utf-8")
+    console.print(text, markup=False)
+    return 0 if found["passed"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
