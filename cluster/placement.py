@@ -186,13 +186,6 @@ class Placement:
         """Whether Ray holds a node to be alive, which for one that is cut off it does until its own timeout."""
         return any(node["NodeID"] == node_id and node["Alive"] for node in ray.nodes())
 
-    def node_of(self, slot: WorkerSlot) -> str:
-        """Id of the node that a slot lies on."""
-        extra = self._extra.get((slot.role, slot.index))
-        if extra is None:
-            return self._layout.nodes[slot.node].node_id
-        return str(placement_group_table(extra)["bundles_to_node_id"][0])
-
     def options(self, slot: WorkerSlot) -> dict[str, Any]:
         """Options of the actor that fills ``slot``."""
         threads_on = slot.cpu_ids or None

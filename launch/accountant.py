@@ -97,7 +97,7 @@ def bubble_rows(folder: Path) -> list[tuple[str, ...]] | None:
     path = folder / NAME
     if not path.is_file():
         return None
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for row in json.loads(path.read_text(encoding="utf-8"))["roles"]:
         rest = [f"{loss['cause']} {loss['fraction']:.0%}" for loss in row["losses"] if loss["fraction"] >= 0.005]
         rows.append((

@@ -1,6 +1,6 @@
 """The judge of an evaluation: each sample of the policy against the base's of the same seed, in both orders.
 
-May import: actors.{fleet, modeling}, trainers.*, launch.{eval_config, eval_fleet, eval_prepare, judging, lanes}.
+May import: actors.{generator_fleet, modeling}, trainers.*, launch.{eval_config, eval_fleet, eval_prepare, judging, lanes}.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from actors.fleet import GeneratorFleet
+from actors.generator_fleet import GeneratorFleet
 from actors.modeling import load_tokenizer
 from launch.eval_config import EvalConfig
 from launch.eval_fleet import GENERATOR, EvalCluster, Role
