@@ -1,6 +1,7 @@
 """The judge of an evaluation: each sample of the policy against the base's of the same seed, in both orders.
 
-May import: actors.{generator_fleet, modeling}, trainers.*, launch.{eval_config, eval_fleet, eval_prepare, judging, lanes}.
+May import: actors.{generator_fleet, modeling}, trainers.*,
+launch.{eval_config, eval_fleet, eval_prepare, judging, lanes}.
 """
 
 from __future__ import annotations
