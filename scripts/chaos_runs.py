@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from scripts.faults import KINDS
 
@@ -95,7 +96,7 @@ def make_reward_model(folder: Path) -> Path:
     from actors.scalar_model import load_scalar
 
     base = resolve_model("builtin:tiny-llama")
-    model = load_scalar(base, "reward_models.0.path").hf_model
+    model: Any = load_scalar(base, "reward_models.0.path").hf_model
     torch.manual_seed(0)
     torch.nn.init.normal_(model.score.weight)
     model.save_pretrained(folder)

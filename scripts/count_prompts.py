@@ -64,7 +64,7 @@ def count_prompts(folder: Path, epoch_size: int | None = None) -> Count:
     twice = {group: at for group, at in where.items() if len(at) > 1}
     problems += _lines("group trained on more than once", [f"{g} at steps {at}" for g, at in twice.items()])
     missing = set(map(str, range(len(where)))) - where.keys()
-    problems += _lines("position of the stream that was skipped", sorted(missing, key=int))
+    problems += _lines("position of the stream that was skipped", sorted(int(position) for position in missing))
     times = Counter(prompt_of[group] for group, at in where.items() for _ in at)
     size = epoch_size or len(times)
     num_epochs = sum(times.values()) // size if size else 0

@@ -1,4 +1,4 @@
-"""Chaos on the real engines: a short schedule in every test run, the quick one of `make chaos` in the full one."""
+"""Chaos on the real engines: the short schedule in every run of the tests, the quick one in `make test-full`."""
 
 from __future__ import annotations
 
