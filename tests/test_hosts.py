@@ -27,9 +27,9 @@ from test_end_to_end import REPOSITORY, RUN_S, Run, check_lineage
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(6 * RUN_S)]
 
 RAY_TIMEOUT_S = 100.0  # by which Ray's own checks find a node dead: 5 of them, each of 10 s, with 3 s between
-NUM_STEPS = 250
-PACED_S = 1.5  # of a step, while ``paced`` is there: the run is not to end before its host is back
-HOLD_S = 5.0  # more than a step
+NUM_STEPS = 40
+PACED_S = 8.0  # of a step, while ``paced`` is there: the run is not to end before its host is back
+HOLD_S = 10.0  # more than a step
 LATE = 1.5  # deadlines are kept up to this factor on a busy machine
 
 REWARD = '''
