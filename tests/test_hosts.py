@@ -181,7 +181,7 @@ def test_a_host_that_is_cut_off_in_mid_rollout_is_done_without_and_adopted_when_
 
 def test_a_host_that_is_cut_off_in_mid_push_is_left_out_of_it_and_adopted_when_it_comes_back(world: World) -> None:
     deadline_s = 20.0
-    world.start_ray(RAY_health_check_failure_threshold="3")  # sooner than by default, and later than the push's deadline
+    world.start_ray(RAY_health_check_failure_threshold="3")  # sooner than by default, later than the push
     run = world.train(
         "push", 0, *COMMON, "push.backend=nccl", "model.dtype=float32", f"push.deadline_s={deadline_s}",
         "health.detect_s=120", "health.replace=false", "health.adopt_up_to=2",
