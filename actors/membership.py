@@ -169,6 +169,8 @@ class Membership:
             self.roster.expel(member, reason)
         if num_fewer and self._staffing.target > 1:
             self.scale(max(1, self._staffing.target - num_fewer))
+        self._staffing.reset()  # what failed on that node may work elsewhere
+        self._staff()
 
     def _staff(self) -> None:
         """Bring the number of generators to the one wanted; called after every change."""

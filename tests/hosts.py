@@ -104,6 +104,10 @@ class Host:
         """Everything that runs on this host."""
         return _processes(self.namespace)
 
+    def end(self) -> None:
+        """Kill everything that runs on this host."""
+        _end(self.namespace)
+
 
 class Network:
     """A switch and the hosts on it; close it, or use it in ``with``."""
@@ -166,19 +170,23 @@ def _processes(namespace: str) -> list[psutil.Process]:
     return found
 
 
+def _end(namespace: str) -> None:
+    for _ in range(ROUNDS):  # what is ended may have started something meanwhile
+        ending = _processes(namespace)
+        for process in ending:
+            try:
+                process.kill()
+            except psutil.NoSuchProcess:
+                continue
+        if not ending:
+            break
+        psutil.wait_procs(ending, timeout=END_S)
+
+
 def _remove(namespace: str) -> None:
     """End what runs in a namespace, and it; nothing when it is not there."""
     if namespace in _namespaces():
-        for _ in range(ROUNDS):  # what is ended may have started something meanwhile
-            ending = _processes(namespace)
-            for process in ending:
-                try:
-                    process.kill()
-                except psutil.NoSuchProcess:
-                    continue
-            if not ending:
-                break
-            psutil.wait_procs(ending, timeout=END_S)
+        _end(namespace)
         _do("ip", "netns", "delete", namespace)
     shutil.rmtree(Path(tempfile.gettempdir()) / namespace, ignore_errors=True)
     shutil.rmtree(NAMES / namespace, ignore_errors=True)
