@@ -20,6 +20,7 @@ from benchmarks.job import Job
 from benchmarks.live import live_run
 from benchmarks.process import MeasurementError
 from launch.demands import role_demands
+from launch.journal import read_rows
 from launch.overrides import load_config
 from trainers.experience import Prompt, WeightVersion, decode_group
 from trainers.protocols import GroupRequest
@@ -280,3 +281,20 @@ def test_models_have_cores_of_their_own_where_a_run_asks_for_it_and_reward_funct
         apart = {demand.name: demand.own_cores for demand in role_demands(config, False)}
         assert apart.pop("reward_workers", False) is False
         assert {"generator", "learner", "critic", "reference"} <= apart.keys() and set(apart.values()) == {own_cores}
+
+
+def test_a_run_of_fakes_goes_through_everything_that_a_run_has_and_keeps_its_pace(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = elastic.paced(token_s=0.002, start_s=0.0, num_steps=2)
+    one_process = ["run.max_staleness=0", "cluster.backend=in_process", "run.num_steps=2", f"run.directory={tmp_path}"]
+    monkeypatch.setattr("sys.argv", ["burnish", "train", elastic.RECIPE, *world.overrides(1), *one_process])
+    assert paced.main() == 0
+    rows = list(read_rows(tmp_path / "step" / "metrics.jsonl"))
+    assert [r["step"] for r in rows] == [1, 2]
+    assert elastic.rate(rows, 1, 2) == pytest.approx(9 / (elastic.taken_at(rows[1]) - elastic.taken_at(rows[0])))
+    # 72 samples of 16 to 64 tokens at 8 seats: as long as the tokens take, and no sampling without its time.
+    least_s = 0.002 * 72 * rows[1]["completions/mean_length"] / 8
+    assert rows[1]["time/generate_s"] >= least_s and rows[1]["time/learn_s"] >= 0.2
+    kinds = [event["kind"] for event in read_rows(tmp_path / "step" / "events.jsonl")]
+    assert {"ready", "checkpoint", "finished"} <= set(kinds)
