@@ -17,7 +17,7 @@ from actors.learner import DeepSpeedLearner
 from actors.settings import GeneratorSettings
 from benchmarks import asynchrony, elastic, paced, page, speed, staleness_curves
 from benchmarks.job import Job
-from benchmarks.live import live_run
+from benchmarks.live import live_run, worker_of
 from benchmarks.process import MeasurementError
 from launch.demands import role_demands
 from launch.journal import read_rows
@@ -217,6 +217,12 @@ def test_a_run_that_ends_before_it_was_seen_is_named_with_its_error() -> None:
         pytest.raises(MeasurementError, match="ended with 2 before step 1: .*no-such-recipe"),
     ):
         run.step(1, 60.0)
+
+
+def test_a_worker_is_found_by_the_title_of_its_process_idle_or_at_work() -> None:
+    assert worker_of(["ray::burnish-generator-1", "", ""]) == "generator-1"
+    assert worker_of(["ray::burnish-generator-10.generate"]) == "generator-10"
+    assert worker_of(["/usr/bin/python", "-m", "launch.cli"]) is None and worker_of([]) is None
 
 
 # --- the fakes ------------------------------------------------------------------------------------
