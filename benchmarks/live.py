@@ -67,14 +67,18 @@ class LiveRun:
         return self.until("metrics.jsonl", lambda row: row["step"] == step, f"step {step}", deadline_s)
 
     def kill_worker(self, role: str, index: int) -> None:
-        """SIGKILL for the process of one worker.  LookupError when there is none of that name."""
+        """SIGKILL for the process of one worker.
+
+        Raises:
+            MeasurementError: there is none of that name.
+        """
         wanted = f"{role}-{index}"
         for process in psutil.Process(self.process.pid).children(recursive=True):
             with suppress(psutil.NoSuchProcess):  # helpers of Ray's come and go
                 if worker_of(process.cmdline()) == wanted:
                     process.kill()
                     return
-        raise LookupError(f"no process of the run is {wanted}")
+        raise MeasurementError(f"no process of the run is {wanted}")
 
     def said(self) -> str:
         return last_lines(self.log)

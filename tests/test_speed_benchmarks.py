@@ -15,7 +15,7 @@ from test_async_loop import in_virtual_time
 from actors.generator import VLLMGenerator
 from actors.learner import DeepSpeedLearner
 from actors.settings import GeneratorSettings
-from benchmarks import asynchrony, elastic, paced, page, speed, staleness_curves
+from benchmarks import asynchrony, elastic, paced, page, report, speed, staleness_curves
 from benchmarks.job import Job
 from benchmarks.live import live_run, worker_of
 from benchmarks.process import MeasurementError
@@ -182,6 +182,19 @@ def test_every_row_has_its_line_in_the_page_with_its_target_and_renews_it_alone(
         assert new.cells()[4] in old
     once = page.renewed_rows(before, rows[:1])
     assert sum(a != b for a, b in zip(before.splitlines(), once.splitlines(), strict=True)) <= 1
+
+
+def test_one_section_measured_alone_leaves_the_rest_of_the_page_as_it_was(tmp_path: Path) -> None:
+    made = report.Report(Job(), False, tmp_path)
+    before = page.PAGE.read_text()
+    failed = [page.Row("pause", "no number", "", target="pause", note="failed: why")]
+    assert report.renewed_page(before, {"pause": failed}, made, "", 0.0) == before, "a failure replaces no number"
+    rows = [row for row in every_row() if row.what == speed.ROLLOUTS]
+    after = report.renewed_page(before, {"rollouts": rows, "pause": failed}, made, "", 0.0)
+    changed = [line for line in after.splitlines() if line not in before.splitlines()]
+    assert changed == [page.markdown_line(rows[0].cells())]
+    made.bubbles = speed.bubble_tables({"sync": [("learner", "1", "9 s", "47%", "wait for generator 50%", "more")]})
+    assert "| learner | 1 | 9 s | 47% |" in page.section_of(report.renewed_page(before, {}, made, "", 0.0), "bubbles")
 
 
 def test_a_row_of_fakes_says_so() -> None:
