@@ -34,6 +34,7 @@ FIGURE = ROOT / "docs" / "figures" / "staleness.svg"
 RECIPE = "cpu-demo"
 STALENESS, QUICK_STALENESS = (0, 1, 4, 16), (0, 1)
 QUICK = ("model.path=builtin:tiny-llama", "run.groups_per_step=2", "run.samples_per_prompt=4")
+ALWAYS = ("checkpoint.every=0", "checkpoint.export=false", "telemetry.progress=false", "telemetry.wandb=disabled")
 TAIL = 5  # last steps whose training reward is averaged
 # Two-sided 95 % quantiles of Student's t by degrees of freedom; beyond, the normal one.
 T95 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}
@@ -188,8 +189,7 @@ def main() -> int:
     seeds, steps, staleness = [int(s) for s in arguments.seeds.split(",")], arguments.steps, STALENESS
     if arguments.quick:
         seeds, steps, staleness = [0], 2, QUICK_STALENESS
-    more = [*(QUICK if arguments.quick else ()), "checkpoint.every=0", "checkpoint.export=false", "telemetry.progress=false", "telemetry.wandb=disabled",
-            f"run.num_steps={steps}", f"evaluation.every={steps}"]  # fmt: skip
+    more = [*(QUICK if arguments.quick else ()), *ALWAYS, f"run.num_steps={steps}", f"evaluation.every={steps}"]
     with tempfile.TemporaryDirectory(prefix="burnish-staleness-") as scratch:
         directory = Path(scratch) if arguments.quick else arguments.directory.absolute()
         directory.mkdir(parents=True, exist_ok=True)
