@@ -22,6 +22,7 @@ from benchmarks.process import MeasurementError, end, environment, last_lines, s
 from launch.journal import read_rows
 
 DRIVER = "launch.cli"
+PREFIX = "ray::burnish-"  # of the processes of workers: cluster/workers.py
 LOOK_S = 0.25  # between two looks at a file
 ENDLESS = 1000  # steps: generators have work until the run is ended
 Row = dict[str, Any]  # of metrics.jsonl or events.jsonl
@@ -66,17 +67,27 @@ class LiveRun:
         return self.until("metrics.jsonl", lambda row: row["step"] == step, f"step {step}", deadline_s)
 
     def kill_worker(self, role: str, index: int) -> None:
-        """SIGKILL for the process of one worker.  LookupError when there is none of that name."""
-        title = f"ray::burnish-{role}-{index}"
+        """SIGKILL for the process of one worker.
+
+        Raises:
+            MeasurementError: there is none of that name.
+        """
+        wanted = f"{role}-{index}"
         for process in psutil.Process(self.process.pid).children(recursive=True):
             with suppress(psutil.NoSuchProcess):  # helpers of Ray's come and go
-                if " ".join(process.cmdline()).partition(".")[0].strip() == title:
+                if worker_of(process.cmdline()) == wanted:
                     process.kill()
                     return
-        raise LookupError(f"no process is called {title}")
+        raise MeasurementError(f"no process of the run is {wanted}")
 
     def said(self) -> str:
         return last_lines(self.log)
+
+
+def worker_of(command: Sequence[str]) -> str | None:
+    """``generator-0`` of the process that Ray calls ``ray::burnish-generator-0.generate``; None of any other."""
+    title = " ".join(command).strip()
+    return title.removeprefix(PREFIX).partition(".")[0] if title.startswith(PREFIX) else None
 
 
 @contextmanager

@@ -5,7 +5,7 @@
 Everything else of such a run is real: Ray, placement, dispatch, liveness, replacement, pushes, ledger, loop, rewards.
 They need next to no processor time, so a machine with few cores can show what many generators do.
 Pace: ``generator.engine_args`` {token_s, load_s, start_s} and ``learner.deepspeed`` {update_s}, all in s.
-May import: numpy, pyarrow, actors.state_saving, benchmarks.*, cluster.rendezvous, launch.*, trainers.*.
+May import: numpy, pyarrow, actors.{settings, state_saving}, launch.*, trainers.*.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import numpy as np
 import pyarrow as pa
 
 from actors.settings import GeneratorSettings, LearnerSettings
+from actors.state_saving import SaveBegun, SaveOutcome
 from trainers.experience import (
     GroupSummary,
     Trajectory,
@@ -112,6 +113,13 @@ class PacedLearner:
 
     def score(self, prompts: Sequence[np.ndarray], completions: Sequence[np.ndarray]) -> list[np.ndarray]:
         return [np.full(len(completion), LOGPROB, np.float32) for completion in completions]
+
+    def begin_save(self, directory: str) -> SaveBegun:
+        """There is no state: a checkpoint holds what the controller has."""
+        return SaveBegun(0.0, 0)
+
+    def save_outcome(self, wait_s: float = 0.0) -> SaveOutcome | None:
+        return SaveOutcome({}, 0.0)
 
 
 def main() -> int:

@@ -57,7 +57,8 @@ def engines(found: Mapping[str, Any], num_generators: int) -> str:
     """With what a comparison of ``elastic`` was made."""
     if found["is_real"]:
         return f"{num_generators} vLLM engines on a core each"
-    return f"paced fakes in place of the engines: {num_cpus()} cores, {num_generators + 1} would be needed"
+    lacking = f": {num_cpus()} cores, {num_generators + 1} would be needed" if num_cpus() <= num_generators else ""
+    return f"paced fakes in place of the engines{lacking}"
 
 
 def rollouts_rows(found: Mapping[str, Any]) -> list[Row]:

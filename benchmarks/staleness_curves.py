@@ -31,8 +31,10 @@ from launch.plots import smooth
 from scripts.stages import StageError, Stages
 
 FIGURE = ROOT / "docs" / "figures" / "staleness.svg"
-RECIPE, QUICK_RECIPE = "cpu-demo", "cpu-two-by-two"
+RECIPE = "cpu-demo"
 STALENESS, QUICK_STALENESS = (0, 1, 4, 16), (0, 1)
+QUICK = ("model.path=builtin:tiny-llama", "run.groups_per_step=2", "run.samples_per_prompt=4")
+ALWAYS = ("checkpoint.every=0", "checkpoint.export=false", "telemetry.progress=false", "telemetry.wandb=disabled")
 TAIL = 5  # last steps whose training reward is averaged
 # Two-sided 95 % quantiles of Student's t by degrees of freedom; beyond, the normal one.
 T95 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}
@@ -148,7 +150,7 @@ def draw(curves: Mapping[Variant, Sequence[Curve]], path: Path) -> None:
 
 
 def run_all(
-    stages: Stages, recipe: str, staleness: Sequence[int], seeds: Sequence[int], more: Sequence[str]
+    stages: Stages, staleness: Sequence[int], seeds: Sequence[int], more: Sequence[str]
 ) -> dict[Variant, list[Curve]]:
     """Every run that is missing; the curves of all."""
     curves: dict[Variant, list[Curve]] = {}
@@ -157,7 +159,7 @@ def run_all(
             name = f"{variant.name}-seed{seed}"
             metrics = stages.run(
                 name,
-                ["train", recipe, f"run.directory={stages.directory}", f"run.name={name}", f"run.seed={seed}",
+                ["train", RECIPE, f"run.directory={stages.directory}", f"run.name={name}", f"run.seed={seed}",
                  *variant.overrides(), *more],
                 f"{name}/metrics.jsonl",
             )  # fmt: skip
@@ -184,16 +186,15 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="a tiny model, two steps: does it run?")
     arguments = parser.parse_args()
     console = Console()
-    seeds, steps, recipe, staleness = [int(s) for s in arguments.seeds.split(",")], arguments.steps, RECIPE, STALENESS
+    seeds, steps, staleness = [int(s) for s in arguments.seeds.split(",")], arguments.steps, STALENESS
     if arguments.quick:
-        seeds, steps, recipe, staleness = [0], 2, QUICK_RECIPE, QUICK_STALENESS
-    more = ["checkpoint.every=0", "checkpoint.export=false", "telemetry.progress=false", "telemetry.wandb=disabled",
-            f"run.num_steps={steps}", f"evaluation.every={steps}"]  # fmt: skip
+        seeds, steps, staleness = [0], 2, QUICK_STALENESS
+    more = [*(QUICK if arguments.quick else ()), *ALWAYS, f"run.num_steps={steps}", f"evaluation.every={steps}"]
     with tempfile.TemporaryDirectory(prefix="burnish-staleness-") as scratch:
         directory = Path(scratch) if arguments.quick else arguments.directory.absolute()
         directory.mkdir(parents=True, exist_ok=True)
         try:
-            curves = run_all(Stages(directory, console), recipe, staleness, seeds, more)
+            curves = run_all(Stages(directory, console), staleness, seeds, more)
         except StageError as error:
             print(f"staleness_curves: {error}", file=sys.stderr)
             return 1

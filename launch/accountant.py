@@ -101,8 +101,8 @@ def bubble_rows(folder: Path) -> list[tuple[str, ...]] | None:
     for row in json.loads(path.read_text(encoding="utf-8"))["roles"]:
         rest = [f"{loss['cause']} {loss['fraction']:.0%}" for loss in row["losses"] if loss["fraction"] >= 0.005]
         rows.append((
-            row["role"], str(row["num_workers"]), f"{row['start_s'] / row['num_workers']:.0f} s",
-            f"{row['useful_fraction']:.0%}", ", ".join(rest[:SHOWN_LOSSES]), row["help"],
+            str(row["role"]), str(row["num_workers"]), f"{row['start_s'] / row['num_workers']:.0f} s",
+            f"{row['useful_fraction']:.0%}", ", ".join(rest[:SHOWN_LOSSES]), str(row["help"]),
         ))  # fmt: skip
     return rows
 

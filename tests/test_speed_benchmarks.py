@@ -15,11 +15,12 @@ from test_async_loop import in_virtual_time
 from actors.generator import VLLMGenerator
 from actors.learner import DeepSpeedLearner
 from actors.settings import GeneratorSettings
-from benchmarks import asynchrony, elastic, paced, page, speed, staleness_curves
+from benchmarks import asynchrony, elastic, paced, page, report, speed, staleness_curves
 from benchmarks.job import Job
-from benchmarks.live import live_run
+from benchmarks.live import live_run, worker_of
 from benchmarks.process import MeasurementError
 from launch.demands import role_demands
+from launch.journal import read_rows
 from launch.overrides import load_config
 from trainers.experience import Prompt, WeightVersion, decode_group
 from trainers.protocols import GroupRequest
@@ -183,6 +184,19 @@ def test_every_row_has_its_line_in_the_page_with_its_target_and_renews_it_alone(
     assert sum(a != b for a, b in zip(before.splitlines(), once.splitlines(), strict=True)) <= 1
 
 
+def test_one_section_measured_alone_leaves_the_rest_of_the_page_as_it_was(tmp_path: Path) -> None:
+    made = report.Report(Job(), False, tmp_path)
+    before = page.PAGE.read_text()
+    failed = [page.Row("pause", "no number", "", target="pause", note="failed: why")]
+    assert report.renewed_page(before, {"pause": failed}, made, "", 0.0) == before, "a failure replaces no number"
+    rows = [row for row in every_row() if row.what == speed.ROLLOUTS]
+    after = report.renewed_page(before, {"rollouts": rows, "pause": failed}, made, "", 0.0)
+    changed = [line for line in after.splitlines() if line not in before.splitlines()]
+    assert changed == [page.markdown_line(rows[0].cells())]
+    made.bubbles = speed.bubble_tables({"sync": [("learner", "1", "9 s", "47%", "wait for generator 50%", "more")]})
+    assert "| learner | 1 | 9 s | 47% |" in page.section_of(report.renewed_page(before, {}, made, "", 0.0), "bubbles")
+
+
 def test_a_row_of_fakes_says_so() -> None:
     fakes = [r for r in every_row() if "paced fakes" in r.note]
     assert [r.what for r in fakes] == [speed.ROLLOUTS, speed.LOST, speed.SURVIVORS]
@@ -216,6 +230,12 @@ def test_a_run_that_ends_before_it_was_seen_is_named_with_its_error() -> None:
         pytest.raises(MeasurementError, match="ended with 2 before step 1: .*no-such-recipe"),
     ):
         run.step(1, 60.0)
+
+
+def test_a_worker_is_found_by_the_title_of_its_process_idle_or_at_work() -> None:
+    assert worker_of(["ray::burnish-generator-1", "", ""]) == "generator-1"
+    assert worker_of(["ray::burnish-generator-10.generate"]) == "generator-10"
+    assert worker_of(["/usr/bin/python", "-m", "launch.cli"]) is None and worker_of([]) is None
 
 
 # --- the fakes ------------------------------------------------------------------------------------
@@ -280,3 +300,20 @@ def test_models_have_cores_of_their_own_where_a_run_asks_for_it_and_reward_funct
         apart = {demand.name: demand.own_cores for demand in role_demands(config, False)}
         assert apart.pop("reward_workers", False) is False
         assert {"generator", "learner", "critic", "reference"} <= apart.keys() and set(apart.values()) == {own_cores}
+
+
+def test_a_run_of_fakes_goes_through_everything_that_a_run_has_and_keeps_its_pace(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = elastic.paced(token_s=0.002, start_s=0.0, num_steps=2)
+    one_process = ["run.max_staleness=0", "cluster.backend=in_process", "run.num_steps=2", f"run.directory={tmp_path}"]
+    monkeypatch.setattr("sys.argv", ["burnish", "train", elastic.RECIPE, *world.overrides(1), *one_process])
+    assert paced.main() == 0
+    rows = list(read_rows(tmp_path / "step" / "metrics.jsonl"))
+    assert [r["step"] for r in rows] == [1, 2]
+    assert elastic.rate(rows, 1, 2) == pytest.approx(9 / (elastic.taken_at(rows[1]) - elastic.taken_at(rows[0])))
+    # 72 samples of 16 to 64 tokens at 8 seats: as long as the tokens take, and no sampling without its time.
+    least_s = 0.002 * 72 * rows[1]["completions/mean_length"] / 8
+    assert rows[1]["time/generate_s"] >= least_s and rows[1]["time/learn_s"] >= 0.2
+    kinds = [event["kind"] for event in read_rows(tmp_path / "step" / "events.jsonl")]
+    assert {"ready", "checkpoint", "finished"} <= set(kinds)
