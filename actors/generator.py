@@ -19,7 +19,9 @@ import pyarrow as pa
 from actors.fingerprints import compare
 from actors.modeling import load_tokenizer
 from actors.settings import GeneratorSettings
-from actors.vllm_engine import BesideEngine, Completion, Engine, InProcessEngine, SampleRequest, set_environment
+from actors.vllm_beside import BesideEngine
+from actors.vllm_engine import Completion, Engine, SampleRequest, set_environment
+from actors.vllm_in_process import InProcessEngine
 from cluster.weight_channel import WeightManifest
 from trainers.experience import (
     GroupSummary,

@@ -23,7 +23,8 @@ from test_ppo import PPO
 
 from actors.generator_fleet import GeneratorFleet
 from actors.roster import Member
-from actors.vllm_engine import InProcessEngine, SampleRequest
+from actors.vllm_engine import SampleRequest
+from actors.vllm_in_process import InProcessEngine
 from cluster.checkpoints import CheckpointStore
 from cluster.errors import DeadlineError, WorkerDiedError, WorkerError
 from cluster.settings import HealthSettings
@@ -451,8 +452,8 @@ class Sampling:
 
 @pytest.fixture
 def plain_requests(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("actors.vllm_engine._prompt", lambda request: None)
-    monkeypatch.setattr("actors.vllm_engine._sampling_params", lambda request: None)
+    monkeypatch.setattr("actors.vllm_in_process.engine_prompt", lambda request: None)
+    monkeypatch.setattr("actors.vllm_in_process.sampling_params", lambda request: None)
 
 
 @pytest.mark.usefixtures("plain_requests")
