@@ -2,8 +2,8 @@
 
     python -m benchmarks.staleness_curves [--seeds 0,1,2] [--steps 32] [--directory runs/staleness] [--quick]
 
-Seven runs a seed, each somewhat longer than `make demo`: on two cores about 45 minutes a seed.  A run that has ended is
-not run again, so the study can be stopped and gone on with.  Writes docs/figures/staleness.svg and the section
+Seven runs a seed, each somewhat longer than `make demo`: expect 45 minutes a seed on two cores.  A run that has ended
+is not run again, so the study can be stopped and gone on with.  Writes docs/figures/staleness.svg and the section
 ``staleness`` of docs/benchmarks.md; with ``--quick`` everything runs once on a tiny model and nothing is written there.
 May import: numpy, rich, matplotlib (in the function that draws), benchmarks.page, launch.*, scripts.stages.
 """
@@ -157,6 +157,7 @@ def run_all(
     for seed in seeds:  # whole seeds first: a study that is stopped early still compares
         for variant in variants(staleness):
             name = f"{variant.name}-seed{seed}"
+            stages.fresh(name, stages.directory / name)
             metrics = stages.run(
                 name,
                 ["train", RECIPE, f"run.directory={stages.directory}", f"run.name={name}", f"run.seed={seed}",
@@ -191,7 +192,7 @@ def main() -> int:
         seeds, steps, staleness = [0], 2, QUICK_STALENESS
     more = [*(QUICK if arguments.quick else ()), *ALWAYS, f"run.num_steps={steps}", f"evaluation.every={steps}"]
     with tempfile.TemporaryDirectory(prefix="burnish-staleness-") as scratch:
-        directory = Path(scratch) if arguments.quick else arguments.directory.absolute()
+        directory = Path(scratch) if arguments.quick else arguments.directory.absolute() / f"{steps}-steps"
         directory.mkdir(parents=True, exist_ok=True)
         try:
             curves = run_all(Stages(directory, console), staleness, seeds, more)
