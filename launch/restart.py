@@ -9,7 +9,7 @@
     a new loop              with the ledger of the checkpoint
 
 What a rank *raises* would be raised again, so it ends the run.  But the peers of a rank that dies raise too, and often
-sooner than its death is known: so after any failure the ranks are asked.
+sooner than its death is known: so after any failure but those that Burnish raises on purpose the ranks are asked.
 May import: cluster.*, trainers.*, launch.{assemble, checkpointing, config, resuming, signals, telemetry,
 trained_ranks}.
 """
@@ -34,6 +34,7 @@ from launch.resuming import newest_checkpoint
 from launch.signals import stop_on_signals
 from launch.telemetry import Telemetry
 from launch.trained_ranks import end_all
+from trainers.errors import BurnishError
 from trainers.experience import WeightVersion
 from trainers.loop import TrainingLoop
 
@@ -139,6 +140,8 @@ async def train_on(run: RestartableRun, clock: Callable[[], float] = time.monoto
                 loss = None
             await run.train()
             return
+        except BurnishError:  # raised on purpose: it would come again, whoever is there
+            raise
         except Exception as error:  # raised again unless a rank is lost
             found = await find_loss(error, run.fleet.trained)
             if found is None and loss is not None and isinstance(error, WorkerError | DeadlineError):

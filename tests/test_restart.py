@@ -34,7 +34,7 @@ from launch.restart import Loss, Restarts, dead_ranks, lost_rank, train_on
 from launch.resuming import earlier_attempts
 from launch.spool import UNTRAINED, read_spool
 from launch.telemetry import Telemetry
-from trainers.errors import InputError
+from trainers.errors import InputError, VerificationError
 from trainers.experience import WeightVersion
 
 __all__ = ["start"]  # the fixture
@@ -252,6 +252,14 @@ def test_an_error_of_the_update_itself_ends_the_run_as_it_was_raised(tmp_path: P
     with pytest.raises(ArithmeticError, match="loss is NaN"):
         bounded(lambda: train_on(run))  # type: ignore[arg-type]
     assert run.kinds == [] and len(run.log) == 1
+
+
+def test_what_burnish_raises_on_purpose_ends_the_run_whoever_is_lost(tmp_path: Path) -> None:
+    run = FakeRun(tmp_path, [(7, VerificationError("generator-0 missed a push"))], saved=[6])
+    run.fleet.trained = {"learner": Ranks(["dead"])}
+    with pytest.raises(VerificationError):
+        bounded(lambda: train_on(run))  # type: ignore[arg-type]
+    assert run.kinds == []
 
 
 def test_a_run_that_is_being_stopped_starts_nobody_again(tmp_path: Path) -> None:
@@ -574,7 +582,7 @@ def test_an_asynchronous_run_loses_its_learner_and_trains_what_was_spooled_and_e
 def test_without_a_checkpoint_a_killed_critic_takes_both_models_back_to_the_beginning(start: Start) -> None:
     run = start(
         "critic", *COMMON, *PPO, "run.num_steps=6", "checkpoint.every=0", "learner.num_workers=1",
-        "learner.zero_stage=0", "critic.zero_stage=0",
+        "learner.zero_stage=0", "critic.zero_stage=0", "model.dtype=float32",
     )  # fmt: skip
     run.until("metrics.jsonl", lambda row: row["step"] >= 2)
     first = run.rows("metrics.jsonl")[0]
