@@ -18,7 +18,7 @@ class Act(StrEnum):
     """What is done to the target."""
 
     KILL = "kill"  # kill -9
-    FREEZE = "freeze"  # SIGSTOP; SIGCONT when the run has given it up
+    FREEZE = "freeze"  # SIGSTOP; SIGCONT when the run is well again without it
     PAUSE = "pause"  # SIGSTOP; SIGCONT as soon as it is suspected
     SLOW = "slow"  # SIGSTOP and SIGCONT by turns
     FILL = "fill"  # no room on the disk until a checkpoint has failed

@@ -27,7 +27,7 @@ class Recovery:
         self.detected_at: float | None = None
         self.recovered_at: float | None = None
         self.reason = ""  # as the run gave it
-        self.lift = False  # the cause has to go now
+        self.lift = False  # the cause has to go now, and not only with the recovery
         self.ended_run = False  # an error that names the victim ended the run, which is to be resumed
         # A process that is to be let go on is let go at the first suspicion; one that dies first is replaced.
         self._signs = ("worker_died", "worker_suspect") if self.kind.ends is Ends.RECOVERED else ("worker_died",)
@@ -97,7 +97,7 @@ class Recovery:
             self.recovered_at = at
 
     def _detected(self, at: float, reason: str) -> None:
-        self.lift = True
+        self.lift = self.kind.act is not Act.FREEZE  # that one wakes up when another stands in its place
         if self.detected_at is None:
             self.detected_at, self.reason = at, reason
 
