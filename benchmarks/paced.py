@@ -125,11 +125,11 @@ class PacedLearner:
 def main() -> int:
     """The command line of `burnish`, its engines replaced."""
     from benchmarks import paced  # workers find the classes by this name, not as those of __main__
-    from launch import assemble, cli
+    from launch import assemble, cli, trained_ranks
 
     with (
         mock.patch.object(assemble, "VLLMGenerator", paced.PacedGenerator),
-        mock.patch.object(assemble, "DeepSpeedLearner", paced.PacedLearner),
+        mock.patch.object(trained_ranks, "DeepSpeedLearner", paced.PacedLearner),
     ):
         return cli.main(sys.argv[1:])
 
