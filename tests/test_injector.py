@@ -194,7 +194,9 @@ def save():
     if (folder.parent / "full").exists():
         event("checkpoint_failed", reason="no space")
     elif behaviour != "careless":
-        saved.write_text(str(step))
+        fresh = saved.with_suffix(".new")
+        fresh.write_text(str(step))
+        fresh.replace(saved)  # it may be killed in between
         event("checkpoint")
 
 def gone(name):
