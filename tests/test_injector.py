@@ -22,7 +22,7 @@ from scripts.faults import KINDS, Fault, Phase
 from scripts.injector import Frozen, NobodyThereError, Slowed, inject, processes_of
 
 DEADLINE_S = 30.0
-MORE_STEPS = 12
+MORE_STEPS = 60  # more than a paced worker takes to be suspect: a fault that came to nothing gets another chance
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
@@ -205,6 +205,8 @@ def gone(name):
             event("failed", error="WorkerDiedError: learner[0] died in update")
         sys.exit(1)
     workers[name].kill()
+    workers[name].wait()
+    suspected.discard(name)  # its successor, of the same name here, was never suspect
     event("worker_died", role="generator", worker=name, reason="gone")
     workers[name] = hire(name)
     if behaviour != "unreplaced":
