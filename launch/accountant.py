@@ -114,7 +114,8 @@ def bubble_table(folder: Path) -> Table | None:
         return None
     table = Table(title="where the time went")
     for title in BUBBLE_COLUMNS:
-        table.add_column(title, justify="right" if title in ("workers", "start", "useful") else "left")
+        # Folded, not cut: on a narrow terminal the names of settings are what the reader needs whole.
+        table.add_column(title, justify="right" if title in ("workers", "start", "useful") else "left", overflow="fold")
     for row in rows:
         table.add_row(*row)
     return table

@@ -398,3 +398,8 @@ def test_the_table_shows_every_role_its_largest_losses_and_what_would_help(tmp_p
         assert row["useful_fraction"] + sum(loss["fraction"] for loss in row["losses"]) == pytest.approx(1.0)
         line = next(line for line in captured.get().splitlines() if line.startswith(f"│ {row['role']} "))
         assert row["help"] in line and row["losses"][0]["cause"] in line
+    narrow = Console(width=80)
+    with narrow.capture() as captured:
+        narrow.print(table)
+    cells = "".join(line.split("│")[6].replace(" ", "") for line in captured.get().splitlines() if line.startswith("│"))
+    assert all(row["help"].replace(" ", "") in cells for row in report["roles"]), "names of settings are cut"
