@@ -1,4 +1,7 @@
-"""Which checkpoints stay: the newest, and those that scored best.  Pure.  Imports nothing of Burnish."""
+"""Which checkpoints stay: the newest, and those that scored best.  Pure.
+
+May import: nothing of Burnish.
+"""
 
 from __future__ import annotations
 
