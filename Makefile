@@ -44,7 +44,7 @@ bench: install ## the ratios of docs/benchmarks.md, measured on this machine
 	@$(BIN)/python -m benchmarks.report
 
 .PHONY: curves
-curves: install ## reward curves of stale runs, with and without correction (about 45 minutes a seed)
+curves: install ## reward curves of stale runs, with and without correction (half an hour)
 	@$(BIN)/python -m benchmarks.staleness_curves --directory $(RUN_DIR)/staleness
 
 gpu: ## checks for a CUDA machine, in the environment that is active there

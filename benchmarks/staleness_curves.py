@@ -1,10 +1,13 @@
-"""Reward curves of stale runs: the recipe cpu-demo at max_staleness 0, 1, 4 and 16, with and without correction.
+"""Reward curves of stale runs at max_staleness 0, 1, 4 and 16, with and without correction.
 
-    python -m benchmarks.staleness_curves [--seeds 0,1,2] [--steps 32] [--directory runs/staleness] [--quick]
+    python -m benchmarks.staleness_curves [--study letters] [--seeds 0,1,2] [--directory runs/staleness] [--quick]
 
-Seven runs a seed, each somewhat longer than `make demo`: expect 45 minutes a seed on two cores.  A run that has ended
-is not run again, so the study can be stopped and gone on with.  Writes docs/figures/staleness.svg and the section
-``staleness`` of docs/benchmarks.md; with ``--quick`` everything runs once on a tiny model and nothing is written there.
+    letters      a tiny random model at a high learning rate: seven runs a seed, a minute each
+    arithmetic   the recipe cpu-demo: seven runs a seed, each somewhat longer than `make demo`, 45 minutes in all
+
+A run that has ended is not run again, so a study can be stopped and gone on with.  Writes docs/figures/staleness-STUDY.svg
+and the section ``staleness-STUDY`` of docs/benchmarks.md; with ``--quick`` everything runs once, for two steps on the
+tiny model, and nothing is written there.
 May import: numpy, rich, matplotlib (in the function that draws), benchmarks.page, launch.*, scripts.stages.
 """
 
@@ -30,17 +33,39 @@ from launch.journal import read_rows
 from launch.plots import smooth
 from scripts.stages import StageError, Stages
 
-FIGURE = ROOT / "docs" / "figures" / "staleness.svg"
-RECIPE = "cpu-demo"
+FIGURES = ROOT / "docs" / "figures"
 STALENESS, QUICK_STALENESS = (0, 1, 4, 16), (0, 1)
-QUICK = ("model.path=builtin:tiny-llama", "run.groups_per_step=2", "run.samples_per_prompt=4")
 ALWAYS = ("checkpoint.every=0", "checkpoint.export=false", "telemetry.progress=false", "telemetry.wandb=disabled")
 TAIL = 5  # last steps whose training reward is averaged
 # Two-sided 95 % quantiles of Student's t by degrees of freedom; beyond, the normal one.
 T95 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}
 COLOURS = ("#000000", "#0072B2", "#E69F00", "#D55E00")  # told apart by colour-blind readers
-COLUMNS = ("max_staleness", "correction", "seeds", "lag, steps", "held-out accuracy at the end",
+COLUMNS = ("max_staleness", "correction", "seeds", "lag, steps", "held-out reward at the end",
            f"reward, last {TAIL} steps", "95 % interval over seeds")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Study:
+    """A task on which staleness is tried.  ``says``: what it is, for the page."""
+
+    recipe: str
+    num_steps: int
+    overrides: tuple[str, ...]
+    says: str
+
+
+STUDIES = {
+    "letters": Study(
+        "cpu-two-by-two", 96,
+        (
+            f"rewards.0.function={ROOT / 'benchmarks' / 'letters.py'}:share", "rewards.0.args={}",
+            "generator.num_workers=1", "learner.num_workers=1", "learner.zero_stage=0", "model.dtype=float32",
+            "learner.optimizer.lr=3e-3", "run.samples_per_prompt=8", "generator.max_num_seqs=32",
+        ),
+        "A tiny random model that is to write the letters a to k, at a learning rate that the synchronous run just bears",
+    ),
+    "arithmetic": Study("cpu-demo", 32, (), "SmolLM2-135M-Instruct, the recipe `cpu-demo`"),
+}  # fmt: skip
 
 
 @dataclass(frozen=True, order=True)
@@ -78,17 +103,17 @@ class Curve:
 
     steps: list[int]
     rewards: list[float]  # of the trained samples, by step
-    accuracy: float  # held out, at the end; NaN where it was not measured
+    held_out: float  # reward at the end; NaN where it was not measured
     lag: float  # mean of staleness/mean
 
 
 def read_curve(rows: Sequence[Mapping[str, Any]]) -> Curve:
     """Of the rows of metrics.jsonl."""
     trained = [row for row in rows if row.get("reward") is not None]
-    accuracies = [row["eval/accuracy"] for row in rows if row.get("eval/accuracy") is not None]
+    held_out = [row["eval/reward"] for row in rows if row.get("eval/reward") is not None]
     return Curve(
         [row["step"] for row in trained], [row["reward"] for row in trained],
-        accuracies[-1] if accuracies else float("nan"),
+        held_out[-1] if held_out else float("nan"),
         statistics.fmean(row["staleness/mean"] for row in trained),
     )  # fmt: skip
 
@@ -111,7 +136,7 @@ def table_rows(curves: Mapping[Variant, Sequence[Curve]]) -> list[tuple[str, ...
         rows.append((
             str(variant.max_staleness), variant.correction, str(len(found)),
             f"{statistics.fmean(curve.lag for curve in found):.1f}",
-            f"{statistics.fmean(curve.accuracy for curve in found):.3f}", f"{mean:.3f}", spread,
+            f"{statistics.fmean(curve.held_out for curve in found):.3f}", f"{mean:.3f}", spread,
         ))  # fmt: skip
     return rows
 
@@ -150,17 +175,18 @@ def draw(curves: Mapping[Variant, Sequence[Curve]], path: Path) -> None:
 
 
 def run_all(
-    stages: Stages, staleness: Sequence[int], seeds: Sequence[int], more: Sequence[str]
+    stages: Stages, study: Study, staleness: Sequence[int], seeds: Sequence[int], num_steps: int
 ) -> dict[Variant, list[Curve]]:
     """Every run that is missing; the curves of all."""
     curves: dict[Variant, list[Curve]] = {}
+    more = [*study.overrides, *ALWAYS, f"run.num_steps={num_steps}", f"evaluation.every={num_steps}"]
     for seed in seeds:  # whole seeds first: a study that is stopped early still compares
         for variant in variants(staleness):
             name = f"{variant.name}-seed{seed}"
             stages.fresh(name, stages.directory / name)
             metrics = stages.run(
                 name,
-                ["train", RECIPE, f"run.directory={stages.directory}", f"run.name={name}", f"run.seed={seed}",
+                ["train", study.recipe, f"run.directory={stages.directory}", f"run.name={name}", f"run.seed={seed}",
                  *variant.overrides(), *more],
                 f"{name}/metrics.jsonl",
             )  # fmt: skip
@@ -169,45 +195,47 @@ def run_all(
     return curves
 
 
-def text_of(rows: Sequence[Sequence[str]], num_steps: int) -> str:
+def text_of(name: str, rows: Sequence[Sequence[str]], num_steps: int) -> str:
     """The section of the page."""
     return "\n\n".join([
-        f"The recipe `cpu-demo`, {num_steps} steps.",
+        f"{STUDIES[name].says}, {num_steps} steps.",
         markdown_table(COLUMNS, rows),
-        "![Training reward by step at max_staleness 0, 1, 4, 16, with correction and without](figures/staleness.svg)",
+        "![Training reward by step at max_staleness 0, 1, 4, 16, with correction and without]"
+        f"(figures/staleness-{name}.svg)",
     ])  # fmt: skip
 
 
 def main() -> int:
     """Run what is missing, draw, print, write; exit code 1 when a run failed."""
     parser = argparse.ArgumentParser(prog="staleness_curves")
+    parser.add_argument("--study", choices=sorted(STUDIES), default="letters")
     parser.add_argument("--directory", type=Path, default=Path("runs/staleness"))
     parser.add_argument("--seeds", default="0,1,2", help="run.seed of each run")
-    parser.add_argument("--steps", type=int, default=32)
-    parser.add_argument("--quick", action="store_true", help="a tiny model, two steps: does it run?")
+    parser.add_argument("--quick", action="store_true", help="the tiny model, two steps: does it run?")
     arguments = parser.parse_args()
-    console = Console()
-    seeds, steps, staleness = [int(s) for s in arguments.seeds.split(",")], arguments.steps, STALENESS
+    name = "letters" if arguments.quick else arguments.study
+    study, console = STUDIES[name], Console()
+    seeds, steps, staleness = [int(s) for s in arguments.seeds.split(",")], study.num_steps, STALENESS
     if arguments.quick:
         seeds, steps, staleness = [0], 2, QUICK_STALENESS
-    more = [*(QUICK if arguments.quick else ()), *ALWAYS, f"run.num_steps={steps}", f"evaluation.every={steps}"]
+    figure = FIGURES / f"staleness-{name}.svg"
     with tempfile.TemporaryDirectory(prefix="burnish-staleness-") as scratch:
-        directory = Path(scratch) if arguments.quick else arguments.directory.absolute() / f"{steps}-steps"
+        directory = Path(scratch) if arguments.quick else arguments.directory.absolute() / name
         directory.mkdir(parents=True, exist_ok=True)
         try:
-            curves = run_all(Stages(directory, console), staleness, seeds, more)
+            curves = run_all(Stages(directory, console), study, staleness, seeds, steps)
         except StageError as error:
             print(f"staleness_curves: {error}", file=sys.stderr)
             return 1
-        draw(curves, directory / FIGURE.name if arguments.quick else FIGURE)
+        draw(curves, directory / figure.name if arguments.quick else figure)
     rows = table_rows(curves)
     table = Table(*COLUMNS, title="stale runs")
     for row in rows:
         table.add_row(*row)
     console.print(table)
     if not arguments.quick:
-        PAGE.write_text(replace_section(PAGE.read_text(), text_of(rows, steps), "staleness"))
-        console.print(f"written: {FIGURE.relative_to(ROOT)} and {PAGE.relative_to(ROOT)}")
+        PAGE.write_text(replace_section(PAGE.read_text(), text_of(name, rows, steps), f"staleness-{name}"))
+        console.print(f"written: {figure.relative_to(ROOT)} and {PAGE.relative_to(ROOT)}")
     return 0
 
 

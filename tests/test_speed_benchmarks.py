@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import itertools
 import math
 from pathlib import Path
 from typing import Any
@@ -115,8 +116,8 @@ def test_intervals_over_seeds_are_students() -> None:
 
 
 def curves() -> dict[staleness_curves.Variant, list[staleness_curves.Curve]]:
-    rows = [{"step": 0, "eval/accuracy": 0.1}] + [
-        {"step": s, "reward": s / 10, "staleness/mean": 1.0, "eval/accuracy": 0.4 if s == 8 else None}
+    rows = [{"step": 0, "eval/reward": 0.1}] + [
+        {"step": s, "reward": s / 10, "staleness/mean": 1.0, "eval/reward": 0.4 if s == 8 else None}
         for s in range(1, 9)
     ]
     curve = staleness_curves.read_curve(rows)
@@ -126,8 +127,9 @@ def curves() -> dict[staleness_curves.Variant, list[staleness_curves.Curve]]:
 def test_every_staleness_has_a_curve_and_only_stale_ones_have_one_without_correction() -> None:
     names = [v.name for v in staleness_curves.variants((0, 1, 16))]
     assert names == ["k0", "k1", "k1-uncorrected", "k16", "k16-uncorrected"]
-    for variant in staleness_curves.variants(staleness_curves.STALENESS):
-        config = load_config(staleness_curves.RECIPE, variant.overrides()).config
+    tried = staleness_curves.variants(staleness_curves.STALENESS)
+    for study, variant in itertools.product(staleness_curves.STUDIES.values(), tried):
+        config = load_config(study.recipe, [*study.overrides, *variant.overrides()]).config
         assert config.run.max_staleness == variant.max_staleness
         assert config.cluster.own_cores == (variant.max_staleness > 0)
         assert config.algorithm.correction.kind == ("auto" if variant.is_corrected else "none")
@@ -138,8 +140,9 @@ def test_the_table_of_curves_has_the_last_steps_and_the_last_evaluation() -> Non
     assert [r[0] for r in rows] == ["0", "1", "1", "4", "4", "16", "16"]
     assert [r[1] for r in rows[:3]] == ["none needed", "token_truncate", "none"]
     assert rows[0][2:] == ("2", "1.0", "0.400", "0.600", "0.600 to 0.600")
-    text = page.replace_section(page.PAGE.read_text(), staleness_curves.text_of(rows, 8), "staleness")
-    assert "| 16 | none | 2 |" in text
+    for name in staleness_curves.STUDIES:
+        text = page.replace_section(page.PAGE.read_text(), staleness_curves.text_of(name, rows, 8), f"staleness-{name}")
+        assert "| 16 | none | 2 |" in text
 
 
 def test_the_figure_of_curves_is_the_same_every_time(tmp_path: Path) -> None:
