@@ -19,8 +19,6 @@ from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-import numpy as np
-
 from actors.roster import Member, MemberGoneError, Roster
 from cluster.errors import DeadlineError
 from cluster.outcomes import Outcome, outcome
@@ -33,6 +31,7 @@ from trainers.protocols import PushReport
 Transport = Literal["file", "group", "ipc"]
 T = TypeVar("T")
 
+NUM_PARTS = 4  # of a fleet that is served part by part: three quarters sample, and a push is four deliveries long
 SENDER_PATIENCE = 2.0  # of the deadline: a rank that waits in vain says itself that its engine did not come
 
 
@@ -60,7 +59,7 @@ class Publisher:
         deadline_s: float,
         staggered: bool = False,
     ) -> None:
-        """``staggered``: one generator pauses at a time, because the others sample meanwhile; else all at once."""
+        """``staggered``: a quarter of the fleet pauses at a time, the others sample meanwhile; else all at once."""
         self.learner, self.generators, self.roster, self.transport = learner, generators, roster, transport
         self.directory, self.dtype, self.bucket_bytes = directory, dtype, bucket_bytes
         self.workers_per_engine, self.deadline_s = workers_per_engine, deadline_s
@@ -161,16 +160,20 @@ class Publisher:
             return await outcome(member.during(part(member)))
 
         members = self.roster.members
-        if self.staggered:
-            outcomes = [await one(member) for member in members]
-        else:
-            outcomes = await asyncio.gather(*(one(member) for member in members))
-        for member, came in zip(members, outcomes, strict=True):
-            if isinstance(came.error, SenderError):
-                raise came.error.cause from came.error
-            if came.error is not None and not isinstance(came.error, MemberGoneError):
-                self.roster.expel(member, f"push of version {version}: {type(came.error).__name__}: {came.error}")
-        return [came.value() for came in outcomes if came.error is None]
+        at_once = -(-len(members) // NUM_PARTS) if self.staggered else len(members)
+        came: list[dict[str, Any]] = []
+        for first in range(0, len(members), max(1, at_once)):
+            together = members[first : first + at_once]
+            outcomes = await asyncio.gather(*(one(member) for member in together))
+            for member, found in zip(together, outcomes, strict=True):
+                if isinstance(found.error, SenderError):
+                    raise found.error.cause from found.error
+                if found.error is None:
+                    came.append(found.value())
+                elif not isinstance(found.error, MemberGoneError):
+                    reason = f"push of version {version}: {type(found.error).__name__}: {found.error}"
+                    self.roster.expel(member, reason)  # at once: it may serve other weights than it says
+        return came
 
     def _path(self, version: WeightVersion | str) -> Path:
         return self.directory / f"weights-{version}.safetensors"
@@ -290,36 +293,6 @@ class Publisher:
     async def _write_staged(self, path: Path) -> dict[str, Any]:
         written = await self.learner.call(0, "weights_call", "write_staged", str(path), deadline_s=self.deadline_s)
         return dict(written)
-
-    async def probe(self, prompts: list[np.ndarray], max_tokens: int, seed: int, tolerance: float) -> dict[str, float]:
-        """Do generator and learner mean the same by the same weights?  Log-probs of the same tokens.
-
-        Raises:
-            VerificationError: the mean absolute difference of some generator exceeds ``tolerance`` nats.
-        """
-        worst = 0.0
-        if not len(self.roster):
-            raise VerificationError(f"no generator took the first push in; {self.roster.last_reason}")
-        for member in self.roster.members:
-            engine = member.index
-            samples = await asyncio.gather(
-                *(
-                    self.generators.call(engine, "probe", p.tolist(), max_tokens, seed + i, deadline_s=self.deadline_s)
-                    for i, p in enumerate(prompts)
-                )
-            )
-            scored = await self.learner.call_all(
-                "score", prompts, [ids for ids, _ in samples], deadline_s=self.deadline_s
-            )
-            difference = np.concatenate([np.abs(b - p) for (_, b), p in zip(samples, scored[0], strict=True)])
-            worst = max(worst, float(difference.mean()))
-            if difference.mean() > tolerance:
-                raise VerificationError(
-                    f"push.probe_tolerance = {tolerance:g}: generator-{engine} and the learner differ by "
-                    f"{difference.mean():.4f} nats a token on the same weights; check model.dtype and the model's "
-                    "support in vLLM, or raise the tolerance if you know why"
-                )
-        return {"mean_difference": worst}
 
 
 def _of_sender(came: Outcome[T]) -> T:

@@ -9,6 +9,7 @@ import json
 import logging
 import math
 import os
+from collections import deque
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from typing import Any
 import numpy as np
 
 LOGGER = logging.getLogger("burnish.launch")
+
+MAX_HELD = 10_000  # rows, a few kB each
 
 
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:
@@ -48,27 +51,48 @@ def strict(value: Any) -> Any:
 
 
 class Journal:
-    """An append-only JSONL file; every row is one write, so a kill loses at most the row being written."""
+    """An append-only JSONL file; every row is one write, so a kill loses at most the row being written.
+
+    Rows that a full disk refuses are held, the last ``MAX_HELD`` of them, and written before the next one.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._fd = os.open(path, os.O_CREAT | os.O_RDWR | os.O_APPEND, 0o644)
         size = os.fstat(self._fd).st_size
         self._torn = size > 0 and os.pread(self._fd, 1, size - 1) != b"\n"
+        self._held: deque[bytes] = deque()
 
     def append(self, row: Mapping[str, Any]) -> bool:
-        """Write one row; False (and one line in the log) when the disk refuses it."""
-        line = json.dumps(strict(row), allow_nan=False).encode() + b"\n"
-        data = b"\n" + line if self._torn else line  # a torn line before it must not swallow this one
-        try:
-            self._torn = os.write(self._fd, data) < len(data)
-        except OSError as error:
-            LOGGER.error("a row of %s is lost: %s", self._path, error)
-            return False
-        return not self._torn
+        """Write one row and those held; False (and a line in the log for the first) when the disk refuses it."""
+        self._held.append(json.dumps(strict(row), allow_nan=False).encode() + b"\n")
+        if len(self._held) > MAX_HELD:
+            self._held.popleft()
+            LOGGER.error("a row of %s is lost: the disk has refused the last %d", self._path, MAX_HELD)
+        return self._write()
+
+    def _write(self) -> bool:
+        while self._held:
+            prefix = b"\n" if self._torn else b""  # a torn line before it must not swallow this one
+            data = prefix + self._held[0]
+            try:
+                written = os.write(self._fd, data)
+            except OSError as error:
+                if len(self._held) == 1:
+                    LOGGER.error("rows of %s wait for room on the disk: %s", self._path, error)
+                return False
+            if written:
+                self._torn = written not in (len(prefix), len(data))
+            if written < len(data) - 1:  # a row that lacks its end of line only is whole, and must not come twice
+                return False
+            self._held.popleft()
+        return True
 
     def close(self) -> None:
+        """Write what is held, if there is room now."""
         if self._fd >= 0:
+            if not self._write():
+                LOGGER.error("%d rows of %s are lost: the disk is still full", len(self._held), self._path)
             os.close(self._fd)
             self._fd = -1
 

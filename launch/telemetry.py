@@ -20,13 +20,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
-import pyarrow.parquet as pq
 from rich.table import Table
 
 from launch.config import TelemetrySettings
 from launch.journal import Journal, cut_after, read_rows, strict
 from launch.redaction import command_line_has_secrets, redact, wandb_key_is_there
-from launch.trajectory_files import trajectory_table
+from launch.trajectory_files import TrajectoryFiles, trajectory_table
 from trainers.experience import GroupRewards, TrajectoryGroup
 from trainers.metrics import METRICS, check
 
@@ -71,7 +70,10 @@ class Telemetry:
 
     def __init__(self, folder: Path, config: Mapping[str, Any], settings: TelemetrySettings, *,
                  wandb_id: str | None = None, resume_step: int | None = None, watcher: Watcher | None = None) -> None:
-        (folder / "trajectories").mkdir(parents=True, exist_ok=True)
+        self._files = TrajectoryFiles(
+            folder / "trajectories",
+            lambda step, file, reason: self.event("record_lost", step=step, file=file, reason=reason),
+        )
         self._folder, self._settings, self._watcher = folder, settings, watcher
         self._num_superseded = cut_after(folder, -1 if resume_step is None else resume_step)
         self._rows = list(read_rows(folder / "metrics.jsonl"))
@@ -199,8 +201,10 @@ class Telemetry:
 
         Returns the number of rows that are superseded.
         """
+        last = -1 if step is None else step
         self._metrics.close()
-        num_superseded = cut_after(self._folder, -1 if step is None else step)
+        self._files.go_back(last)
+        num_superseded = cut_after(self._folder, last)
         self._metrics = Journal(self._folder / "metrics.jsonl")
         self._rows = list(read_rows(self._folder / "metrics.jsonl"))
         self._last_step = self._rows[-1]["step"] if self._rows else -1
@@ -238,13 +242,7 @@ class Telemetry:
                      advantages: Mapping[str, np.ndarray]) -> None:
         """Write trajectories/step-NNNNNN.parquet; every tenth and every evaluated step W&B gets a few rows."""
         table = trajectory_table(groups, rewards, advantages)
-        path = self._folder / "trajectories" / f"step-{step:06d}.parquet"
-        fresh = path.with_name(f".{path.name}.tmp")
-        try:
-            pq.write_table(table, fresh, compression="zstd")
-            os.replace(fresh, path)
-        except OSError as error:
-            self.event("record_lost", step=step, file=path.name, reason=str(error))
+        self._files.write(step, table)
         shown = step % SAMPLE_TABLE_EVERY == 0 or bool(self._eval_every and step % self._eval_every == 0)
         if self._run is not None and self._settings.num_sample_rows and shown and table.num_rows:
             import wandb
@@ -276,5 +274,6 @@ class Telemetry:
                 self._failed(call, "running", 0)
         self._pending.clear()
         self._aside.shutdown(wait=False, cancel_futures=True)
+        self._files.close()
         self._metrics.close()
         self._events.close()

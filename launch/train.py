@@ -16,6 +16,7 @@ from typing import Any
 
 from rich.console import Console
 
+from actors.start_probe import probe
 from cluster.checkpoints import Checkpoint, CheckpointStore
 from cluster.layout import NodeSupply
 from cluster.placement import RayHandle
@@ -183,15 +184,15 @@ class _Run:
         """Restore, push, and compare both engines' log-probs before anything is sampled for training."""
         fleet, config = self.fleet, self.config
         pushed = await self.restore()
-        probe = await fleet.publisher.probe(
-            [p.token_ids for p in self.prepared.train[:PROBE_PROMPTS]],
+        found = await probe(
+            fleet.publisher, [p.token_ids for p in self.prepared.train[:PROBE_PROMPTS]],
             min(PROBE_TOKENS, config.generator.sampling.max_tokens), config.run.seed, config.push.probe_tolerance,
         )  # fmt: skip
         self.telemetry.event(
             "ready", step=self.first_step, version=str(self.version), start_s=round(start_s, 2),
             device=fleet.device, dtype=fleet.dtype, push_s=round(pushed.push_s, 3),
             num_verified=pushed.num_verified, num_arrival_verified=pushed.num_arrival_verified,
-            probe_mean_difference=probe["mean_difference"], layout=fleet.layout.table(),
+            probe_mean_difference=found["mean_difference"], layout=fleet.layout.table(),
         )  # fmt: skip
 
     async def train(self) -> None:

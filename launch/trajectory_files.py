@@ -1,16 +1,71 @@
-"""What was sampled, as a table: a row a sample, for trajectories/*.parquet and W&B.
+"""What was sampled, as a table: a row a sample, for trajectories/*.parquet and W&B; and those files.
 
 May import: numpy, pyarrow, trainers.experience.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from trainers.experience import VERSION_SPAN, GroupRewards, TrajectoryGroup
+
+MAX_HELD_BYTES = 256 * 2**20  # of tables that a full disk refused
+
+
+class TrajectoryFiles:
+    """trajectories/step-NNNNNN.parquet of a run.  What a full disk refuses is held and written before the next one.
+
+    Args:
+        lost: told (step, file name, reason) when a table is given up: more than ``MAX_HELD_BYTES`` wait, or the end.
+    """
+
+    def __init__(self, folder: Path, lost: Callable[[int, str, str], None]) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder, self._lost = folder, lost
+        self._held: dict[int, pa.Table] = {}
+        self._reason = ""
+
+    def write(self, step: int, table: pa.Table) -> None:
+        self._held[step] = table
+        self._flush()
+        while self._held and sum(held.nbytes for held in self._held.values()) > MAX_HELD_BYTES:
+            self._give_up(next(iter(self._held)))
+
+    def go_back(self, step: int) -> None:
+        """Later steps are of a lineage that is left."""
+        self._held = {at: table for at, table in self._held.items() if at <= step}
+
+    def close(self) -> None:
+        self._flush()
+        for step in list(self._held):
+            self._give_up(step)
+
+    def _flush(self) -> None:
+        for step in list(self._held):
+            path = self._folder / _name(step)
+            fresh = path.with_name(f".{path.name}.tmp")
+            try:
+                pq.write_table(self._held[step], fresh, compression="zstd")
+                os.replace(fresh, path)
+            except OSError as error:
+                fresh.unlink(missing_ok=True)  # a part of it takes room that others need
+                self._reason = str(error)
+                return
+            del self._held[step]
+
+    def _give_up(self, step: int) -> None:
+        del self._held[step]
+        self._lost(step, _name(step), self._reason)
+
+
+def _name(step: int) -> str:
+    return f"step-{step:06d}.parquet"
 
 
 def trajectory_table(

@@ -11,6 +11,7 @@ import pytest
 
 from actors.publisher import Publisher, Transport
 from actors.roster import Member, Roster
+from actors.start_probe import probe
 from cluster.errors import DamagedError, DeadlineError, WorkerDiedError
 from trainers.errors import VerificationError
 from trainers.experience import WeightVersion
@@ -286,7 +287,7 @@ def test_a_push_without_members_is_complete_and_who_comes_next_catches_up_with_i
         report = await world.publisher.push(v(1))
         assert report.num_verified == 0 and report.pause_s == 0 and len(world.roster) == 0
         with pytest.raises(VerificationError, match=r"generator-0: push of version 0.1: WorkerDiedError: gen"):
-            await world.publisher.probe([], 4, 0, 0.1)
+            await probe(world.publisher, [], 4, 0, 0.1)
         await world.publisher.push(v(2))
         assert await world.publisher.catch_up(Member(1, "generator-1")) == "0.2"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -125,22 +126,64 @@ def test_a_row_is_on_disk_when_step_returns_even_if_the_process_is_killed(tmp_pa
     assert [row["step"] for row in lines(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5]
 
 
-def test_a_full_disk_loses_rows_and_does_not_stop_the_run(tmp_path: Path) -> None:
-    t = Telemetry(tmp_path, {}, OFF)
+@contextlib.contextmanager
+def full_after(size: int) -> Iterator[None]:
+    """No file grows beyond ``size`` bytes, as on a full disk."""
     keep = resource.getrlimit(resource.RLIMIT_FSIZE)
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, keep[1]))
     try:
-        t.step(1, {"reward": 1.0})
-        resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / "metrics.jsonl").stat().st_size + 10, keep[1]))
-        t.step(2, {"reward": 2.0})  # torn after ten bytes
-        t.step(3, {"reward": 3.0})  # refused
-        t.trajectories(3, [a_group()], [rewards_of()], {})
+        yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, keep)
         signal.signal(signal.SIGXFSZ, before)
+
+
+@pytest.mark.parametrize("room", [-1, 0, 1, 10])  # bytes of the next row that fit; -1: all but its end of line
+def test_what_a_full_disk_refuses_is_written_when_there_is_room_again(
+    tmp_path: Path, room: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("launch.telemetry.time.time", lambda: 0.5)  # all rows are equally long
+    t = Telemetry(tmp_path, {}, OFF)
+    t.step(1, {"reward": 1.0})
+    length = (tmp_path / "metrics.jsonl").stat().st_size
+    with full_after(length + (length - 1 if room < 0 else room)):
+        for step in (2, 3):
+            t.trajectories(step, [a_group()], [rewards_of()], {})
+            t.step(step, {"reward": float(step)})
+    assert [r["step"] for r in read_rows(tmp_path / "metrics.jsonl")] == ([1, 2] if room < 0 else [1])
+    assert not list((tmp_path / "trajectories").iterdir()), "no torn table is left"
+    t.trajectories(4, [a_group()], [rewards_of()], {})
     t.step(4, {"reward": 4.0})
     t.close()
-    assert [r["step"] for r in read_rows(tmp_path / "metrics.jsonl")] == [1, 4]
+    assert [r["step"] for r in read_rows(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
+    names = [f"step-{step:06d}.parquet" for step in (2, 3, 4)]
+    assert sorted(f.name for f in (tmp_path / "trajectories").iterdir()) == names
+    assert not [e for e in read_rows(tmp_path / "events.jsonl") if e["kind"] == "record_lost"]
+
+
+def test_what_a_disk_that_stays_full_loses_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    t = Telemetry(tmp_path, {}, OFF)
+    t.step(1, {"reward": 1.0})
+    events = (tmp_path / "events.jsonl").stat().st_size
+    with full_after(events + 300):  # one more event
+        t.trajectories(2, [a_group()], [rewards_of()], {})
+        for step in (2, 3, 4, 5, 6, 7, 8, 9):
+            t.step(step, {"reward": 1.0})
+        t.close()
+    lost = [e["file"] for e in read_rows(tmp_path / "events.jsonl") if e["kind"] == "record_lost"]
+    assert lost == ["step-000002.parquet"]
+    assert "are lost: the disk is still full" in caplog.text
+
+
+def test_a_table_that_waits_for_room_goes_with_the_lineage_that_is_left(tmp_path: Path) -> None:
+    t = Telemetry(tmp_path, {}, OFF)
+    with full_after(10):
+        for step in (1, 2):
+            t.trajectories(step, [a_group()], [rewards_of()], {})
+    t.go_back(1)
+    t.close()
+    assert [f.name for f in (tmp_path / "trajectories").iterdir()] == ["step-000001.parquet"]
 
 
 # --- resume -----------------------------------------------------------------------------------

@@ -4,7 +4,7 @@
                   ^                                                     |
                   |                                                version + 1
                   |                                                     |
-                  |-- slots (max_staleness > 0) <----------------------push   one generator after the other
+                  |-- slots (max_staleness > 0) <----------------------push   a part of the fleet after the other
                   |                                                     |
                   `-- slots (max_staleness 0) <-- checkpoint <-- evaluate
 
