@@ -1,11 +1,12 @@
 """What more generators bring, and what the loss of one costs, where generation is the bottleneck.
 
     python -m benchmarks.elastic rollouts [--quick]         rollouts/s of two generators over those of one
+    python -m benchmarks.elastic scaled [--quick]           `burnish scale` of one live run, 1 -> 3 -> 2 generators
     python -m benchmarks.elastic replacement [--quick]      one is killed: time lost over its successor's start
 
 A run needs a core for each generator and one for the learner.  Where there are fewer the engines are paced fakes
 (benchmarks/paced.py) and all else is real; the result says which it was.
-May import: benchmarks.*, cluster.host.
+May import: benchmarks.*, cluster.host, launch.scale.
 """
 
 from __future__ import annotations
@@ -23,9 +24,11 @@ from benchmarks.live import DRIVER, ENDLESS, LiveRun, Row, live_run
 from benchmarks.process import write_output
 from benchmarks.step import RECIPE, overrides
 from cluster.host import num_cpus
+from launch.scale import ScaleRequest, scale
 
 DEADLINE_S = 900.0  # for one run
 MAX_STALENESS = 2
+SCALED = (1, 3, 2)  # generators of one live run, one number after the other
 
 
 @dataclass(frozen=True)
@@ -160,6 +163,33 @@ def compare_rollouts(quick: bool) -> dict[str, Any]:
     return {"rollouts_per_s": rates, "ratio": rates[2] / rates[1], "is_real": world.is_real}
 
 
+def compare_scaled(quick: bool) -> dict[str, Any]:
+    """Rollouts a second of one run with 1, then 3, then 2 generators, by their number; ``ratio`` of 3 and 2 over 1."""
+    world = world_of(max(SCALED), quick)
+    rates, step = {}, 1
+    with world.run(SCALED[0]) as run:
+        run.step(step, DEADLINE_S)
+        for num_generators in SCALED:
+            if rates:
+                step = rescale(run, num_generators)
+            run.step(step + world.num_steps, DEADLINE_S)
+            groups_per_s = rate(run.rows("metrics.jsonl"), step, step + world.num_steps)
+            rates[num_generators] = world.job.num_samples * groups_per_s
+    ratio = {n: rates[n] / rates[SCALED[0]] for n in SCALED[1:]}
+    return {"rollouts_per_s": rates, "ratio": ratio, "is_real": world.is_real}
+
+
+def rescale(run: LiveRun, num_generators: int) -> int:
+    """Ask for a fleet of that size and wait for it; the first step that it samples for from the start on."""
+    scale(run.folder, ScaleRequest(generators=num_generators))
+    changes = ("generator_joined", "generator_left")
+    done = run.until(
+        "events.jsonl", lambda e: e["kind"] in changes and e["num_generators"] == num_generators,
+        f"a fleet of {num_generators}", DEADLINE_S,
+    )  # fmt: skip
+    return int(done["step"]) + 1
+
+
 def compare_replacement(quick: bool) -> dict[str, Any]:
     """See :func:`loss`."""
     world = world_of(None, quick)
@@ -182,7 +212,7 @@ def compare_replacement(quick: bool) -> dict[str, Any]:
 
 def main() -> None:
     """Compare, and print."""
-    comparisons = {"rollouts": compare_rollouts, "replacement": compare_replacement}
+    comparisons = {"rollouts": compare_rollouts, "scaled": compare_scaled, "replacement": compare_replacement}
     parser = argparse.ArgumentParser(description="more generators, and one less")
     parser.add_argument("what", choices=comparisons)
     parser.add_argument("--quick", action="store_true", help="small, with fakes: does it run?")

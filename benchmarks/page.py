@@ -29,6 +29,8 @@ TARGETS = {
     "asynchrony": ("at least", 1.6),
     "pipeline": ("at least", 0.9),
     "rollouts": ("at least", 1.8),
+    "scaled 3": ("at least", 2.7),
+    "scaled 2": ("at least", 1.8),
     "pause": ("at most", 1.5),
     "checkpoint": ("at most", 1.2),
     "replacement": ("at most", 1.0),

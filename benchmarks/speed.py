@@ -67,6 +67,19 @@ def rollouts_rows(found: Mapping[str, Any]) -> list[Row]:
     return [Row(ROLLOUTS, two, one, found["ratio"], "rollouts", engines(found, 2))]
 
 
+def scaled_rows(found: Mapping[str, Any]) -> list[Row]:
+    """Of ``elastic.compare_scaled``."""
+    rates, note = found["rollouts_per_s"], engines(found, max(elastic.SCALED))
+    return [
+        Row(scaled(n), f"{rates[n]:.1f}", f"{rates[1]:.1f}", ratio, f"scaled {n}", note)
+        for n, ratio in found["ratio"].items()
+    ]
+
+
+def scaled(num_generators: int) -> str:
+    return f"rollouts/s of a live run scaled to {num_generators} generators (with one, before)"
+
+
 def replacement_rows(found: Mapping[str, Any]) -> list[Row]:
     """Of ``elastic.compare_replacement``."""
     n = found["num_generators"]
@@ -108,6 +121,9 @@ class SpeedSections:
     def rollouts(self) -> list[Row]:
         return rollouts_rows(elastic.compare_rollouts(self.quick))
 
+    def scaled(self) -> list[Row]:
+        return scaled_rows(elastic.compare_scaled(self.quick))
+
     def replacement(self) -> list[Row]:
         return replacement_rows(elastic.compare_replacement(self.quick))
 
@@ -118,4 +134,4 @@ class SpeedSections:
         return checkpoint_rows(checkpoint.compare(self.job, 1 if self.quick else 2, 2 if self.quick else 5))
 
 
-SPEED = ("asynchrony", "rollouts", "pause", "checkpoint", "replacement")
+SPEED = ("asynchrony", "rollouts", "scaled", "pause", "checkpoint", "replacement")

@@ -167,6 +167,8 @@ def every_row() -> list[page.Row]:
     return [
         *speed.asynchrony_rows(found),
         *speed.rollouts_rows({"rollouts_per_s": {1: 10.0, 2: 19.0}, "ratio": 1.9, "is_real": False}),
+        *speed.scaled_rows({"rollouts_per_s": {1: 10.0, 3: 29.0, 2: 19.0}, "ratio": {3: 2.9, 2: 1.9},
+                            "is_real": False}),
         *speed.pause_rows({"pauses": [1.0], "pause_s": 1.0, "plain_s": 0.8, "ratio": 1.25, "num_bytes": 10**9}),
         *speed.checkpoint_rows({"seconds": {"ours": 1.0, "plain": 1.0}, "ratio": 1.0, "num_bytes": 1, "write_s": 1.0}),
         *speed.replacement_rows(lost),
@@ -202,7 +204,9 @@ def test_one_section_measured_alone_leaves_the_rest_of_the_page_as_it_was(tmp_pa
 
 def test_a_row_of_fakes_says_so() -> None:
     fakes = [r for r in every_row() if "paced fakes" in r.note]
-    assert [r.what for r in fakes] == [speed.ROLLOUTS, speed.LOST, speed.SURVIVORS]
+    assert [r.what for r in fakes] == [
+        speed.ROLLOUTS, speed.scaled(3), speed.scaled(2), speed.LOST, speed.SURVIVORS
+    ]  # fmt: skip
     real = speed.rollouts_rows({"rollouts_per_s": {1: 10.0, 2: 19.0}, "ratio": 1.9, "is_real": True})
     assert "fakes" not in real[0].note
 
