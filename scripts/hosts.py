@@ -1,5 +1,5 @@
-"""Several hosts on one machine, for tests: Linux network namespaces that meet at a switch, each with an address, a name
-and a /tmp/ray of its own.  They share the rest of the disk, the shared memory and the cores.
+"""Several hosts on one machine, for tests and chaos: Linux network namespaces that meet at a switch, each with an
+address, a name and a /tmp/ray of its own.  They share the rest of the disk, the shared memory and the cores.
 
     with Network() as network:
         a, b = network.host("a"), network.host("b")
@@ -9,6 +9,7 @@ and a /tmp/ray of its own.  They share the rest of the disk, the shared memory a
 
 Needs root and iproute2; :func:`lacking` says what a machine lacks.  Whatever a network holds is removed when it is
 closed, and what a killed one left is removed by the next one.
+May import: psutil.
 """
 
 from __future__ import annotations
