@@ -88,9 +88,9 @@ def run_all(
     for p in planned:
         console.rule(f"{p.name}: {len(p.faults)} faults")
         folder = disk.folder / p.name
-        is_far = p.family == "hosts"
+        two = p.family == "hosts"
         try:
-            with open_hosts(environment(), directory / f"{p.name}-ray") if is_far else nullcontext(OneMachine()) as site:
+            with open_hosts(environment(), directory / f"{p.name}-ray") if two else nullcontext(OneMachine()) as site:
                 command = commands(p.family, p.name, disk.folder, p.seed, model, site.overrides)
                 outcome = ChaosRun(
                     p.name, folder, command, p.faults, p.num_steps, MORE_STEPS, SAVE_EVERY, disk,

@@ -21,8 +21,8 @@ MAX_DIFFERENCE = 0.05  # in reward, between runs with faults and without
 
 @dataclass(frozen=True)
 class Asked:
-    """What a pass takes.  ``kinds``: that were scheduled; ``compare``: whether rewards are compared; ``left_out``: which
-    kinds did not run here and why, in one line.
+    """What a pass takes.  ``kinds``: that were scheduled; ``compare``: whether rewards are compared; ``left_out``: what
+    did not run here and why, in one line.
     """
 
     seed: int

@@ -1,8 +1,8 @@
 """Where a run of chaos takes place: on this machine, or on two hosts of which it can lose one.
 
     OneMachine    the driver starts a Ray of its own, and the workers are its children
-    TwoHosts      a has Ray's head, the driver and the trained ranks, b a Ray node with a generator; b is cut off or killed,
-                  and Ray is started there again once the old node has been given up, as a supervisor would
+    TwoHosts      a has Ray's head, the driver and the trained ranks, b a Ray node with a generator; b is cut off or
+                  killed, and Ray is started there again once the old node has been given up, as a supervisor would
 May import: psutil, scripts.{faults, hosts, injector}.
 """
 
