@@ -1,6 +1,6 @@
 """``make chaos``: faults on a seeded schedule under real runs, and a report.
 
-    python -m scripts.chaos [--directory runs/chaos] [--seed 0] [--faults 100] [--quick | --short]
+    python -m scripts.chaos [--directory runs/chaos] [--seed 0] [--faults 100] [--families hosts] [--quick | --short]
 
     schedule --> deal --> runs under faults, and the same runs without --> prompts counted --> report.md, report.json
 May import: rich, scripts.*, launch.{cli, journal}.
@@ -13,6 +13,7 @@ import json
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -27,9 +28,13 @@ from scripts.chaos_runs import EPOCH, EPOCH_STEPS, FAMILIES, SAVE_EVERY, command
 from scripts.count_prompts import Count, count_prompts
 from scripts.disk import Disk, open_disk
 from scripts.faults import KINDS, Fault, deal, schedule
+from scripts.hosts import HostsError, lacking
+from scripts.sites import OneMachine, open_hosts
 
 NUM_SEEDS = 3
+LONG = {f"async-{i}": ("async", i) for i in range(NUM_SEEDS)} | {name: (name, 0) for name in ("ppo", "beside", "hosts")}
 NUM_STEPS = 40 * EPOCH_STEPS
+HOST_STEPS = 4 * EPOCH_STEPS  # for each lost host: more than come before it is back
 COMPARED_STEPS = 10 * EPOCH_STEPS  # the last ones, whose mean reward is compared
 MORE_STEPS = 8 * EPOCH_STEPS  # when a run ends before its faults are through
 QUICK_STEPS, SHORT_STEPS = 12 * EPOCH_STEPS, 4 * EPOCH_STEPS
@@ -48,13 +53,18 @@ class Planned:
     faults: tuple[Fault, ...] = ()
 
 
-def plan(seed: int, num_faults: int) -> list[Planned]:
-    """The long schedule: runs under faults, then those of the family ``async`` again, unharmed."""
-    shape = {f"async-{i}": ("async", i) for i in range(NUM_SEEDS)} | {"ppo": ("ppo", 0), "beside": ("beside", 0)}
-    faults = schedule(seed, num_faults, tuple(KINDS))
-    dealt = deal(faults, {name: FAMILIES[family].kinds for name, (family, _) in shape.items()})
-    hit = [Planned(name, family, s, NUM_STEPS, dealt[name]) for name, (family, s) in shape.items()]
-    return hit + [Planned(f"unharmed-{i}", "async", i, NUM_STEPS) for i in range(NUM_SEEDS)]
+def plan(seed: int, num_faults: int, families: Sequence[str]) -> list[Planned]:
+    """The long schedule of these families: runs under faults, then those of the family ``async`` again, unharmed."""
+    shape = {name: (family, s) for name, (family, s) in LONG.items() if family in families}
+    able = {name: FAMILIES[family].kinds for name, (family, _) in shape.items()}
+    kinds = tuple(kind for kind in KINDS if any(kind in some for some in able.values()))
+    dealt = deal(schedule(seed, num_faults, kinds), able)
+    hit = []
+    for name, (family, s) in shape.items():
+        num_steps = HOST_STEPS * max(1, len(dealt[name])) if family == "hosts" else NUM_STEPS
+        hit.append(Planned(name, family, s, num_steps, dealt[name]))
+    pairs = range(NUM_SEEDS) if "async" in families else ()
+    return hit + [Planned(f"unharmed-{i}", "async", i, NUM_STEPS) for i in pairs]
 
 
 def brief(seed: int, family: str, num_steps: int, kinds: Sequence[str]) -> list[Planned]:
@@ -78,10 +88,16 @@ def run_all(
     for p in planned:
         console.rule(f"{p.name}: {len(p.faults)} faults")
         folder = disk.folder / p.name
-        outcome = ChaosRun(
-            p.name, folder, commands(p.family, p.name, disk.folder, p.seed, model), p.faults, p.num_steps, MORE_STEPS,
-            SAVE_EVERY, disk, directory / f"{p.name}.log", environment(), console.print,
-        ).go()  # fmt: skip
+        two = p.family == "hosts"
+        try:
+            with open_hosts(environment(), directory / f"{p.name}-ray") if two else nullcontext(OneMachine()) as site:
+                command = commands(p.family, p.name, disk.folder, p.seed, model, site.overrides)
+                outcome = ChaosRun(
+                    p.name, folder, command, p.faults, p.num_steps, MORE_STEPS, SAVE_EVERY, disk,
+                    directory / f"{p.name}.log", environment(), console.print, site,
+                ).go()  # fmt: skip
+        except HostsError as error:  # before there was a run, or at the end of its hosts
+            outcome = RunOutcome(p.name, p.num_steps, problem=str(error))
         if disk.folder != directory and folder.exists():
             shutil.move(folder, directory / p.name)
         outcomes.append(outcome)
@@ -91,11 +107,13 @@ def run_all(
     return outcomes, counts
 
 
-def asked_of(arguments: argparse.Namespace, planned: Sequence[Planned]) -> Asked:
+def asked_of(arguments: argparse.Namespace, planned: Sequence[Planned], left_out: str) -> Asked:
     faults = [fault for p in planned for fault in p.faults]
+    kinds = tuple(dict.fromkeys(f.kind for f in faults))
     is_brief = arguments.quick or arguments.short
-    each = 1 if is_brief else min(5, len(faults) // len(KINDS))
-    return Asked(arguments.seed, len(faults), each, tuple(dict.fromkeys(f.kind for f in faults)), not is_brief)
+    each = 1 if is_brief else min(5, len(faults) // max(1, len(kinds)))
+    compare = not is_brief and any(p.family == "async" for p in planned)
+    return Asked(arguments.seed, len(faults), each, kinds, compare, left_out)
 
 
 def rewards_of(planned: Sequence[Planned], outcomes: Sequence[RunOutcome], directory: Path) -> Mapping[str, float]:
@@ -114,9 +132,21 @@ def main() -> int:
     parser.add_argument("--directory", type=Path, default=Path("runs/chaos"), help="must not exist")
     parser.add_argument("--seed", type=int, default=0, help="of the schedule")
     parser.add_argument("--faults", type=int, default=100, help="of the long schedule")
+    known = tuple(dict.fromkeys(family for family, _ in LONG.values()))
+    parser.add_argument("--families", nargs="+", choices=known, help="of the long schedule; default: all")
     parser.add_argument("--quick", action="store_true", help="one run, ten kinds of faults once each")
     parser.add_argument("--short", action="store_true", help="one run, two faults: what `make test` has time for")
     arguments = parser.parse_args()
+    if arguments.families and (arguments.quick or arguments.short):
+        parser.error("--families chooses runs of the long schedule; leave it out, or --quick and --short")
+    families, left_out = arguments.families or list(known), ""
+    is_brief = arguments.quick or arguments.short
+    if "hosts" in families and not is_brief and (why := lacking()):
+        families = [family for family in families if family != "hosts"]
+        left_out = f"{' and '.join(FAMILIES['hosts'].kinds)}, because {why}"
+        print(f"chaos: left out: {left_out}", file=sys.stderr)  # noqa: T201 - the command's answer
+        if not families:
+            return REFUSED
     directory, console = arguments.directory.absolute(), Console(highlight=False)
     try:
         directory.mkdir(parents=True)
@@ -129,14 +159,16 @@ def main() -> int:
     elif arguments.quick:
         planned = brief(arguments.seed, "async", QUICK_STEPS, QUICK)
     else:
-        planned = plan(arguments.seed, arguments.faults)
+        planned = plan(arguments.seed, arguments.faults, families)
     disk = open_disk(directory / "disk")
     console.print(f"the disk is full by {disk.how}")
     try:
         outcomes, counts = run_all(planned, directory, disk, console)
     finally:
         disk.close()
-    found = report(asked_of(arguments, planned), outcomes, counts, rewards_of(planned, outcomes, directory), disk.how)
+    found = report(
+        asked_of(arguments, planned, left_out), outcomes, counts, rewards_of(planned, outcomes, directory), disk.how
+    )
     (directory / "report.json").write_text(json.dumps(found, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     text = markdown(found)
     (directory / "report.md").write_text(text, encoding="utf-8")

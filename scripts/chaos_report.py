@@ -21,13 +21,16 @@ MAX_DIFFERENCE = 0.05  # in reward, between runs with faults and without
 
 @dataclass(frozen=True)
 class Asked:
-    """What a pass takes.  ``kinds``: that were scheduled; ``compare``: whether rewards are compared."""
+    """What a pass takes.  ``kinds``: that were scheduled; ``compare``: whether rewards are compared; ``left_out``: what
+    did not run here and why, in one line.
+    """
 
     seed: int
     num_faults: int
     num_each: int
     kinds: tuple[str, ...]
     compare: bool
+    left_out: str = ""
 
 
 def difference(faulted: Sequence[float], unharmed: Sequence[float]) -> Estimate:
@@ -80,6 +83,7 @@ def report(
         "seed": asked.seed,
         "passed": all(passed for _, _, passed in checks),
         "checks": [{"check": what, "found": found, "passed": passed} for what, found, passed in checks],
+        "left_out": asked.left_out,
         "kinds": kinds,
         "disk": disk,
         "rewards": dict(rewards),
@@ -116,6 +120,7 @@ def markdown(found: Mapping[str, Any]) -> str:
     lines += _table(("what", "found", ""), [
         (c["check"], c["found"], "yes" if c["passed"] else "**no**") for c in found["checks"]
     ])  # fmt: skip
+    lines += ["", f"Left out: {found['left_out']}."] * bool(found["left_out"])
     lines += ["", "## Faults", ""]
     lines += _table(
         ("kind", "what is done", "times", "detected, s (median, max)", "recovered, s (median, max)", "by --resume"),

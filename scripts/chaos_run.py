@@ -4,7 +4,7 @@
       ^                                                  |
       '------ --resume <-- the driver has ended by it ---'
 The end of the run before its faults are through makes it longer: it is resumed with more steps.
-May import: psutil, scripts.{disk, faults, injector, recovery, run_files}.
+May import: psutil, scripts.{disk, faults, hosts, injector, recovery, run_files, sites}.
 """
 
 from __future__ import annotations
@@ -21,10 +21,12 @@ from typing import Any
 import psutil
 
 from scripts.disk import Disk
-from scripts.faults import Act, Fault, Phase
-from scripts.injector import Effect, Gone, NobodyThereError, Processes, end_all, inject, processes_of
+from scripts.faults import KINDS, Act, Fault, Phase
+from scripts.hosts import HostsError
+from scripts.injector import Effect, Gone, NobodyThereError, Processes, end_all, inject
 from scripts.recovery import Recovery
 from scripts.run_files import RunTail
+from scripts.sites import OneMachine, Site
 
 POLL_S = 0.005  # between two looks at the journals: a push of a tiny model takes some 40 ms
 RECOVER_DEADLINE_S = 420.0  # of one fault, the deadlines of the run and a resume included
@@ -72,8 +74,10 @@ class ChaosRun:
     def __init__(
         self, name: str, folder: Path, command: Callable[[int, bool], Sequence[str]], faults: Sequence[Fault],
         num_steps: int, more_steps: int, save_every: int, disk: Disk, log: Path, environment: Mapping[str, str],
-        say: Callable[[str], None],
+        say: Callable[[str], None], site: Site | None = None,
     ) -> None:  # fmt: skip
+        """``site``: where it takes place; None: on this machine."""
+        self._site: Site = site or OneMachine()
         self.outcome = RunOutcome(name, num_steps)
         self._folder, self._command, self._environment, self._log, self._say = folder, command, environment, log, say
         self._faults, self._more_steps, self._save_every, self._disk = deque(faults), more_steps, save_every, disk
@@ -97,15 +101,16 @@ class ChaosRun:
         try:
             while self._goes_on(self._attend()):
                 self._start(resume=True)
-        except ChaosError as error:
+        except (ChaosError, HostsError) as error:
             self.outcome.problem = str(error)
             self._say(f"{self.outcome.name}: {error}")
         finally:
-            self._effect.end()
             if self._driver.poll() is None:
-                self._left |= {p.pid: p for p in processes_of(self._driver.pid).all}
+                self._left |= {p.pid: p for p in self._site.processes(self._driver.pid).all}
                 self._driver.kill()
                 self._driver.wait(LEFT_DEADLINE_S)
+            with contextlib.suppress(HostsError):  # the hosts go with the run
+                self._lift()
             self.outcome.num_orphans = end_all(self._left, LEFT_DEADLINE_S if self.outcome.problem is None else 0.0)
             self.outcome.seconds = round(time.monotonic() - started, 1)
         return self.outcome
@@ -115,12 +120,12 @@ class ChaosRun:
     def _start(self, resume: bool) -> None:
         self.outcome.num_starts += 1
         self._resumed |= resume
+        if resume:
+            self._site.settle()
         self._last_event, self._heard = "", time.monotonic()
         with self._log.open("ab") as out:
-            self._driver = subprocess.Popen(
-                list(self._command(self.outcome.num_steps, resume)),
-                env=dict(self._environment), stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
-            )  # fmt: skip
+            command = self._command(self.outcome.num_steps, resume)
+            self._driver = self._site.start(command, self._environment, out)
 
     def _attend(self) -> int:
         """Until the driver has ended; its exit code."""
@@ -193,7 +198,7 @@ class ChaosRun:
             return
         newest = rows[-1]  # it says what the run is doing now
         if "kind" not in newest:
-            self._processes = processes_of(self._driver.pid)
+            self._processes = self._site.processes(self._driver.pid)
         if self._is_in(self._faults[0].phase, newest):
             self._inject()
 
@@ -202,7 +207,7 @@ class ChaosRun:
             self._last_event = str(row["kind"])
             if self._last_event == "checkpoint":
                 self._saved_step = int(row["step"])
-            known = self._recovery is not None and row.get("worker") in self._recovery.victims
+            known = self._recovery is not None and self._recovery.explains(row)
             self.outcome.num_unexplained += self._last_event == "worker_died" and not known
         else:
             self._num_rows, self._step = self._num_rows + 1, int(row["step"])
@@ -223,8 +228,11 @@ class ChaosRun:
         self._left |= {p.pid: p for p in self._processes.all}
         at = time.time()
         try:
-            driver = psutil.Process(self._driver.pid)
-            victims, self._effect = inject(self._faults[0], driver, self._processes, self._disk)
+            if KINDS[self._faults[0].kind].target == "host":
+                victims, self._effect = self._site.take_down(self._faults[0])
+            else:
+                driver = psutil.Process(self._driver.pid)
+                victims, self._effect = inject(self._faults[0], driver, self._processes, self._disk)
         except NobodyThereError:  # still starting: at the next such moment
             return
         fault = self._faults.popleft()
@@ -232,8 +240,8 @@ class ChaosRun:
         self._say(f"{self.outcome.name}: step {self._step}, {fault.phase}: {fault.kind} {' '.join(victims)}")
 
     def _lift(self) -> None:
-        self._effect.end()
-        self._effect = Gone()
+        effect, self._effect = self._effect, Gone()  # what fails to end is not tried again
+        effect.end()
 
     def _over(self, recovery: Recovery, at: float) -> None:
         detected = recovery.detected_at

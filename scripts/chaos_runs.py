@@ -4,6 +4,7 @@
     ppo       staleness 0, a critic and a reward model besides
     beside    staleness 1, vLLM's engine in a process of its own
     small     staleness 1, one learner rank and no reference: what starts soonest
+    hosts     staleness 1, generators on two hosts, one of which is cut off or killed and adopted when it is back
 May import: torch (inside a function), actors.{model_folders, modeling, scalar_model}, scripts.faults.
 """
 
@@ -35,7 +36,20 @@ COMMON = (
     f"learner.update_deadline_s={UPDATE_DEADLINE_S:g}", "checkpoint.grace_s=60",
 )  # fmt: skip
 SMALL = ("learner.num_workers=1", "learner.zero_stage=0")
-SPECIAL = {"ppo": ("kill_critic", "kill_reward_model"), "beside": ("kill_engine",)}
+SPECIAL = {
+    "ppo": ("kill_critic", "kill_reward_model"), "beside": ("kill_engine",), "hosts": ("cut_network", "kill_node"),
+}  # fmt: skip
+# Two nodes at the start, one generator on each; the one that is lost is replaced on the other, and a node that comes
+# for the lost one gets a third.  A reward that takes its time keeps the run going while a host is away; completions of
+# some length make it likely that one is lost in mid-rollout.
+PAUSE_S = 3.0  # of a reward; a step takes half of it, because two steps are under way at once
+HOSTS = (
+    *SMALL, "run.max_staleness=1", "cluster.num_nodes=2", "health.adopt_up_to=3", "generator.sampling.max_tokens=64",
+    "model.max_length=256",
+    # A start that was given a place on the lost node gives up, instead of keeping the next one waiting.
+    "cluster.placement_deadline_s=30",
+    f'rewards=[{{"function": "scripts.paced:letters", "args": {{"pause_s": {PAUSE_S:g}}}}}]',
+)  # fmt: skip
 _EVERY_RUN = tuple(kind for kind in KINDS if not any(kind in kinds for kinds in SPECIAL.values()))
 
 
@@ -59,15 +73,17 @@ FAMILIES: Mapping[str, Family] = {
     ),
     "beside": Family((*SMALL, "run.max_staleness=1", "generator.engine=beside"), SPECIAL["beside"]),
     "small": Family((*SMALL, "run.max_staleness=1"), ("kill_generator", "kill_reward_worker")),
+    "hosts": Family(HOSTS, SPECIAL["hosts"]),
 }  # fmt: skip
 
 
 def commands(
-    family: str, name: str, directory: Path, seed: int, reward_model: Path | None
+    family: str, name: str, directory: Path, seed: int, reward_model: Path | None, overrides: Sequence[str] = ()
 ) -> Callable[[int, bool], Sequence[str]]:
-    """``command(num_steps, resume)`` of one run."""
+    """``command(num_steps, resume)`` of one run.  ``overrides``: of the place where it is."""
     fixed = [
-        *COMMON, *FAMILIES[family].overrides, f"run.name={name}", f"run.directory={directory}", f"run.seed={seed}",
+        *COMMON, *FAMILIES[family].overrides, *overrides, f"run.name={name}", f"run.directory={directory}",
+        f"run.seed={seed}",
     ]  # fmt: skip
     if reward_model is not None and family == "ppo":
         # Weight 0: it is measured; what the policy learns from can be reached.

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from random import Random
 
+NUM_COSTLY = 5  # times at most for each kind of target ``host``, which takes a minute or two, where others are cheaper
 MAX_GAP = 6  # rows of metrics between the end of one fault and the next one
 
 
@@ -23,6 +24,7 @@ class Act(StrEnum):
     SLOW = "slow"  # SIGSTOP and SIGCONT by turns
     FILL = "fill"  # no room on the disk until a checkpoint has failed
     TERMINATE = "terminate"  # SIGTERM
+    CUT = "cut"  # the network of a host; healed when Ray has given the node up
 
 
 class Phase(StrEnum):
@@ -42,11 +44,14 @@ class Ends(StrEnum):
     RESTARTED = "restarted"  # a step was recorded after the death, in the same run or after ``--resume``
     RESUMED = "resumed"  # a step was recorded after ``--resume``
     SAVED = "saved"  # a checkpoint after the one that failed
+    ADOPTED = "adopted"  # the host came back as a new node, and as many generators as are wanted work again
 
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """``target``: a role, or engine (of a generator), driver, everything (driver and all workers), disk."""
+    """``target``: a role, or engine (of a generator), host (of a generator, not of the driver), driver, everything
+    (driver and all workers), disk.
+    """
 
     act: Act
     target: str
@@ -74,6 +79,8 @@ KINDS: Mapping[str, Kind] = {
     "kill_everything": Kind(Act.KILL, "everything", _ANY, Ends.RESUMED),
     "terminate_driver": Kind(Act.TERMINATE, "driver", (Phase.SAMPLING, Phase.PUSHING), Ends.RESUMED),
     "fill_disk": Kind(Act.FILL, "disk", _EARLY, Ends.SAVED),
+    "cut_network": Kind(Act.CUT, "host", (Phase.SAMPLING, Phase.PUSHING), Ends.ADOPTED),
+    "kill_node": Kind(Act.KILL, "host", (Phase.SAMPLING, Phase.PUSHING), Ends.ADOPTED),
 }
 
 
@@ -91,12 +98,16 @@ class Fault:
 def schedule(seed: int, num_faults: int, kinds: Sequence[str]) -> tuple[Fault, ...]:
     """``num_faults`` faults in random order; each of ``kinds`` comes as often as any other, or once more.
 
+    Beside cheaper kinds those of hosts come ``NUM_COSTLY`` times at most; the others share the rest.
+
     Raises:
         KeyError: an unknown kind.
     """
     random = Random(f"{seed} {num_faults} {' '.join(kinds)}")
-    each, more = divmod(num_faults, len(kinds))
-    names = [*kinds] * each + random.sample(list(kinds), more)
+    cheap = [kind for kind in kinds if KINDS[kind].target != "host"] or [*kinds]
+    costly = [kind for kind in kinds if kind not in cheap] * min(NUM_COSTLY, num_faults // len(kinds))
+    each, more = divmod(num_faults - len(costly), len(cheap))
+    names = [*costly, *cheap * each, *random.sample(cheap, more)]
     random.shuffle(names)
     return tuple(
         Fault(number, name, random.choice(KINDS[name].phases), random.random(), random.randint(1, MAX_GAP))

@@ -45,22 +45,27 @@ def name_of(title: str) -> str | None:
 class Processes:
     """Of a run at one moment; the look takes longer than a push of a tiny model."""
 
-    all: tuple[psutil.Process, ...]  # what the driver has started, and what those have
+    all: tuple[psutil.Process, ...]  # what the driver has started, and what those have; the workers
     workers: Mapping[str, psutil.Process]  # the actors by name; one that is being replaced may be missing
 
 
 def processes_of(driver: int) -> Processes:
     """None when it has ended."""
-    found: dict[str, psutil.Process] = {}
     processes: list[psutil.Process] = []
     with contextlib.suppress(psutil.NoSuchProcess):
         processes = psutil.Process(driver).children(recursive=True)
+    return Processes(tuple(processes), workers_among(processes))
+
+
+def workers_among(processes: Iterable[psutil.Process]) -> dict[str, psutil.Process]:
+    """The actors, by name."""
+    found: dict[str, psutil.Process] = {}
     for process in processes:
         with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
             name = name_of(" ".join(process.cmdline()))
             if name is not None:
                 found[name] = process
-    return Processes(tuple(processes), found)
+    return found
 
 
 def chosen(names: Iterable[str], role: str, choice: float) -> str:
@@ -125,7 +130,7 @@ class Full:
 
 
 def inject(fault: Fault, driver: psutil.Process, there: Processes, disk: Disk) -> tuple[tuple[str, ...], Effect]:
-    """Do it.  (Names of the workers that were hit, what has to be taken away later.)
+    """Do it, whatever it is but to a host.  (Names of the workers that were hit, what has to be taken away later.)
 
     Raises:
         NobodyThereError: there is no such process now, and nothing was done.

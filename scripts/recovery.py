@@ -1,6 +1,8 @@
 """From a fault to the moment the run is well again, as the rows of its own files tell it.  Pure.
 
     inject --> [detected] --> cause lifted --> recovered
+A lost host:
+    inject --> worker_died, node_left: the host comes back --> node_joined --> node_adopted --> generator_joined
 May import: scripts.faults.
 """
 
@@ -19,7 +21,8 @@ class Recovery:
 
     Args:
         at: when the fault was injected, unix time in s; what was recorded until then tells nothing of it.
-        victims: names of the workers that were hit, as events call them; none for driver and disk.
+        victims: names of the workers that were hit, as events call them, and the address of a host that was; none for
+            driver and disk.
     """
 
     def __init__(self, fault: Fault, at: float, victims: Collection[str]) -> None:
@@ -34,6 +37,9 @@ class Recovery:
         self._stopped = False
         self._ready = False  # again, after the fault
         self._num_rows = 0
+        self._left = self._adopted = False  # the node that was hit; the one that came for it
+        self._node: str | None = None  # that came for it
+        self._num_wanted = 0  # generators, since it was adopted
 
     @property
     def missing(self) -> str:
@@ -45,8 +51,16 @@ class Recovery:
             Ends.RESTARTED: f"an event that names {self.kind.target}" if self.detected_at is None else "a step",
             Ends.RESUMED: "a step" if self._ready else "event ready",
             Ends.SAVED: "event checkpoint_failed" if self.detected_at is None else "event checkpoint",
-        }
+            Ends.ADOPTED: "event node_left" if not self._left else "event node_joined" if self._node is None
+            else f"event generator_joined, with {self._num_wanted} generators" if self._adopted
+            else "event node_adopted",
+        }  # fmt: skip
         return wanted[self.kind.ends]
+
+    def explains(self, row: Mapping[str, Any]) -> bool:
+        """Whether a ``worker_died`` comes of this fault: a start on a host that is lost, whoever it was, does."""
+        hit = row.get("worker") in self.victims
+        return hit or (self.kind.ends is Ends.ADOPTED and any(v in str(row.get("reason")) for v in self.victims))
 
     def may_end(self, code: int) -> bool:
         """Whether the run may have ended with this exit code because of the fault, to be resumed."""
@@ -85,8 +99,30 @@ class Recovery:
                 self._detected(at, str(row.get("reason", "")))
             elif kind == "checkpoint" and self.detected_at is not None:
                 self.recovered_at = at
+        elif self.kind.ends is Ends.ADOPTED:
+            self._host(row, at, hit)
         elif self.kind.act is Act.TERMINATE and kind == "stopping":
             self._detected(at, str(row.get("signal", "")))
+
+    def _host(self, row: Mapping[str, Any], at: float, hit: bool) -> None:
+        """The cause goes only when Ray has given the node up: it takes none back, and one that was healed before that
+        would never have left.
+        """
+        kind, ours = row["kind"], row.get("address") in self.victims
+        if hit and kind == "worker_died":
+            self._detected(at, str(row.get("reason", kind)))
+        elif ours and kind == "node_left":
+            self._detected(at, f"node {row['node']} left")
+            self._left = True
+        elif ours and kind == "node_joined" and self._left:
+            self._node, self._adopted = str(row["node"]), False
+        elif kind == "node_adopted" and row.get("node") == self._node:
+            self._adopted = True
+        elif kind == "scaling" and self._adopted:
+            self._num_wanted = int(row["wanted"])
+        elif kind == "generator_joined" and self._adopted and int(row["num_generators"]) >= self._num_wanted:
+            self.recovered_at = at
+        self.lift = self._left
 
     def _step(self, at: float) -> None:
         self._num_rows += 1

@@ -61,7 +61,7 @@ def test_every_fault_is_dealt_once_to_a_run_that_can_suffer_it_and_the_load_is_e
 
 
 def test_the_long_plan_has_three_pairs_of_runs_that_differ_in_their_faults_alone() -> None:
-    planned = plan(0, 100)
+    planned = plan(0, 100, tuple(FAMILIES))
     assert sum(len(p.faults) for p in planned) == 100
     pairs = {s: [p for p in planned if p.family == "async" and p.seed == s] for s in range(3)}
     for hit, unharmed in pairs.values():

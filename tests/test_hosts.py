@@ -19,10 +19,11 @@ from typing import Any
 import psutil
 import pytest
 import yaml
-from hosts import Host, Network, RayNodes, lacking
 from test_async_run import LONG, MAX_STALENESS
 from test_async_run import check_lineage as check_stale_lineage
 from test_end_to_end import REPOSITORY, RUN_S, Run, check_lineage
+
+from scripts.hosts import Host, Network, RayNodes, lacking
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(6 * RUN_S)]
 

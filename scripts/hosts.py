@@ -1,5 +1,5 @@
-"""Several hosts on one machine, for tests: Linux network namespaces that meet at a switch, each with an address, a name
-and a /tmp/ray of its own.  They share the rest of the disk, the shared memory and the cores.
+"""Several hosts on one machine, for tests and chaos: Linux network namespaces that meet at a switch, each with an
+address, a name and a /tmp/ray of its own.  They share the rest of the disk, the shared memory and the cores.
 
     with Network() as network:
         a, b = network.host("a"), network.host("b")
@@ -9,6 +9,7 @@ and a /tmp/ray of its own.  They share the rest of the disk, the shared memory a
 
 Needs root and iproute2; :func:`lacking` says what a machine lacks.  Whatever a network holds is removed when it is
 closed, and what a killed one left is removed by the next one.
+May import: psutil.
 """
 
 from __future__ import annotations
@@ -31,9 +32,21 @@ PREFIX = "burnish-net"  # of every namespace: PREFIX-PID-NAME
 NAMES = Path("/etc/netns")  # `ip netns exec` shows /etc/netns/NAME/hosts as /etc/hosts
 COMMAND_S = 20.0  # for one `ip` command
 END_S, ROUNDS = 30.0, 3  # for killed processes to go
-RAY_FOLDER = Path("/tmp/ray")  # where every Ray has its sockets and logs, in paths that must be short
+RAY_FOLDER = Path("/tmp/ray")  # noqa: S108 - where every Ray has its sockets and logs, in paths that must be short
 RAY_PORT = 6379
-RAY_S = 120.0  # for `ray start` to be done
+RAY_S = 120.0  # for `ray start` to be done, and for Ray to give up a node that has gone
+COUNT = """
+import sys, time
+import ray
+
+address, wanted, deadline_s = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
+ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+end = time.monotonic() + deadline_s
+while (found := sum(node["Alive"] for node in ray.nodes())) != wanted:
+    if time.monotonic() > end:
+        sys.exit(f"waited {deadline_s:g} s for Ray to have {wanted} live nodes; it has {found}")
+    time.sleep(0.5)
+"""
 
 
 def lacking() -> str:
@@ -56,7 +69,10 @@ class HostsError(Exception):
 
 
 def _do(*command: str) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, timeout=COMMAND_S, check=False)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=COMMAND_S, check=False)
+    except subprocess.TimeoutExpired:
+        raise HostsError(f"{' '.join(command)}: not done in {COMMAND_S:g} s") from None
     if done.returncode:
         raise HostsError(f"{' '.join(command)}: {done.stderr.strip() or f'exit code {done.returncode}'}")
     return done.stdout
@@ -78,7 +94,8 @@ class Host:
         # `ip netns exec` and `unshare` give the process mounts and a host name that nobody else sees.
         own = f'mount --bind {self.disk} {RAY_FOLDER} && echo {self.name} > /proc/sys/kernel/hostname && exec "$@"'
         into = ["ip", "netns", "exec", self.namespace, "unshare", "--uts", "sh", "-c", own, "sh"]
-        return subprocess.Popen([*into, *command], stdout=out, stderr=out, env=env, cwd=cwd)
+        nobody = subprocess.DEVNULL
+        return subprocess.Popen([*into, *command], stdin=nobody, stdout=out, stderr=out, env=env, cwd=cwd)
 
     def cut(self) -> None:
         """Pull the cable at the switch."""
@@ -233,3 +250,17 @@ class RayNodes:
                 continue
             break
         raise HostsError(f"ray start on {host.name}: not started in {RAY_S:g} s, or ended:\n{log.read_text()[-2000:]}")
+
+    def settle(self, num_nodes: int) -> None:
+        """Return when Ray counts exactly ``num_nodes`` live nodes: one that was lost counts until it is given up."""
+        log = self._logs / "settle.log"
+        command = [sys.executable, "-c", COUNT, self.address, str(num_nodes), str(RAY_S)]
+        with log.open("wb") as out:
+            process = self._head.start(command, out, self.env)
+        try:
+            code = process.wait(2 * RAY_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            raise HostsError(f"waited {2 * RAY_S:g} s for Ray on {self._head.name} to count its nodes") from None
+        if code:
+            raise HostsError(f"Ray on {self._head.name}: {log.read_text()[-2000:].strip() or f'exit code {code}'}")
