@@ -1,6 +1,7 @@
-"""A reward for speed and stability studies: how much of an answer is one of eleven letters.
+"""A reward for studies of stability: half of an answer's characters are to be one of eleven letters, no more.
 
-Graded, so groups have a spread from the first step on, and learnable by a tiny random model within a minute.
+Graded, so groups have a spread from the first step on; learnable by a tiny random model within a minute; and it can
+be overshot, so samples of an older policy push past it.
 May import: the standard library.
 """
 
@@ -11,6 +12,7 @@ from typing import Any
 LETTERS = frozenset("abcdefghijk")
 
 
-def share(completions: list[str], **columns: Any) -> list[float]:
-    """Of the characters of each completion; 0 for an empty one."""
-    return [sum(character in LETTERS for character in text) / max(1, len(text)) for text in completions]
+def half(completions: list[str], **columns: Any) -> list[float]:
+    """1 for exactly half, 0 for none or all; an empty completion has none."""
+    shares = [sum(character in LETTERS for character in text) / max(1, len(text)) for text in completions]
+    return [1 - abs(2 * share - 1) for share in shares]

@@ -58,7 +58,7 @@ STUDIES = {
     "letters": Study(
         "cpu-two-by-two", 96,
         (
-            f"rewards.0.function={ROOT / 'benchmarks' / 'letters.py'}:share", "rewards.0.args={}",
+            f"rewards.0.function={ROOT / 'benchmarks' / 'letters.py'}:half", "rewards.0.args={}",
             "generator.num_workers=1", "learner.num_workers=1", "learner.zero_stage=0", "model.dtype=float32",
             "learner.optimizer.lr=3e-3", "run.samples_per_prompt=8", "generator.max_num_seqs=64",
             "learner.token_budget=224",  # small packs are slow ones: what was sampled waits for the learner

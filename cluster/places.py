@@ -6,6 +6,7 @@ May import: the modules of this room.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -21,6 +22,7 @@ class Places:
         self._model, self._placement, self._deadline_s = slots[0], placement, deadline_s
         self._adopted: dict[int, str] = {}  # slot -> the node it is bound to
         self._free: list[WorkerSlot] = []
+        self._growing: dict[int, asyncio.Future[None]] = {}  # slots of adopted nodes that wait for their room
         self._next = max(self._planned) + 1
 
     async def take(self) -> WorkerSlot:
@@ -32,21 +34,35 @@ class Places:
         Raises:
             DeadlineError: the cluster has no room.
         """
-        slot = next((slot for slot in self._free if self._stands(slot)), None)
-        if slot is None:
-            slot = self._new()
-        else:
-            self._free.remove(slot)
-            if slot.index in self._planned:
+        while True:
+            slot = next((slot for slot in self._free if self._stands(slot)), None)
+            if slot is None:
+                slot = self._new()
+            else:
+                self._free.remove(slot)
+                if slot.index in self._planned:
+                    return slot
+            if self._placement is None or await self._grown(self._placement, slot):
                 return slot
-        if self._placement is not None:
-            try:
-                await self._placement.grow(slot, self._deadline_s, self._adopted.get(slot.index))
-            except BaseException:
-                if slot.index in self._adopted:
-                    self._free.append(slot)
-                raise
-        return slot
+
+    async def _grown(self, placement: Placement, slot: WorkerSlot) -> bool:
+        """Whether there is room for ``slot`` now; no when its node is forgotten meanwhile, which Ray would wait for."""
+        node_id = self._adopted.get(slot.index)
+        growing = asyncio.ensure_future(placement.grow(slot, self._deadline_s, node_id))
+        if node_id is not None:
+            self._growing[slot.index] = growing
+        try:
+            await growing
+        except BaseException as error:
+            if slot.index in self._adopted:
+                self._free.append(slot)
+            task = asyncio.current_task()
+            if isinstance(error, asyncio.CancelledError) and task is not None and not task.cancelling():
+                return False  # it was the wait alone that was cancelled
+            raise
+        finally:
+            self._growing.pop(slot.index, None)
+        return True
 
     def give_back(self, slot: WorkerSlot) -> None:
         """The worker of ``slot`` has ended."""
@@ -63,7 +79,12 @@ class Places:
             self._free.append(slot)
 
     def forget(self, node_id: str) -> None:
-        """An adopted node has gone: its slots are not used again; the workers in them end by themselves."""
+        """An adopted node has gone: its slots are not used again, and who waits for one is given another.  The workers
+        in them end by themselves.
+        """
+        for index, growing in self._growing.items():
+            if self._adopted[index] == node_id:
+                growing.cancel()
         self._adopted = {index: node for index, node in self._adopted.items() if node != node_id}
         self._free = [slot for slot in self._free if slot.index in self._planned or slot.index in self._adopted]
 

@@ -46,8 +46,6 @@ PAUSE_S = 3.0  # of a reward; a step takes half of it, because two steps are und
 HOSTS = (
     *SMALL, "run.max_staleness=1", "cluster.num_nodes=2", "health.adopt_up_to=3", "generator.sampling.max_tokens=64",
     "model.max_length=256",
-    # A start that was given a place on the lost node gives up, instead of keeping the next one waiting.
-    "cluster.placement_deadline_s=30",
     f'rewards=[{{"function": "scripts.paced:letters", "args": {{"pause_s": {PAUSE_S:g}}}}}]',
 )  # fmt: skip
 _EVERY_RUN = tuple(kind for kind in KINDS if not any(kind in kinds for kinds in SPECIAL.values()))

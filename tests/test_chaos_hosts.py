@@ -278,6 +278,7 @@ def supervised(folder: Path, nodes: StandIn, network: Network, faults: list[Faul
     ).go()  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_run_over_two_hosts_is_cut_and_killed_in_turn_and_each_time_the_host_comes_back(
     tmp_path: Path, network: Network
 ) -> None:
@@ -294,6 +295,7 @@ def test_a_run_over_two_hosts_is_cut_and_killed_in_turn_and_each_time_the_host_c
     assert found.num_starts - 1 == nodes.num_settled, "before a resume all is as it was"
 
 
+@pytest.mark.slow
 def test_a_run_that_ends_while_a_host_is_lost_gets_it_back_and_the_fault_comes_again(
     tmp_path: Path, network: Network
 ) -> None:

@@ -111,3 +111,32 @@ def test_a_place_that_was_not_granted_or_whose_node_left_meanwhile_is_not_lost_o
     places.give_back(slot)
     cluster.nodes.clear()
     assert asyncio.run(places.take()).index > slot.index
+
+
+def test_who_waits_for_room_on_a_node_that_is_gone_is_given_another_place_at_once() -> None:
+    class Waiting(Cluster):
+        async def grow(self, slot: WorkerSlot, deadline_s: float, node_id: str | None = None) -> None:
+            if node_id is not None:
+                waits.set()
+                await asyncio.Event().wait()
+            await super().grow(slot, deadline_s, node_id)
+
+    async def law() -> None:
+        cluster.nodes["b"] = True  # Ray does not know yet
+        places.adopt("b", 1)
+        taking = asyncio.create_task(places.take())
+        await waits.wait()
+        places.forget("b")
+        slot = await taking
+        assert cluster.grown == {slot.index} and cluster.bound[slot.index] is None
+        places.adopt("b", 1)
+        waits.clear()
+        taking = asyncio.create_task(places.take())
+        await waits.wait()
+        taking.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await taking
+
+    waits, cluster = asyncio.Event(), Waiting(9)
+    places = Places(SLOTS, cluster, 1.0)  # type: ignore[arg-type]
+    asyncio.run(asyncio.wait_for(law(), 10))
