@@ -24,7 +24,7 @@ pipeline: install ## SFT, preferences, reward model, PPO and evaluation, ending 
 study: install ## over-optimisation of the pipeline's reward model: gold and proxy against KL (after make pipeline)
 	@$(BIN)/python -m scripts.study --directory $(RUN_DIR)/pipeline
 
-chaos: install ## faults under real runs: 100 on a seeded schedule, 1.5 hours or more (docs/chaos.md)
+chaos: install ## faults under real runs: 100 on a seeded schedule, two hours (docs/chaos.md)
 	@$(BIN)/python -m scripts.chaos --directory $(RUN_DIR)/chaos
 
 test: install ## the tests CI runs, with lint and types (20 minutes or less on two cores)

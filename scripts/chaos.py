@@ -36,7 +36,7 @@ LONG = {f"async-{i}": ("async", i) for i in range(NUM_SEEDS)} | {name: (name, 0)
 NUM_STEPS = 40 * EPOCH_STEPS
 HOST_STEPS = 4 * EPOCH_STEPS  # for each lost host: more than come before it is back
 COMPARED_STEPS = 10 * EPOCH_STEPS  # the last ones, whose mean reward is compared
-MORE_STEPS = 8 * EPOCH_STEPS  # when a run ends before its faults are through
+MORE_STEPS = 24 * EPOCH_STEPS  # when a run ends before its faults are through: more than any recovery takes
 QUICK_STEPS, SHORT_STEPS = 12 * EPOCH_STEPS, 4 * EPOCH_STEPS
 QUICK = ("kill_generator", "stall_push", "pause_generator", "slow_generator", "kill_reward_worker", "kill_reference",
          "kill_learner", "fill_disk", "terminate_driver", "kill_everything")  # fmt: skip
