@@ -132,8 +132,11 @@ class AlgorithmSettings(Settings):
     @model_validator(mode="after")
     def _nothing_is_ignored(self) -> Self:
         if not self.needs_critic:
-            if self.ppo != PPOSettings():
-                raise ValueError(f"ppo: its keys do nothing with name={self.name}; set name=ppo or leave them out")
+            for key, value in self.ppo.model_dump(exclude_defaults=True).items():
+                raise ValueError(
+                    f"ppo.{key}={value} does nothing with name={self.name}, which has no critic; leave it out or set "
+                    "name=ppo"
+                )
             return self
         for field in ("baseline", "scale"):
             if self._is_set(field):
