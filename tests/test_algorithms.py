@@ -248,7 +248,9 @@ SAMPLES = st.lists(st.lists(TOKEN, min_size=1, max_size=6), min_size=1, max_size
 
 
 @given(SAMPLES)
-def test_the_ratio_of_a_sequence_is_the_geometric_mean_of_its_tokens_ratios(rows: list[list[tuple[float, float]]]) -> None:
+def test_the_ratio_of_a_sequence_is_the_geometric_mean_of_its_tokens_ratios(
+    rows: list[list[tuple[float, float]]],
+) -> None:
     policy, proximal = (torch.tensor([pair[k] for row in rows for pair in row], dtype=torch.float64) for k in (0, 1))
     samples = torch.tensor([i for i, row in enumerate(rows) for _ in row])
     for kind in ("sequence", "sequence_token"):

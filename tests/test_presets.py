@@ -145,8 +145,9 @@ def test_with_its_switch_turned_nothing_is_left_of_a_section() -> None:
     """Else the cap of a correction that is off would be refused, and nobody set it."""
     chosen = config("cispo", "algorithm.correction.kind=none").algorithm.correction
     assert (chosen.kind, chosen.cap) == ("none", 2.0)
-    assert merged({"s": {"kind": "a", "own": 1}}, {"s": {"kind": "a", "x": 2}}) == {"s": {"kind": "a", "own": 1, "x": 2}}
-    assert merged({"s": {"kind": "b"}}, {"s": {"kind": "a", "x": 2}}) == {"s": {"kind": "b"}}
+    preset = {"s": {"kind": "a", "x": 2}}
+    assert merged({"s": {"kind": "a", "own": 1}}, preset) == {"s": {"kind": "a", "own": 1, "x": 2}}
+    assert merged({"s": {"kind": "b"}}, preset) == {"s": {"kind": "b"}}
     assert merged({"s": None}, {"s": {"kind": "a"}}) == {"s": None}
 
 
