@@ -13,6 +13,7 @@ from typing import Any
 from actors.settings import SamplingSettings
 from trainers.presets import PRESETS, Preset, merged
 
+NAME = "overlong"  # of the reward that is added
 OVERLONG = "length"  # the built-in reward function that is DAPO's soft over-long punishment (trainers/verifiers.py)
 
 
@@ -40,19 +41,20 @@ def with_preset(raw: Mapping[Any, Any]) -> dict[Any, Any]:
 def _with_punishment(raw: dict[Any, Any], share: float) -> dict[Any, Any]:
     """One more reward: -1 at ``max_tokens``, growing over the last ``share`` of them.
 
-    Not where the recipe has such a reward itself, of whatever weight, and not where nothing else is rewarded.
+    Not where the recipe has such a reward or one of that name itself, of whatever weight, and not where nothing else
+    is rewarded.
     """
     rewards, models = raw.get("rewards", ()), raw.get("reward_models", ())
     if not isinstance(rewards, list | tuple) or not isinstance(models, list | tuple) or not (rewards or models):
         return raw
-    if any(_get(reward, "function") == OVERLONG for reward in rewards):
+    if any(_get(reward, "function") == OVERLONG or _get(reward, "name") == NAME for reward in rewards):
         return raw
     sampling = _get(raw.get("generator", {}), "sampling") or {}
     max_tokens = _get(sampling, "max_tokens") or SamplingSettings.model_fields["max_tokens"].default
     if not isinstance(max_tokens, int) or max_tokens < 1:
         return raw  # refused later, at its own key
     arguments = {"max_tokens": max_tokens, "buffer_tokens": max(1, round(max_tokens * share))}
-    raw["rewards"] = [*rewards, {"name": "overlong", "function": OVERLONG, "args": arguments}]
+    raw["rewards"] = [*rewards, {"name": NAME, "function": OVERLONG, "args": arguments}]
     evaluation = raw.get("evaluation", {})
     if not rewards and isinstance(evaluation, Mapping):  # a punishment is no accuracy, though it comes first now
         raw["evaluation"] = {"reward": _get(models[0], "name"), **evaluation}
