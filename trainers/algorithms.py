@@ -6,7 +6,7 @@ values that belong together (trainers/presets.py); keys that are set win over th
 
 Asymmetric clip: Yu et al. 2025 (arXiv:2503.14476).  PPO as RLHF uses it: Ouyang et al. 2022 (arXiv:2203.02155).
 
-May import: pydantic, trainers.{correction, presets, reward_shaping, sequence_ratio, settings}.
+May import: pydantic, trainers.{correction, presets, reward_shaping, settings}.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from trainers.correction import CorrectionSettings
-from trainers.presets import PRESETS, Name, merged
+from trainers.presets import PRESETS, Name, RatioKind, merged
 from trainers.reward_shaping import RewardShaping
 from trainers.settings import Settings
 
@@ -69,7 +69,7 @@ class AlgorithmSettings(Settings):
         "std", description="divide by the group's standard deviation, or by that of all tokens of the batch (whose "
         "mean is subtracted too where baseline=none), or leave the scale of the reward"
     )  # fmt: skip
-    ratio: Literal["token", "sequence", "sequence_token"] = Field(
+    ratio: RatioKind = Field(
         "token", description="policy_ / proximal_ probability of a token, or the geometric mean over its completion; "
         "sequence_token: the value of sequence, the gradient of the token alone (GSPO-token)"
     )  # fmt: skip

@@ -20,6 +20,8 @@ Name = Literal[
     "ppo",
 ]  # fmt: skip
 
+RatioKind = Literal["token", "sequence", "sequence_token"]  # trainers/sequence_ratio.py has the definitions
+
 
 @dataclass(frozen=True, slots=True)
 class Preset:

@@ -10,18 +10,15 @@ arXiv:2507.18071, eq. 7):
 ``s`` needs its completion whole: a pack holds whole samples, and a sample's tokens have a weight above 0 together
 or not at all.
 Axes: N tokens of S samples, laid end to end, each sample whole.
-May import: torch, trainers.off_policy.
+May import: torch, trainers.{off_policy, presets}.
 """
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 
 from trainers.off_policy import sample_log_ratios
-
-RatioKind = Literal["token", "sequence", "sequence_token"]
+from trainers.presets import RatioKind
 
 
 def policy_log_ratio(
