@@ -54,6 +54,7 @@ docs: install ## regenerate the tables in docs/
 	$(BIN)/python -m trainers.metrics
 	$(BIN)/python -m trainers.alarms
 	$(BIN)/python -m launch.config_reference
+	$(BIN)/python -m trainers.algorithm_table
 
 clean: ## remove .venv and caches (runs stay)
 	rm -rf .venv .bench build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -16,6 +16,7 @@ import numpy as np
 from cluster.transport import fetch
 from trainers.advantages import group_relative
 from trainers.algorithms import AlgorithmSettings
+from trainers.batch_advantages import reward_to_go, scaled_over_batch
 from trainers.batching import SampleShape
 from trainers.experience import decode_group, decode_logprobs, may_train
 from trainers.losses import token_weights
@@ -67,10 +68,47 @@ class ExperienceBatch:
                 rewards = rewards - penalties[start : start + rewards.size]
             finished = np.array([reason != "abort" for reason in group.summary.finish_reasons])
             parts.append(
-                group_relative(rewards, group.rewards.valid & finished, self.algorithm.baseline, self.algorithm.scale)
+                group_relative(
+                    rewards,
+                    group.rewards.valid & finished,
+                    "leave_one_out" if self.algorithm.baseline == "leave_one_out" else "group_mean",
+                    "std" if self.algorithm.scale == "std" else "none",
+                )
             )
             start += rewards.size
         return np.concatenate(parts)
+
+    def token_advantages(self, penalties: Sequence[np.ndarray] | None = None) -> list[np.ndarray]:
+        """float32 [T] of each sample, NaN where it may not be trained on; of an algorithm with token advantages.
+
+        ``penalties``, float64 [T] of each sample, is the KL penalty in the reward.
+
+        Raises:
+            ValueError: the baseline is a greedy completion's reward, and a group came without it.
+        """
+        kept, grouped = self.trainable(), self.algorithm.needs_group
+        if grouped:
+            totals = None if penalties is None else np.array([row.sum() for row in penalties])
+            advantages, penalties = self.advantages(totals), None
+        else:
+            advantages = np.concatenate([g.rewards.totals - self._baseline(g) for g in self.groups])
+        rows = [
+            reward_to_go(
+                float(advantages[i]) if kept[i] else np.nan, None if penalties is None else penalties[i],
+                shape.num_completion,
+            )
+            for i, shape in enumerate(self.shapes)
+        ]  # fmt: skip
+        if self.algorithm.scale == "batch":
+            rows = scaled_over_batch(rows, [bool(k) for k in kept], has_baseline=grouped or self.algorithm.needs_greedy)
+        return [row.astype(np.float32) for row in rows]
+
+    def _baseline(self, group: LearnerGroup) -> float:
+        if not self.algorithm.needs_greedy:
+            return 0.0
+        if group.greedy_reward is None:
+            raise ValueError(f"group {group.summary.group_id} came without the reward of its greedy completion")
+        return group.greedy_reward
 
     def minibatches(self) -> list[list[int]]:
         """Sample indices of each optimizer step of one epoch; whole groups stay together."""

@@ -42,15 +42,16 @@ class _Fixed:
     batch: ExperienceBatch
     algorithm: AlgorithmSettings
     trainable: np.ndarray  # bool [samples]
-    advantages: np.ndarray  # float64 [samples], NaN where masked; with a critic the mean over a sample's tokens
-    token_advantages: Sequence[np.ndarray] | None  # float32 [T] a sample, with a critic
+    advantages: np.ndarray  # float64 [samples], NaN where masked; the mean over a sample's tokens where they differ
+    token_advantages: Sequence[np.ndarray] | None  # float32 [T] a sample; None: one for all tokens of a sample
     proximal: Sequence[np.ndarray] | None  # float32 [T] a sample; None: the policy itself, in its only update
 
     def chosen(self, members: Sequence[int], weights: np.ndarray) -> list[int]:
         """The members whose gradient can be nonzero."""
-        if self.token_advantages is not None:
-            return [i for k, i in enumerate(members) if weights[k] > 0]
-        return contributing(members, weights, self.advantages, self.algorithm)
+        largest, rows = self.advantages, self.token_advantages
+        if rows is not None:
+            largest = np.array([np.abs(row).max(initial=0.0) for row in rows])
+        return contributing(members, weights, largest, self.algorithm)
 
 
 class DeepSpeedLearner(BatchRank):
@@ -214,7 +215,11 @@ class DeepSpeedLearner(BatchRank):
         in_reward = algorithm.kl_coef > 0 and algorithm.kl_placement == "reward"
         proximal = self._proximal(batch) if algorithm.num_updates > 1 or in_reward else None
         penalties = self._kl_penalties(batch, proximal) if in_reward and proximal is not None else None
-        return _Fixed(batch, algorithm, trainable, batch.advantages(penalties), None, proximal)
+        if algorithm.has_token_advantages:
+            per_token = batch.token_advantages(penalties)
+            return _Fixed(batch, algorithm, trainable, _means(per_token), per_token, proximal)
+        totals = None if penalties is None else np.array([row.sum() for row in penalties])
+        return _Fixed(batch, algorithm, trainable, batch.advantages(totals), None, proximal)
 
     def _accumulate(self, fixed: _Fixed, members: Sequence[int], totals: UpdateTotals, step: int, index: int) -> None:
         """Backward of everything that goes into the ``index``-th optimizer step on the batch of ``step``."""
@@ -260,9 +265,9 @@ class DeepSpeedLearner(BatchRank):
         logprobs: torch.Tensor = self.engine.forward(pack, self.sampling.temperature, with_entropy=False)[0]
         return logprobs
 
-    def _kl_penalties(self, batch: ExperienceBatch, proximal: Sequence[np.ndarray]) -> np.ndarray:
-        """beta * sum over tokens of the KL estimate, float64 [samples]."""
-        penalties = np.zeros(batch.num_samples)
+    def _kl_penalties(self, batch: ExperienceBatch, proximal: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """beta * the KL estimate of each token, float64 [T] a sample."""
+        penalties = []
         for i in range(batch.num_samples):
             reference = batch.tokens(i, self.payload_deadline_s).reference_logprobs
             if reference is None:
@@ -270,7 +275,7 @@ class DeepSpeedLearner(BatchRank):
             per_token = kl_estimate(
                 torch.from_numpy(proximal[i].copy()), torch.from_numpy(reference.copy()), self.algorithm.kl_estimator
             )
-            penalties[i] = self.algorithm.kl_coef * float(per_token.double().sum())
+            penalties.append(self.algorithm.kl_coef * per_token.double().numpy())
         return penalties
 
     def score(self, prompts: Sequence[np.ndarray], completions: Sequence[np.ndarray]) -> list[np.ndarray]:

@@ -1,7 +1,8 @@
 """The loss of one pack, and the sums that its metrics are made of.
 
 Pure: tensors in, tensors out.  The engine, the ranks and the packing are somebody else's.
-Axes: N scored tokens of one pack, S samples.  May import: torch, trainers.{algorithms, losses, off_policy}.
+Axes: N scored tokens of one pack, S samples.  May import: torch,
+trainers.{algorithms, losses, off_policy, sequence_ratio}.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ from dataclasses import dataclass
 import torch
 
 from trainers.algorithms import AlgorithmSettings
-from trainers.losses import clipped_surrogate, kl_estimate, score_function_loss
+from trainers.losses import clipped_ratio, kl_estimate, score_function_loss
 from trainers.off_policy import importance_correction, sample_log_ratios
+from trainers.sequence_ratio import policy_log_ratio
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +72,8 @@ def pack_loss(
     if algorithm.correction.kind == "cispo":
         surrogate = score_function_loss(logprobs, proximal, advantages)
     else:
-        surrogate = clipped_surrogate(logprobs, proximal, advantages, algorithm.clip_low, algorithm.clip_high)
+        log_ratio = policy_log_ratio(logprobs, proximal, samples, num_samples, algorithm.ratio)
+        surrogate = clipped_ratio(log_ratio, advantages, algorithm.clip_low, algorithm.clip_high)
     per_token = surrogate.loss
     kl = torch.zeros_like(logprobs)
     if terms.reference_logprobs is not None:

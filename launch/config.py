@@ -7,6 +7,7 @@ May import: pydantic and the settings of the other rooms (never torch, ray, vllm
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
@@ -23,6 +24,7 @@ from actors.settings import (
 )
 from cluster.retention import Best
 from cluster.settings import ClusterSettings, HealthSettings
+from launch.preset_values import with_preset
 from launch.row_settings import PretrainingSettings
 from trainers.alarms import AlarmSettings
 from trainers.algorithms import AlgorithmSettings
@@ -167,6 +169,12 @@ class RunConfig(Settings):
     health: HealthSettings = HealthSettings()
     cluster: ClusterSettings = ClusterSettings()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _preset(cls, data: Any) -> Any:
+        """The values that algorithm.name has for sections and keys that are not set."""
+        return with_preset(data) if isinstance(data, Mapping) else data
+
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:
         run, alg = self.run, self.algorithm
@@ -181,13 +189,14 @@ class RunConfig(Settings):
                 f"learner.optimizer.head_lr_factor={self.learner.optimizer.head_lr_factor:g}: a policy has no scalar "
                 "head; leave it out, or set critic.optimizer.head_lr_factor"
             )
-        if run.samples_per_prompt < 2 and not alg.needs_critic:
+        if run.samples_per_prompt < 2 and alg.needs_group:
             raise ValueError(
                 f"run.samples_per_prompt={run.samples_per_prompt}: a group-relative advantage needs at least 2 samples"
             )
-        if self.filtering.zero_variance and alg.needs_critic:
+        if self.filtering.zero_variance and not alg.needs_group:
+            how = "the critic" if alg.needs_critic else f"algorithm.baseline={alg.baseline}"
             raise ValueError(
-                f"filtering.zero_variance=true: with algorithm.name={alg.name} advantages come from the critic, and a "
+                f"filtering.zero_variance=true: with algorithm.name={alg.name} advantages come from {how}, and a "
                 "group of equal rewards teaches as much as any other; leave it out"
             )
         if run.groups_per_step % alg.num_minibatches:

@@ -1,7 +1,9 @@
 """From a recipe and ``dotted.key=value`` overrides to a checked configuration that knows where each value came from.
 
     recipe file -> raw mapping -> overrides applied -> RunConfig, TuningConfig, LabelConfig or EvalConfig
-                                                   \\-> origins: default | recipe FILE | command line
+                                                   \\-> origins: default | preset NAME | recipe FILE | command line
+
+What ``algorithm.name`` brings along (trainers/presets.py) has the origin ``preset NAME``.
 
 A recipe with a section ``label`` labels, one with ``eval`` evaluates; else ``algorithm.name`` says which it is: runs
 that sample (the default) have other sections than those that learn from files.
@@ -25,11 +27,12 @@ from launch.config import RunConfig
 from launch.config_keys import Key, choices, dotted, expected, explain, slot_at, takes_only_text, unknown_key
 from launch.eval_config import EvalConfig
 from launch.label_config import LabelConfig
+from launch.preset_values import with_preset
 from launch.recipe_files import locate_recipe, parse_yaml
 from launch.tuning_config import TUNING, TuningConfig
 from trainers.errors import InputError
 
-DEFAULT, COMMAND_LINE = "default", "command line"
+DEFAULT, PRESET, COMMAND_LINE = "default", "preset", "command line"
 COMMENT_COLUMN = 56  # where the origin starts in a listing, unless the value is longer
 
 
@@ -62,7 +65,12 @@ def load_config(recipe: str, overrides: Sequence[str] = ()) -> ResolvedConfig:
         config = model.model_validate(raw)
     except ValidationError as error:
         raise explain(model, error, label, raw) from error
-    origins = {dotted(key): _origin(raw, key, touched, label) for key, _ in leaves(config)}
+    origins = {dotted(key): _origin(raw, key, touched, f"recipe {label}") for key, _ in leaves(config)}
+    if isinstance(config, RunConfig):
+        given, source = with_preset(raw), f"{PRESET} {config.algorithm.name}"
+        for key, _ in leaves(config):
+            if origins[dotted(key)] == DEFAULT:
+                origins[dotted(key)] = _origin(given, key, (), source)
     return ResolvedConfig(config, origins, text)
 
 
@@ -149,6 +157,7 @@ def _leaves(key: Key, value: Any) -> Iterator[tuple[Key, Any]]:
 
 
 def _origin(raw: Mapping[Any, Any], key: Key, touched: Sequence[Key], label: str) -> str:
+    """``label`` where ``raw`` has ``key``, unless one of the keys that were ``touched`` holds it or lies in it."""
     below: Any = raw
     for depth, part in enumerate(key):
         present = (isinstance(below, dict) and part in below) or (
@@ -163,7 +172,7 @@ def _origin(raw: Mapping[Any, Any], key: Key, touched: Sequence[Key], label: str
     own = tuple(str(part) for part in key)
     if any(own[: len(name)] == name or name[: len(own)] == own for name in names):
         return COMMAND_LINE
-    return f"recipe {label}"
+    return label
 
 
 def _scalar(value: Any) -> str:

@@ -50,6 +50,8 @@ def made_with(config: RunConfig) -> str:
         config.generator.sampling.model_dump(mode="json"),
         [run.seed, run.samples_per_prompt, run.groups_per_step, run.max_staleness, config.algorithm.needs_reference],
     ]
+    if config.algorithm.needs_greedy:
+        shape.append("greedy")
     return hashlib.blake2b(json.dumps(shape, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 

@@ -47,6 +47,7 @@ _SCHEMA = pa.schema(
         ),
         ("score_s", pa.float64()),
         ("measured", pa.list_(pa.string())),
+        ("greedy_reward", pa.float64()),  # null where that is not the baseline
         ("trajectories", pa.large_binary()),
         ("reference_logprobs", pa.large_binary()),  # null without a reference
     ]
@@ -98,6 +99,7 @@ def _columns(group: LearnerGroup) -> dict[str, Any]:
         ],
         "score_s": rewards.score_s,
         "measured": list(rewards.measured),
+        "greedy_reward": group.greedy_reward,
     }
 
 
@@ -128,4 +130,5 @@ def _group(row: Mapping[str, Any]) -> LearnerGroup:
         rewards,
         put(pa.py_buffer(row["trajectories"])),
         None if reference is None else put(pa.py_buffer(reference)),
+        greedy_reward=row.get("greedy_reward"),  # a file from before there was such a baseline has no such column
     )

@@ -154,6 +154,7 @@ def test_the_recipes_fit_the_machines_they_are_written_for() -> None:
     two_cores = node(num_cpus=2, memory_free_bytes=14 * GIB, shm_free_bytes=2 * GIB)
     assert problems("cpu-demo", SMALL, [two_cores]) == {}
     assert problems("gpu-8x-grpo", SEVEN, [node(gpus=8)]) == {}
+    assert problems("gpu-8x-dapo", SEVEN, [node(gpus=8)]) == {}
     small = ModelFacts(1_540_000_000, 1536, 28, 12, 2, 151936, 32768, "Qwen2ForCausalLM", 8960, 128)
     assert problems("gpu-1x-grpo", small, [node(gpus=1)]) == {}
     large = ModelFacts(32_760_000_000, 5120, 64, 40, 8, 152064, 32768, "Qwen2ForCausalLM", 27648, 128)

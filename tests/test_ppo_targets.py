@@ -168,9 +168,9 @@ def test_a_restored_state_goes_on_with_the_steered_coefficient_and_the_running_m
     [
         ({"name": "ppo", "scale": "none"}, "scale=none does nothing"),
         ({"name": "ppo", "baseline": "leave_one_out"}, "baseline=leave_one_out does nothing"),
-        ({"name": "grpo", "ppo": {"gamma": 0.9}}, "do nothing with name=grpo"),
+        ({"name": "grpo", "ppo": {"gamma": 0.9}}, "ppo.gamma=0.9 does nothing with name=grpo"),
         ({"name": "ppo", "ppo": {"kl_target": 3.0}}, "kl_coef=0 stays 0"),
-        ({"name": "ppo", "kl_coef": 0.1, "kl_estimator": "k1"}, "expected gradient of zero"),
+        ({"name": "ppo", "kl_coef": 0.1, "kl_placement": "loss"}, "expected gradient of zero"),
         (
             {"name": "ppo", "mask_truncated": True, "ppo": {"reward_shaping": {"missing_eos_penalty": 1.0}}},
             "mask_truncated leaves out",

@@ -1,38 +1,29 @@
-"""The policy-gradient algorithms, each one frozen value that names its parts.
+"""How rewards become gradients: the keys of ``algorithm``, and which of them go together.
 
-What sets them apart is a handful of choices, so they are data and not classes:
+What sets the algorithms apart is a handful of choices: what a reward is compared with (``baseline``), its ``scale``,
+the ``ratio`` and its clip, how token terms are averaged (``aggregation``), where the KL goes.  ``name`` picks the
+values that belong together (trainers/presets.py); keys that are set win over them.  The defaults are GRPO's.
 
-=============  ==============  ======  ===============  =====================
-               baseline        scale   ratio and clip   aggregation
-=============  ==============  ======  ===============  =====================
-GRPO           group mean      std     token, .2/.2     sequence (mean of means)
-Dr. GRPO       group mean      none    token, .2/.2     constant (max tokens)
-RLOO           leave one out   none    token, .2/.2     sequence
-PPO            critic (GAE)    batch   token, .2/.2     token
-=============  ==============  ======  ===============  =====================
+Asymmetric clip: Yu et al. 2025 (arXiv:2503.14476).  PPO as RLHF uses it: Ouyang et al. 2022 (arXiv:2203.02155).
 
-The defaults are GRPO's; a recipe for PPO says ``aggregation: token`` itself, and usually
-``kl_placement: reward`` with ``kl_estimator: k1``.
-
-GRPO: Shao et al. 2024 (arXiv:2402.03300).  Dr. GRPO: Liu et al. 2025 (arXiv:2503.20783).
-RLOO: Ahmadian et al. 2024 (arXiv:2402.14740).  Asymmetric clip: Yu et al. 2025 (arXiv:2503.14476).
-PPO: Schulman et al. 2017 (arXiv:1707.06347), as RLHF uses it: Ouyang et al. 2022 (arXiv:2203.02155).
-
-May import: pydantic, trainers.{correction, reward_shaping, settings}.
+May import: pydantic, trainers.{correction, presets, reward_shaping, settings}.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
 from trainers.correction import CorrectionSettings
+from trainers.presets import PRESETS, Name, RatioKind, merged
 from trainers.reward_shaping import RewardShaping
 from trainers.settings import Settings
 
 NonNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
+OF_GROUP = ("group_mean", "leave_one_out")  # baselines that compare the samples of a prompt with each other
 
 
 class PPOSettings(Settings):
@@ -66,16 +57,22 @@ class PPOSettings(Settings):
 class AlgorithmSettings(Settings):
     """How rewards become gradients.  The defaults are GRPO as published."""
 
-    name: Literal["grpo", "ppo"] = Field(
-        "grpo", description="grpo: advantages from the group, its members differ in baseline and scale; "
-        "ppo: advantages from a critic"
+    name: Name = Field(
+        "grpo", description="the values that keys of this section (dapo: of filtering and rewards too) have where they "
+        "are not set: see docs/algorithms.md; ppo: advantages from a critic"
     )  # fmt: skip
-    baseline: Literal["group_mean", "leave_one_out"] = Field(
-        "group_mean", description="what is subtracted from a sample's reward"
-    )
-    scale: Literal["std", "none"] = Field(
-        "std", description="divide by the group's standard deviation, or leave the scale of the reward"
-    )
+    baseline: Literal["group_mean", "leave_one_out", "greedy", "none"] = Field(
+        "group_mean", description="what is subtracted from a sample's reward; greedy: the reward of the prompt's "
+        "greedy completion, sampled besides and not trained on"
+    )  # fmt: skip
+    scale: Literal["std", "batch", "none"] = Field(
+        "std", description="divide by the group's standard deviation, or by that of all tokens of the batch (whose "
+        "mean is subtracted too where baseline=none), or leave the scale of the reward"
+    )  # fmt: skip
+    ratio: RatioKind = Field(
+        "token", description="policy_ / proximal_ probability of a token, or the geometric mean over its completion; "
+        "sequence_token: the value of sequence, the gradient of the token alone (GSPO-token)"
+    )  # fmt: skip
     aggregation: Literal["token", "sequence", "constant"] = Field(
         "sequence",
         description="token: mean over all tokens; sequence: mean over samples of their token means; "
@@ -96,6 +93,15 @@ class AlgorithmSettings(Settings):
     correction: CorrectionSettings = CorrectionSettings()
     ppo: PPOSettings = PPOSettings()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _preset(cls, data: Any) -> Any:
+        """The values of ``name`` for what is not set."""
+        if not isinstance(data, Mapping):
+            return data
+        preset = PRESETS.get(str(data.get("name", cls.model_fields["name"].default)))
+        return data if preset is None else merged(data, preset.algorithm)
+
     @model_validator(mode="after")
     def _kl_in_loss_needs_a_gradient(self) -> Self:
         if self.kl_coef > 0 and self.kl_placement == "loss" and self.kl_estimator == "k1":
@@ -106,32 +112,48 @@ class AlgorithmSettings(Settings):
 
     @model_validator(mode="after")
     def _cispo_does_not_clip_the_ratio(self) -> Self:
-        for field in ("clip_low", "clip_high"):
-            value, default = getattr(self, field), type(self).model_fields[field].default
-            if self.correction.kind == "cispo" and value != default:
+        for field in ("clip_low", "clip_high", "ratio"):
+            if self.correction.kind == "cispo" and self._is_set(field):
                 raise ValueError(
-                    f"{field}={value:g} does nothing with correction.kind=cispo, which clips the weight at "
-                    "correction.cap; leave it out"
+                    f"{field}={getattr(self, field)} does nothing with correction.kind=cispo, which clips the weight "
+                    "at correction.cap; leave it out"
                 )
         return self
 
     @model_validator(mode="after")
+    def _a_deviation_needs_its_group(self) -> Self:
+        if not self.needs_critic and self.scale == "std" and self.baseline not in OF_GROUP:
+            raise ValueError(
+                f"scale=std is the deviation of a group, and baseline={self.baseline} compares with no group; use "
+                "scale=batch or scale=none"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _nothing_is_ignored(self) -> Self:
-        if self.name == "grpo":
-            if self.ppo != PPOSettings():
-                raise ValueError("ppo: its keys do nothing with name=grpo; set name=ppo or leave them out")
+        if not self.needs_critic:
+            for key, value in self.ppo.model_dump(exclude_defaults=True).items():
+                raise ValueError(
+                    f"ppo.{key}={value} does nothing with name={self.name}, which has no critic; leave it out or set "
+                    "name=ppo"
+                )
             return self
         for field in ("baseline", "scale"):
-            value, default = getattr(self, field), type(self).model_fields[field].default
-            if value != default:
+            if self._is_set(field):
                 raise ValueError(
-                    f"{field}={value} does nothing with name=ppo, where the critic is the baseline; leave it out"
+                    f"{field}={getattr(self, field)} does nothing with name=ppo, where the critic is the baseline; "
+                    "leave it out"
                 )
         if self.ppo.kl_target is not None and self.kl_coef == 0:
             raise ValueError("ppo.kl_target multiplies kl_coef, and kl_coef=0 stays 0; give kl_coef its first value")
         if self.mask_truncated and self.ppo.reward_shaping.missing_eos_penalty > 0:
             raise ValueError("mask_truncated leaves out the samples that missing_eos_penalty is for; use one of them")
         return self
+
+    def _is_set(self, field: str) -> bool:
+        """Whether ``field`` has another value than the one that ``name`` brings along."""
+        preset, default = PRESETS[self.name].algorithm, type(self).model_fields[field].default
+        return bool(getattr(self, field) != preset.get(field, default))
 
     @property
     def needs_reference(self) -> bool:
@@ -140,6 +162,21 @@ class AlgorithmSettings(Settings):
     @property
     def needs_critic(self) -> bool:
         return self.name == "ppo"
+
+    @property
+    def needs_group(self) -> bool:
+        """A sample is compared with the others of its prompt: one alone teaches nothing, nor do equal rewards."""
+        return not self.needs_critic and self.baseline in OF_GROUP
+
+    @property
+    def needs_greedy(self) -> bool:
+        """Every prompt is answered once more, greedily."""
+        return not self.needs_critic and self.baseline == "greedy"
+
+    @property
+    def has_token_advantages(self) -> bool:
+        """Made of the whole batch, or of what follows each token (trainers/batch_advantages.py)."""
+        return not self.needs_critic and (self.scale == "batch" or self.baseline not in OF_GROUP)
 
     @property
     def num_updates(self) -> int:

@@ -78,6 +78,16 @@ def whiten(rows: Sequence[np.ndarray], included: Sequence[bool], shift_mean: boo
     Raises:
         ValueError: an included row holds a value that is not finite; it would spoil every other one.
     """
+    mean, scale = token_moments(rows, included)
+    shift = 0.0 if shift_mean else mean
+    return [
+        (row.astype(np.float64) - mean) * scale + shift if keep else np.full(row.shape, np.nan)
+        for row, keep in zip(rows, included, strict=True)
+    ]
+
+
+def token_moments(rows: Sequence[np.ndarray], included: Sequence[bool]) -> tuple[float, float]:
+    """Mean of all tokens of the included samples, and ``1 / sqrt(variance + 1e-8)``; arguments as in :func:`whiten`."""
     for i, (row, keep) in enumerate(zip(rows, included, strict=True)):
         if keep and not np.isfinite(row).all():
             raise ValueError(f"row {i} is included and not finite")
@@ -85,10 +95,7 @@ def whiten(rows: Sequence[np.ndarray], included: Sequence[bool], shift_mean: boo
     tokens = np.concatenate([*kept, np.empty(0)])
     count = max(1, tokens.size)
     mean = math.fsum(tokens) / count
-    scale = 1.0 / math.sqrt(math.fsum((tokens - mean) ** 2) / count + WHITEN_EPSILON)
-    shift = 0.0 if shift_mean else mean
-    whitened = iter([(row - mean) * scale + shift for row in kept])
-    return [next(whitened) if keep else np.full(row.shape, np.nan) for row, keep in zip(rows, included, strict=True)]
+    return mean, 1.0 / math.sqrt(math.fsum((tokens - mean) ** 2) / count + WHITEN_EPSILON)
 
 
 def explained_variance(returns: np.ndarray, values: np.ndarray) -> float:

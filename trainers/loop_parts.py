@@ -43,6 +43,7 @@ class LoopSettings:
     seed: int
     filtering: FilterSettings = field(default_factory=FilterSettings)
     mask_truncated: bool = False  # as the algorithm has it: which samples may be trained on
+    greedy_baseline: bool = False  # every prompt is answered once more, greedily (trainers/greedy.py)
 
 
 @dataclass(frozen=True, slots=True)

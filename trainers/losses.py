@@ -37,7 +37,12 @@ def clipped_surrogate(
     PPO, Schulman et al. 2017 (arXiv:1707.06347), eq. 7; with its two bounds apart as in DAPO
     (arXiv:2503.14476), eq. 10.  All arguments are float32 [N].
     """
-    ratio = torch.exp(policy_logprobs - proximal_logprobs)
+    return clipped_ratio(policy_logprobs - proximal_logprobs, advantages, clip_low, clip_high)
+
+
+def clipped_ratio(log_ratio: torch.Tensor, advantages: torch.Tensor, clip_low: float, clip_high: float) -> Surrogate:
+    """The same for any ratio, such as that of a whole sequence (trainers/sequence_ratio.py); float32 [N]."""
+    ratio = torch.exp(log_ratio)
     bounded = torch.clamp(ratio, 1.0 - clip_low, 1.0 + clip_high)
     loss = -torch.minimum(ratio * advantages, bounded * advantages)
     seen = ratio.detach()

@@ -57,6 +57,8 @@ _ROWS: tuple[Metric, ...] = (
     Metric("advantages/mean", "advantage of a sample", "advantage", VALID, MEAN),
     Metric("advantages/std", "standard deviation of the advantages", "advantage", VALID,
            "standard deviation over samples"),
+    Metric("baseline/greedy_reward", "total reward of the prompts' greedy completions, which samples are compared with "
+           "(algorithm.baseline=greedy)", "reward", "groups whose greedy completion has a reward", "mean over groups"),
     Metric("failures/num_reward", "reward calls without a value: raised, timed out, NaN, wrong count, no number",
            "count", "all calls of all reward parts", SUM),
     Metric("failures/num_samples_masked", "samples left out of the update because they have no valid reward",
@@ -89,8 +91,9 @@ _ROWS: tuple[Metric, ...] = (
            TOKENS, TOKEN_MEAN),
     Metric("entropy", "entropy of the policy's next-token distribution at the sampling temperature", "nats per token",
            TOKENS, TOKEN_MEAN),
-    Metric("ratio/mean", "exp(policy_ - proximal_ log-prob)", "ratio", TOKENS, TOKEN_MEAN),
-    Metric("ratio/max", "largest exp(policy_ - proximal_ log-prob)", "ratio", TOKENS, "maximum over ranks"),
+    Metric("ratio/mean", "exp(policy_ - proximal_ log-prob), with algorithm.ratio=sequence the geometric mean over the "
+           "token's completion", "ratio", TOKENS, TOKEN_MEAN),
+    Metric("ratio/max", "largest such ratio", "ratio", TOKENS, "maximum over ranks"),
     Metric("ratio/first_minibatch_max_deviation", "largest |ratio - 1| in the first minibatch; 0 up to rounding",
            "ratio", TOKENS + ", first minibatch", "maximum over ranks"),
     Metric("clip_ratio/low_mean", "share of tokens with ratio < 1 - clip_low and a negative advantage", "fraction",

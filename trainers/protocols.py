@@ -48,6 +48,7 @@ class LearnerGroup:
     payload: Payload
     reference_payload: Payload | None  # log-probs by the reference, when a KL term asks for them
     values_payload: Payload | None = None  # the critic's values before the update, with PPO
+    greedy_reward: float | None = None  # of the prompt's greedy completion, where that is the baseline; NaN: none
 
 
 @dataclass(frozen=True, slots=True)

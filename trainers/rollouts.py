@@ -19,6 +19,7 @@ from dataclasses import dataclass, field, replace
 from trainers.errors import GroupFailedError, NoGeneratorError
 from trainers.experience import GroupRewards
 from trainers.filtering import RefillLimit, useless
+from trainers.greedy import greedy_request, greedy_reward, masked_without, together
 from trainers.ledger import Ledger
 from trainers.loop_parts import LoopParts, LoopSettings
 from trainers.protocols import GeneratedGroup, GroupRequest, LearnerGroup, Payload
@@ -32,7 +33,7 @@ class Tally:
 
     since: float
     num_sampled: int = 0  # groups
-    num_tokens: int = 0  # of their completions
+    num_tokens: int = 0  # of their completions, greedy ones included
     num_failed: int = 0  # groups given up
     dropped: list[GroupRewards] = field(default_factory=list)  # of groups that were filtered
     sampled_at: float = 0.0  # the last of them; 0: none
@@ -120,17 +121,36 @@ class Rollouts:
             temperature=s.temperature,
             max_tokens=s.max_tokens,
         )
-        generated = await parts.generator.generate(request)
+        generated, greedy = await self._generated(request)
         tally, now = self.tally, self.parts.clock()
         tally.num_sampled += 1
-        tally.num_tokens += sum(generated.summary.num_completion_tokens)
+        sampled = [g.summary for g in (generated, greedy) if g is not None]
+        tally.num_tokens += sum(sum(summary.num_completion_tokens) for summary in sampled)
         tally.sampled_at = now
         self.ledger.move(position, "scorers", now)
         parts.recorder.phase("generate", *self._of_a_step(tally.num_sampled))
-        rewards, reference, values = await asyncio.gather(
-            parts.scorer.score(generated), self._reference(generated), self._early_values(generated)
+        (rewards, baseline), reference, values = await asyncio.gather(
+            self._scored(generated, greedy), self._reference(generated), self._early_values(generated)
         )
-        return LearnerGroup(generated.summary, rewards, generated.payload, reference, values)
+        return LearnerGroup(generated.summary, rewards, generated.payload, reference, values, baseline)
+
+    async def _generated(self, request: GroupRequest) -> tuple[GeneratedGroup, GeneratedGroup | None]:
+        """The group and, where that is the baseline, its prompt's greedy completion."""
+        generate = self.parts.generator.generate
+        if not self.settings.greedy_baseline:
+            return await generate(request), None
+        return await together(generate(request), generate(greedy_request(request)))
+
+    async def _scored(
+        self, generated: GeneratedGroup, greedy: GeneratedGroup | None
+    ) -> tuple[GroupRewards, float | None]:
+        """The group's rewards, and the reward of the greedy completion."""
+        score = self.parts.scorer.score
+        if greedy is None:
+            return await score(generated), None
+        rewards, of_greedy = await together(score(generated), score(greedy))
+        baseline = greedy_reward(greedy, of_greedy)
+        return masked_without(baseline, of_greedy, rewards), baseline
 
     async def _reference(self, generated: GeneratedGroup) -> Payload | None:
         return None if self.parts.reference is None else await self.parts.reference.logprobs(generated)

@@ -48,6 +48,9 @@ def group_metrics(
     if any(g.summary.num_samples > 1 for g in groups):  # one sample has no spread, neither 0 nor any other
         metrics["reward_std"] = _mean(np.array(stds))
         metrics["frac_reward_zero_std"] = _mean(np.array([float(s == 0.0) for s in stds]))
+    greedy = [g.greedy_reward for g in groups if g.greedy_reward is not None]
+    if greedy:
+        metrics["baseline/greedy_reward"] = _mean(np.array(greedy))
     if dropped is not None:
         metrics["groups/reward_generated"] = _mean(np.concatenate([r.totals for r in scored]))
     by_length = np.array_split(sample_lags[np.argsort(lengths, kind="stable")], NUM_LENGTH_PARTS)
