@@ -20,6 +20,7 @@ def loop_settings(config: RunConfig) -> LoopSettings:
         num_steps=run.num_steps, groups_per_step=run.groups_per_step, samples_per_prompt=run.samples_per_prompt,
         max_staleness=run.max_staleness, temperature=sampling.temperature, max_tokens=sampling.max_tokens,
         seed=run.seed, filtering=config.filtering, mask_truncated=config.algorithm.mask_truncated,
+        ensembles={m.name: m.ensemble for m in config.reward_models if m.ensemble is not None and m.ensemble.masks},
     )  # fmt: skip
 
 
