@@ -162,8 +162,8 @@ class RewardModelSettings(Settings):
 
     name: str = Field(pattern=r"^[^/<>]+$", description="in metrics and errors")
     path: str | tuple[str, ...] = Field(
-        description="folder of a reward model, such as the export of a run with algorithm.name=reward; a list of two or "
-        "more is an ensemble"
+        description="folder of a reward model, such as the export of a run with algorithm.name=reward; a list of two "
+        "or more is an ensemble"
     )
     ensemble: EnsembleSettings | None = Field(None, description="how the models of path become one reward")
     weight: float = Field(1.0, allow_inf_nan=False, description="the total is the weighted sum of all rewards")

@@ -93,13 +93,16 @@ def _weight_files(folder: Path) -> dict[str, Path]:
 def _check_alike(first: Path, its_files: dict[str, Path], other: Path, files: dict[str, Path]) -> None:
     from transformers import AutoTokenizer
 
-    ours, theirs = ({k: v for k, v in _json(f / "config.json").items() if k not in OF_THE_SAVING} for f in (first, other))
+    configs = (_json(folder / "config.json") for folder in (first, other))
+    ours, theirs = ({k: v for k, v in config.items() if k not in OF_THE_SAVING} for config in configs)
     if ours.get("architectures") != theirs.get("architectures"):
         raise InputError(FIELD, str(other), f"its architecture is {theirs.get('architectures')}, the first member's "
                          f"{ours.get('architectures')}", "average models of one architecture")  # fmt: skip
     odd = sorted(key for key in {*ours, *theirs} if ours.get(key) != theirs.get(key))
     if odd or set(files) != set(its_files):
-        what = f"{odd[0]} is {theirs.get(odd[0])!r}, {ours.get(odd[0])!r} in the first member" if odd else "other tensors"
+        what = "other tensors"
+        if odd:
+            what = f"{odd[0]} is {theirs.get(odd[0])!r}, {ours.get(odd[0])!r} in the first member"
         raise InputError(FIELD, str(other), f"is of another architecture: {what}", "average models of one base")
     a, b = (AutoTokenizer.from_pretrained(folder, local_files_only=True) for folder in (first, other))
     if a.get_vocab() != b.get_vocab() or a.eos_token_id != b.eos_token_id:

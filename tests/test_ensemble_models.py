@@ -140,7 +140,8 @@ def test_the_average_is_the_mean_whatever_the_order_and_loads_as_a_reward_model(
     for name, found in mean.items():
         torch.testing.assert_close(found, torch.stack([m[name] for m in members]).mean(dim=0), rtol=1e-6, atol=1e-7)
         torch.testing.assert_close(found, other[name], rtol=0, atol=0)
-    assert list(apart.values())[0] == 0 and all(0.03 < d < 0.2 for d in list(apart.values())[1:])
+    first, *others = apart.values()
+    assert first == 0 and all(0.03 < distance < 0.2 for distance in others)
     out = tmp_path / "out"
     assert json.loads((out / MANIFEST).read_text())["members"] == apart
     assert not (out / "reward_stats.json").exists()  # another scale than any member's

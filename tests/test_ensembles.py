@@ -72,7 +72,9 @@ def test_one_member_is_that_member_and_agrees_with_itself(how: Any) -> None:
 
 @pytest.mark.parametrize("how", HOW)
 @given(scores=SCORES, shift=st.floats(-5, 5))
-def test_a_shift_of_every_member_shifts_the_reward_and_no_disagreement(how: Any, scores: np.ndarray, shift: float) -> None:
+def test_a_shift_of_every_member_shifts_the_reward_and_no_disagreement(
+    how: Any, scores: np.ndarray, shift: float
+) -> None:
     reward, disagreement = combine(scores, how, 0.5)
     moved, still = combine(scores.astype(np.float64) + shift, how, 0.5)
     np.testing.assert_allclose(moved, reward + shift, atol=1e-9)
@@ -168,7 +170,7 @@ def test_a_quantile_masks_no_more_than_its_share_of_the_whole_step(quantile: flo
     assert masked.sum() == num_masked
     if num_masked:
         assert np.array(values)[masked].min() > np.array(values)[~masked].max()
-    again, num_again = mask_disagreement(batch[::-1], {"rm": settings})
+    _, num_again = mask_disagreement(batch[::-1], {"rm": settings})
     assert num_again == num_masked
 
 
@@ -191,6 +193,9 @@ class EnsembleWorld(World):
         parts = {"rm": np.array([1.0, 2.0]), disagreement_name("rm"): np.array([0.25, 4.0])}
         return GroupRewards(group.summary.group_id, parts["rm"], parts)
 
+    def record(self, step: int, batch: list[LearnerGroup], report: UpdateReport) -> None:
+        self.recorded += [g.rewards.valid.tolist() for g in batch]
+
     async def update(self, groups: Any, step: int) -> UpdateReport:
         self.trained += [g.rewards.valid.tolist() for g in groups]
         return await super().update(groups, step)
@@ -201,9 +206,7 @@ def test_a_masked_sample_is_not_trained_on_and_its_reward_is_still_measured() ->
     loop = world.loop(1)
     masks = {"rm": EnsembleSettings(combine="mean", mask_above=1.0)}
     loop.settings = LoopSettings(1, 2, 2, 0, 1.0, 8, 0, ensembles=masks)
-    object.__setattr__(
-        loop.parts, "on_update", lambda step, batch, report: world.recorded.extend(g.rewards.valid.tolist() for g in batch)
-    )
+    object.__setattr__(loop.parts, "on_update", world.record)
     run(loop)
     assert world.trained == [[True, False]] * 2 and world.recorded == [[True, True]] * 2
     ((_, row),) = world.rows

@@ -274,8 +274,8 @@ _RULES: tuple[AlarmRule, ...] = (
     AlarmRule("proxy_up_disagreement_up", ("reward", _DISAGREEMENT), _rising_together, "above", "Kendall's tau", 2,
               "the reward rises, and the reward models of the ensemble part over the samples that have most of it: the "
               "policy has left what they were trained on, or hacks one of them",
-              "raise algorithm.kl_coef, set ensemble.combine=worst_case or ensemble.mask_quantile for the reward model, "
-              "or renew the members on fresh samples"),
+              "raise algorithm.kl_coef, set the ensemble's combine=worst_case or its mask_quantile, or renew its "
+              "members on fresh samples"),
     AlarmRule("failed_rewards", ("failures/masked_fraction",), _metric("failures/masked_fraction"), "above",
               "of samples", 2,
               "many samples have no valid reward; they are masked, so the batch is smaller and no longer a fair draw",
