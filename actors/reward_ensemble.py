@@ -62,7 +62,7 @@ class RewardEnsemble:
                 return {index: self._members[index].score_groups(groups) for index in self._lanes[device]}
 
         found: dict[int, list[GroupRewards]] = {}
-        for part in self._threads.map(lane, self._lanes):
+        for part in map(lane, self._lanes) if len(self._lanes) == 1 else self._threads.map(lane, self._lanes):
             found |= part
         s, by_member = self.settings, [found[index] for index in range(len(self._members))]
         assert s.ensemble is not None

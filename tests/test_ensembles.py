@@ -16,7 +16,9 @@ from test_loop import World, run
 from actors.mixed_scorer import merge
 from actors.reward_ensemble import member_devices
 from actors.settings import RewardModelSettings
+from launch.demands import estimates
 from launch.loop_settings import loop_settings
+from launch.model_facts import ModelFacts
 from launch.overrides import load_config
 from trainers.ensembles import (
     EnsembleSettings,
@@ -316,3 +318,14 @@ def test_members_are_dealt_to_the_gpus_of_their_worker(gpus: Any, device: str, p
     settings = RewardModelSettings.model_validate(entry(path=["/a", "/b", "/c"], gpus_per_worker=gpus))
     assert member_devices(settings, device) == places
     assert settings.num_on_a_device(device != "cpu") == most
+
+
+def test_every_member_on_a_device_is_part_of_its_memory_before_anything_is_allocated() -> None:
+    facts = ModelFacts(1000, hidden=8, layers=2, heads=2, kv_heads=1, vocab=64, max_length=64, architecture="x",
+                       intermediate=16, head_dim=4)  # fmt: skip
+    one = load_config("cpu-pipeline-ppo").config
+    three = load_config("cpu-pipeline-ensemble").config
+    asked = [estimates(c, facts, False, 4)["reward_models.0"].parts["weights"] for c in (one, three)]
+    assert asked == [4000, 12000]
+    wide = load_config("cpu-pipeline-ensemble", ["reward_models.0.gpus_per_worker=2"]).config
+    assert estimates(wide, facts, True, 2)["reward_models.0"].parts["weights"] == 4000  # two of three on one GPU
