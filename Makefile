@@ -4,10 +4,10 @@ BIN := .venv/bin
 RUN_DIR ?= runs
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo trap pipeline study chaos test test-full lint bench gpu docs clean
+.PHONY: help install demo trap pipeline study ensemble-study iterate chaos test test-full lint bench gpu docs clean
 
 help: ## what there is to make
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: ## .venv with everything a CPU machine needs
 	@bash scripts/install.sh
@@ -23,6 +23,12 @@ pipeline: install ## SFT, preferences, reward model, PPO and evaluation, ending 
 
 study: install ## over-optimisation of the pipeline's reward model: gold and proxy against KL (after make pipeline)
 	@$(BIN)/python -m scripts.study --directory $(RUN_DIR)/pipeline
+
+ensemble-study: install ## the same of one reward model against three as one, at equal KL (after make pipeline; 40 minutes)
+	@$(BIN)/python -m scripts.study --ensemble worst_case --directory $(RUN_DIR)/pipeline
+
+iterate: install ## label the policy's own samples, retrain the reward model: accuracy by round (after make pipeline)
+	@$(BIN)/python -m scripts.iterate --directory $(RUN_DIR)/pipeline
 
 chaos: install ## faults under real runs: 100 on a seeded schedule, two hours (docs/chaos.md)
 	@$(BIN)/python -m scripts.chaos --directory $(RUN_DIR)/chaos

@@ -47,22 +47,27 @@ def check_reward_model(settings: RewardModelSettings, policy_tokenizer: Any, max
 
     Raises:
         InputError: no reward model, more than one score, another tokenizer without ``retokenize``, texts longer
-            than it can read, or no statistics to normalise by.
+            than it can read, or no statistics to normalise by.  Of an ensemble: the first member's.
     """
     from transformers import AutoConfig
 
+    if settings.ensemble is not None:
+        for member in settings.members:
+            check_reward_model(member.model_copy(update={"name": settings.name}), policy_tokenizer, max_length)
+        return
     field = f"reward_models.{settings.name}"
-    path = resolve_model(settings.path)
+    given = settings.paths[0]
+    path = resolve_model(given)
     if not (Path(path) / "config.json").is_file():
-        raise InputError(f"{field}.path", settings.path, "has no config.json", "give the folder of a reward model")
+        raise InputError(f"{field}.path", given, "has no config.json", "give the folder of a reward model")
     config = AutoConfig.from_pretrained(path, local_files_only=True)
     if not any("SequenceClassification" in name for name in config.architectures or ()):
         raise InputError(
-            f"{field}.path", settings.path, f"is no reward model but {', '.join(config.architectures or ['unknown'])}",
+            f"{field}.path", given, f"is no reward model but {', '.join(config.architectures or ['unknown'])}",
             "give a sequence classifier with one label, such as the export of a run with algorithm.name=reward",
         )  # fmt: skip
     if config.num_labels != 1:
-        raise InputError(f"{field}.path", settings.path, f"its head gives {config.num_labels} numbers",
+        raise InputError(f"{field}.path", given, f"its head gives {config.num_labels} numbers",
                          "use a reward model with one score per text")  # fmt: skip
     if settings.normalize:
         load_stats(path, f"{field}.normalize")
@@ -72,12 +77,12 @@ def check_reward_model(settings: RewardModelSettings, policy_tokenizer: Any, max
             raise InputError(f"{field}.retokenize", True, "the reward model's tokenizer has no chat template",
                              "add one to its folder, or use a reward model that has it")  # fmt: skip
     elif own.get_vocab() != policy_tokenizer.get_vocab():
-        raise InputError(f"{field}.path", settings.path, "its tokenizer is not the policy's",
+        raise InputError(f"{field}.path", given, "its tokenizer is not the policy's",
                          f"set {field}.retokenize=true to read every sample again as text, or use a reward model "
                          "of the policy's family")  # fmt: skip
     elif own.eos_token_id != policy_tokenizer.eos_token_id:
         raise InputError(
-            f"{field}.path", settings.path,
+            f"{field}.path", given,
             f"its texts end with {own.eos_token}, the policy's with {policy_tokenizer.eos_token}",
             f"set {field}.retokenize=true, or use a reward model of the policy's family",
         )  # fmt: skip
@@ -88,7 +93,7 @@ def check_reward_model(settings: RewardModelSettings, policy_tokenizer: Any, max
                          f"use at least {max_length}")  # fmt: skip
     if config.max_position_embeddings < max_length:
         raise InputError(
-            f"{field}.path", settings.path,
+            f"{field}.path", given,
             f"it was built for {config.max_position_embeddings} tokens and a sample may have {max_length}",
             f"set model.max_length={config.max_position_embeddings}",
         )  # fmt: skip
@@ -132,7 +137,7 @@ class RewardModel:
         self.device = torch.device(device)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
-        path, field = resolve_model(settings.path), f"reward_models.{settings.name}"
+        path, field = resolve_model(settings.paths[0]), f"reward_models.{settings.name}"
         self._stats = load_stats(path, f"{field}.normalize") if settings.normalize else None
         self._tokenizer = load_tokenizer(path) if settings.retokenize else None
         self._policy_eos = policy_tokenizer.eos_token_id

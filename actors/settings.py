@@ -1,4 +1,4 @@
-"""Configuration of the actors, importable without torch.  May import: pydantic, trainers.settings."""
+"""Configuration of the actors, importable without torch.  May import: pydantic, trainers.{ensembles, settings}."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from trainers.ensembles import EnsembleSettings, disagreement_name, member_name
 from trainers.settings import Settings
 
 Positive = Annotated[int, Field(ge=1)]
@@ -157,10 +158,14 @@ class CriticSettings(LearnerSettings):
 
 
 class RewardModelSettings(Settings):
-    """A learned reward: a sequence classifier with one label, in processes of its own."""
+    """A learned reward: a sequence classifier with one label, or several as one, in processes of its own."""
 
     name: str = Field(pattern=r"^[^/<>]+$", description="in metrics and errors")
-    path: str = Field(description="folder of a reward model, such as the export of a run with algorithm.name=reward")
+    path: str | tuple[str, ...] = Field(
+        description="folder of a reward model, such as the export of a run with algorithm.name=reward; a list of two "
+        "or more is an ensemble"
+    )
+    ensemble: EnsembleSettings | None = Field(None, description="how the models of path become one reward")
     weight: float = Field(1.0, allow_inf_nan=False, description="the total is the weighted sum of all rewards")
     normalize: bool = Field(
         False, description="to mean 0 and deviation 1 over the reference samples stored with it (reward_stats.json)"
@@ -171,5 +176,53 @@ class RewardModelSettings(Settings):
     )
     token_budget: Positive = Field(8192, description="tokens scored at once")
     num_workers: Positive = Field(1, description="replicas; groups go to the least loaded")
-    gpus_per_worker: float | None = Field(None, ge=0, description="default: 1 on GPU, 0 on CPU")
+    gpus_per_worker: float | None = Field(
+        None, ge=0, description="default: 1 on GPU, 0 on CPU; the members of an ensemble are dealt to them in turn"
+    )
     deadline_s: float = Field(900.0, gt=0, description="for one group")
+
+    @model_validator(mode="after")
+    def _one_or_an_ensemble(self) -> Self:
+        num, ensemble = len(self.paths), self.ensemble
+        if num == 0 or len(set(self.paths)) < num:
+            raise ValueError("path: names no model, or one of them twice; name each folder once")
+        if ensemble is None:
+            if num > 1:
+                raise ValueError(f"ensemble: path names {num} models, and nothing says how they become one reward; "
+                                 "give ensemble.combine, for instance worst_case")  # fmt: skip
+            return self
+        if num == 1:
+            raise ValueError(f"path={self.paths[0]}: an ensemble of one model has no disagreement; name two or more "
+                             "models, or leave ensemble out")  # fmt: skip
+        if self.normalize == ensemble.same_scale:
+            why = "normalize=true brings them there" if self.normalize else "scores of different models are not"
+            raise ValueError(f"normalize={str(self.normalize).lower()}: members need one scale, and {why}; set either "
+                             "normalize or ensemble.same_scale")  # fmt: skip
+        return self
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The folder of each model."""
+        return (self.path,) if isinstance(self.path, str) else self.path
+
+    @property
+    def members(self) -> list[Self]:
+        """Settings of each model of an ensemble by itself; of a single model, these."""
+        if self.ensemble is None:
+            return [self]
+        bare = {"ensemble": None, "weight": 1.0, "clip": None}
+        return [
+            self.model_copy(update={**bare, "name": member_name(self.name, i), "path": path})
+            for i, path in enumerate(self.paths)
+        ]
+
+    def num_on_a_device(self, on_gpu: bool) -> int:
+        """Models that one GPU of a worker holds at most; without GPUs, its process."""
+        return -(-len(self.paths) // max(1, int(self.gpus_per_worker or 1))) if on_gpu else len(self.paths)
+
+    @property
+    def part_names(self) -> list[str]:
+        """Every part of the reward that it gives, its own first."""
+        if self.ensemble is None:
+            return [self.name]
+        return [self.name, *(member.name for member in self.members), disagreement_name(self.name)]

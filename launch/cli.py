@@ -87,6 +87,13 @@ def _parser() -> argparse.ArgumentParser:
     copy.add_argument("target", nargs="?", default=".")
     copy.set_defaults(command=_recipes_cp)
 
+    averaging = commands.add_parser("average", help="one reward model of several: the mean of their weights")
+    averaging.add_argument("out", help="folder to write")
+    averaging.add_argument("members", nargs="+", metavar="MEMBER", help="folders of models that began with one base")
+    averaging.add_argument("--reference", help="JSONL or Parquet of prompt and completion: statistics of their scores")
+    averaging.add_argument("--plain", action="store_true", help="no chat template around their plain-text prompts")
+    averaging.set_defaults(command=_average)
+
     scaling = commands.add_parser("scale", help="change the number of generators of a live run")
     scaling.add_argument("run", help="a run folder")
     scaling.add_argument("assignments", nargs="+", metavar="generators=N", help="how many it is to have")
@@ -229,6 +236,16 @@ def _recipes_cp(arguments: argparse.Namespace) -> int:
     from launch.recipe_files import copy_recipe
 
     print(copy_recipe(arguments.name, arguments.target))
+    return 0
+
+
+def _average(arguments: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from launch.average import average
+
+    for line in average(arguments.members, Path(arguments.out), arguments.reference, not arguments.plain):
+        print(line)
     return 0
 
 

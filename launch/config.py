@@ -249,8 +249,9 @@ class RunConfig(Settings):
             raise ValueError(
                 f"rewards: all of {names} have weight 0, so they are measured and nothing is learned; weigh one of them"
             )
-        if len(set(names)) != len(names):
-            raise ValueError(f"rewards: names must differ, got {names}; give each a name")
+        parts = [*(r.name for r in self.rewards), *(part for m in self.reward_models for part in m.part_names)]
+        if len(set(parts)) != len(parts):
+            raise ValueError(f"rewards: names must differ, got {parts}; give each a name")
         if self.evaluation.reward is not None and self.evaluation.reward not in names:
             raise ValueError(f"evaluation.reward={self.evaluation.reward!r} is none of the rewards {names}")
         if self.evaluation.every and self.prompts.eval is None:

@@ -221,7 +221,8 @@ def _cross_field(
             field, value = dotted(candidate), found.default
             below: Any = raw
             for part in candidate:
-                below = below.get(part) if isinstance(below, Mapping) else None
+                within = isinstance(below, list) and isinstance(part, int) and part < len(below)
+                below = below[part] if within else below.get(part) if isinstance(below, Mapping) else None
             value = found.default if below is None else below
             break
     # "name=value: reason; remedy" repeats what the error's own field and value say

@@ -103,10 +103,10 @@ def estimates(config: RunConfig, facts: ModelFacts, on_gpu: bool, compute_bytes:
             **shape,
         )
 
-    def frozen(token_budget: int, vocab: int) -> MemoryEstimate:
+    def frozen(token_budget: int, vocab: int, num_models: int = 1) -> MemoryEstimate:
         return estimate_reference(
-            facts.num_params, token_budget=token_budget, vocab=vocab, logprob_chunk=config.learner.logprob_chunk,
-            compute_bytes=compute_bytes, **shape,
+            num_models * facts.num_params, token_budget=token_budget, vocab=vocab,
+            logprob_chunk=config.learner.logprob_chunk, compute_bytes=compute_bytes, **shape,
         )  # fmt: skip
 
     found = {
@@ -128,5 +128,5 @@ def estimates(config: RunConfig, facts: ModelFacts, on_gpu: bool, compute_bytes:
     if config.algorithm.needs_reference:
         found["reference"] = frozen(config.reference.token_budget, facts.vocab)
     for index, model in enumerate(config.reward_models):
-        found[f"reward_models.{index}"] = frozen(model.token_budget, 0)
+        found[f"reward_models.{index}"] = frozen(model.token_budget, 0, model.num_on_a_device(on_gpu))
     return found

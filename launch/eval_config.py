@@ -105,8 +105,9 @@ class EvalConfig(Settings):
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:
         names = self.reward_names
-        if len({*names, TOTAL, JUDGE}) != len(names) + 2:
-            raise ValueError(f"rewards: names must differ and none may be {TOTAL} or {JUDGE}, got {names}; rename one")
+        parts = [*(r.name for r in self.rewards), *(part for m in self.reward_models for part in m.part_names)]
+        if len({*parts, TOTAL, JUDGE}) != len(parts) + 2:
+            raise ValueError(f"rewards: names must differ and none may be {TOTAL} or {JUDGE}, got {parts}; rename one")
         if not self.winners and self.base.path is not None:
             raise ValueError("rewards: empty, and no reward_models or eval.judge: nothing decides who wins; give one")
         if self.eval.judge is not None and self.base.path is None:

@@ -1,6 +1,6 @@
 """Where an evaluation runs: one stage of workers after the other, so that no two big models share memory.
 
-May import: actors.{generator, model_folders, reference, reward_model, reward_worker, settings},
+May import: actors.{generator, model_folders, reference, reward_ensemble, reward_worker, settings},
 cluster.*, launch.{eval_config, machines}.
 """
 
@@ -15,7 +15,7 @@ from typing import Any
 from actors.generator import VLLMGenerator
 from actors.model_folders import resolve_model
 from actors.reference import ReferenceModel
-from actors.reward_model import RewardModel
+from actors.reward_ensemble import scorer_class
 from actors.reward_worker import RewardWorker
 from actors.settings import GeneratorSettings
 from cluster.layout import Layout, RoleDemand, plan_layout
@@ -105,14 +105,16 @@ class EvalCluster:
         prompts, roles = self._config.prompts, []
         form = PromptFormat(system=prompts.system, template=prompts.template, chat=prompts.chat)
         for index, model in enumerate(self._config.reward_models):
-            own = resolve_model(model.path) if judged and model.retokenize else policy_path
-            bare = {"normalize": False, "clip": None, "retokenize": False} if judged else {}
+            own = resolve_model(model.paths[0]) if judged and model.retokenize else policy_path
+            # Bare scores; but those of an ensemble's members are no reward before they are on one scale.
+            scaled = model.ensemble is not None and model.normalize
+            bare = {"normalize": scaled, "clip": None, "retokenize": False} if judged else {}
             kwargs = {
                 "settings": model.model_copy(update=bare), "policy_path": own, "form": form,
                 "dtype": self.dtype, "device": torch_device(self.device),
             }  # fmt: skip
             role = f"reward_models.{index}"
-            roles.append(self._scorer(role, RewardModel, kwargs, model.num_workers, model.gpus_per_worker))
+            roles.append(self._scorer(role, scorer_class(model), kwargs, model.num_workers, model.gpus_per_worker))
         return roles
 
     def _scorer(self, name: str, factory: type, kwargs: Mapping[str, Any], count: int, gpus: float | None) -> Role:

@@ -1,6 +1,6 @@
 """Everything ``burnish eval`` can refuse before anything is allocated: models, prompts, rewards, suites, pairs.
 
-May import: actors.{model_folders, modeling, reward_model}, trainers.*, launch.*.
+May import: actors.{model_folders, modeling, reward_model, settings}, trainers.*, launch.*.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 
 from actors.model_folders import resolve_model
 from actors.reward_model import check_reward_model
+from actors.settings import RewardModelSettings
 from launch.eval_config import EvalConfig
 from launch.judging import PreparedJudge, prepare_judge
 from launch.model_facts import check_model_folder
@@ -156,6 +157,19 @@ def _suite(name: str, config: EvalConfig, tokenizer: Any, max_length: int) -> Su
     return Suite(path.stem, items, build_prompts(rows, plain, tokenizer, room, f"suite {path.stem}"))
 
 
+def _judged_tokenizer(model: RewardModelSettings) -> str:
+    """The folder whose tokenizer the held-out pairs are read with: every member has to know its tokens."""
+    from actors.modeling import load_tokenizer
+
+    first, *others = (resolve_model(path) for path in model.paths)
+    vocabulary = load_tokenizer(first).get_vocab() if others else {}
+    for path in others:
+        if load_tokenizer(path).get_vocab() != vocabulary:
+            raise InputError(f"reward_models.{model.name}.path", path, "its tokenizer is not that of the first member",
+                             "leave eval.preferences out, or judge the members one by one")  # fmt: skip
+    return first
+
+
 def _pairs(config: EvalConfig, policy_tokenizer: Any) -> dict[str, list[Comparison]]:
     """The held-out comparisons of every reward model: the policy's tokens, or its own where it reads text again."""
     from actors.modeling import load_tokenizer
@@ -172,7 +186,7 @@ def _pairs(config: EvalConfig, policy_tokenizer: Any) -> dict[str, list[Comparis
     found: dict[str, list[Comparison]] = {}
     for model in config.reward_models:
         if model.retokenize:
-            own = load_tokenizer(resolve_model(model.path))
+            own = load_tokenizer(_judged_tokenizer(model))
             found[model.name] = [read_comparison(row, where, own, form) for where, row in rows]
         else:
             shared = shared or [read_comparison(row, where, policy_tokenizer, form) for where, row in rows]

@@ -13,7 +13,7 @@ from actors.generator import VLLMGenerator
 from actors.generator_fleet import GeneratorFleet
 from actors.modeling import load_tokenizer
 from actors.pair_worker import PairWorker
-from actors.reward_model import RewardModel
+from actors.reward_ensemble import scorer_class
 from actors.reward_worker import RewardWorker
 from actors.scorer_pools import RewardModelPool, RewardPool
 from actors.settings import GeneratorSettings, RewardModelSettings
@@ -144,7 +144,7 @@ class _Starter:
             "form": PromptFormat(system=prompts.system, template=prompts.template, chat=prompts.chat),
         }  # fmt: skip
         deadline_s = self.config.cluster.start_deadline_s
-        return self._launch("reward_model", RewardModel, [kwargs] * settings.num_workers, 1, deadline_s)
+        return self._launch("reward_model", scorer_class(settings), [kwargs] * settings.num_workers, 1, deadline_s)
 
     @property
     def dtype(self) -> str:

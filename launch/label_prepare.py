@@ -137,7 +137,7 @@ def _reward_model_digest(settings: RewardModelSettings, tokenizer: Any, max_leng
         theirs, ours = f"reward_models.{settings.name}", "label.reward_model"
         field, remedy = error.field.replace(theirs, ours), error.remedy.replace(theirs, ours)
         raise InputError(field, error.value, error.reason, remedy) from error
-    return folder_digest(resolve_model(settings.path))
+    return " ".join(folder_digest(resolve_model(path)) for path in settings.paths)
 
 
 def check_identity(folder: Path, identity: Mapping[str, str]) -> None:

@@ -21,6 +21,7 @@ def loop_settings(config: RunConfig) -> LoopSettings:
         max_staleness=run.max_staleness, temperature=sampling.temperature, max_tokens=sampling.max_tokens,
         seed=run.seed, filtering=config.filtering, mask_truncated=config.algorithm.mask_truncated,
         greedy_baseline=config.algorithm.needs_greedy,
+        ensembles={m.name: m.ensemble for m in config.reward_models if m.ensemble is not None and m.ensemble.masks},
     )  # fmt: skip
 
 

@@ -123,7 +123,7 @@ def _critic_path(config: RunConfig, model_path: str, tokenizer: Any) -> str:
 
     Default: the first reward model that reads the policy's tokens, else the policy.
     """
-    own = next((model.path for model in config.reward_models if not model.retokenize), config.model.path)
+    own = next((model.paths[0] for model in config.reward_models if not model.retokenize), config.model.path)
     given = config.critic.path or own
     path = resolve_model(given)
     if path != model_path:

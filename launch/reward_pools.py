@@ -1,6 +1,6 @@
 """The workers that score a run's samples: its reward functions, and each of its reward models.
 
-May import: actors.{membership, reward_model, reward_worker, scorer_pools}, cluster.worker_group, launch.config,
+May import: actors.{membership, reward_ensemble, reward_worker, scorer_pools}, cluster.worker_group, launch.config,
 trainers.prompt_format.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from actors.membership import Event, no_event
-from actors.reward_model import RewardModel
+from actors.reward_ensemble import scorer_class
 from actors.reward_worker import RewardWorker
 from actors.scorer_pools import RewardModelPool, RewardPool
 from cluster.worker_group import WorkerGroup
@@ -34,7 +34,7 @@ def reward_pools(
         pools.append(RewardPool(workers, _reward_deadline(config), config.health, event))
     for index, settings in enumerate(config.reward_models):
         workers = launch(
-            f"reward_models.{index}", RewardModel,
+            f"reward_models.{index}", scorer_class(settings),
             [
                 {
                     "settings": settings, "policy_path": model_path, "dtype": dtype, "device": torch_device,

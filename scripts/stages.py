@@ -6,6 +6,7 @@ May import: rich, launch.journal.
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -51,6 +52,12 @@ class Stages:
         if not found:
             raise StageError(f"{name} left no {self.directory / result}; remove {self.directory} and start again")
         return found[-1]
+
+    def cleared(self, name: str, folder: Path) -> None:
+        """Remove what a stage began in its own run folder and did not end, so that it starts afresh."""
+        if name not in self.seconds and folder.exists():
+            self.console.print(f"{name} did not finish the last time: removing {folder}", markup=False)
+            shutil.rmtree(folder)
 
     def fresh(self, name: str, folder: Path) -> None:
         """Say no to a folder that a stage began and did not end."""

@@ -1,11 +1,12 @@
 """``make study``: over-optimisation of a learned reward, at several KL coefficients and by best-of-n.
 
     python -m scripts.study [--directory runs/pipeline] [--steps 16]
+    python -m scripts.study --ensemble worst_case [--members 3]     another study: scripts/ensemble_study.py
 
 The SFT model and the reward model are those of ``make pipeline``, which must have run in that directory.  Gold and
 proxy of every PPO step are of that step's own samples; both are shown in standard deviations over samples of the SFT
 model, less its mean.  Gao, Schulman and Hilton 2022 (arXiv:2210.10760).
-May import: numpy, pyarrow, rich, scripts.stages, launch.*, trainers.overoptimisation.
+May import: numpy, pyarrow, rich, scripts.{ensemble_study, stages}, launch.*, trainers.overoptimisation.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -22,7 +24,9 @@ from rich.table import Table
 
 from launch.journal import read_rows
 from launch.study_plot import Series, StudyPoint, fit_table, study_plot
+from scripts.ensemble_study import QUICK_STEPS, Study, run_study
 from scripts.stages import StageError, Stages
+from trainers.ensembles import Combination
 from trainers.overoptimisation import BEST_OF_N, RL, Fit, bon_estimate, fit
 
 BETAS = (0.0, 0.02, 0.1, 0.5)
@@ -103,15 +107,47 @@ def law_fits(points: list[StudyPoint]) -> dict[Series, Fit]:
     return fits
 
 
+def ensemble_study(arguments: argparse.Namespace, directory: Path, console: Console) -> int:
+    """Exit code 1 when a stage failed."""
+    coef = arguments.uncertainty_coef
+    if coef is None and arguments.ensemble == "mean_minus_variance":
+        coef = 0.5
+    quick = arguments.quick
+    study = Study(
+        arguments.ensemble, coef, 2 if quick else arguments.members,
+        arguments.steps or (QUICK_STEPS if quick else 12), arguments.kl_coef, quick,
+    )  # fmt: skip
+    try:
+        run_study(directory, study, console)
+    except StageError as error:
+        print(f"study: {error}", file=sys.stderr)  # noqa: T201 - the command's answer
+        return 1
+    return 0
+
+
 def main() -> int:
     """Run what is missing, draw, print the fits; exit code 1 when a stage failed."""
     parser = argparse.ArgumentParser(prog="study")
     parser.add_argument("--directory", type=Path, default=Path("runs/pipeline"))
-    parser.add_argument("--steps", type=int, default=16, help="PPO steps at each beta")
+    parser.add_argument("--steps", type=int, help="PPO steps of each run; default: 16, with --ensemble 12")
+    ensemble = parser.add_argument_group("one reward model against an ensemble")
+    ensemble.add_argument("--ensemble", choices=get_args(Combination), help="how the members become one reward")
+    ensemble.add_argument("--uncertainty-coef", type=float, help="with mean_minus_variance; default: 0.5")
+    ensemble.add_argument("--members", type=int, default=3, help="reward models, and runs of each kind")
+    ensemble.add_argument("--kl-coef", type=float, default=0.0, help="beta of every run")
+    ensemble.add_argument("--quick", action="store_true", help="two tiny members, few steps: does everything run?")
     arguments = parser.parse_args()
     directory, console = arguments.directory.absolute(), Console()
+    if arguments.members < 2:
+        parser.error(f"--members={arguments.members}: an ensemble has at least two")
+    if arguments.uncertainty_coef is not None and arguments.ensemble != "mean_minus_variance":
+        parser.error(f"--uncertainty-coef has no meaning with --ensemble={arguments.ensemble}")
+    if arguments.ensemble is not None:
+        return ensemble_study(arguments, directory, console)
+    if arguments.quick:
+        parser.error("--quick goes with --ensemble")
     try:
-        samples, folders = run_stages(Stages(directory, console), arguments.steps)
+        samples, folders = run_stages(Stages(directory, console), arguments.steps or 16)
     except StageError as error:
         print(f"study: {error}", file=sys.stderr)  # noqa: T201 - the command's answer
         return 1

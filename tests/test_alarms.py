@@ -28,6 +28,7 @@ HEALTHY: dict[str, float] = {
     "completions/clipped_ratio": 0.1, "eval/mean_length": 100.0, "eval/win_rate": 0.5, "eval/accuracy": 0.5,
     "frac_reward_zero_std": 0.3, "critic/explained_variance": 0.5, "grad_norm": 1.0,
     "learner/parameters_changed_fraction": 0.99, "reward": 0.0, "eval/gold/mean": 0.0, "failures/masked_fraction": 0.0,
+    "disagreement/top_quartile": 0.3,
 }  # fmt: skip
 RISING = [0.1 * i for i in range(40)]
 # What makes each alarm go off: the metrics that leave the healthy row, step by step.
@@ -43,6 +44,7 @@ PLANTED: dict[str, dict[str, list[float]]] = {
     "explained_variance": {"critic/explained_variance": [-0.4] * 40},
     "no_gradient": {"grad_norm": [0.0] * 40},
     "proxy_up_gold_down": {"reward": RISING, "eval/gold/mean": [-x for x in RISING]},
+    "proxy_up_disagreement_up": {"reward": RISING, "disagreement/top_quartile": RISING},
     "failed_rewards": {"failures/masked_fraction": [0.5] * 40},
 }
 # Change for the better, of the same metrics.
@@ -54,6 +56,10 @@ HARMLESS: dict[str, dict[str, list[float]]] = {
     },
     "proxy and gold rise together": {"reward": RISING, "eval/gold/mean": RISING},
     "the proxy rises and the gold is flat": {"reward": RISING},
+    "the proxy rises and its models agree more and more": {
+        "reward": RISING, "disagreement/top_quartile": [1 / (1 + x) for x in RISING],
+    },
+    "the models part over a reward that does not rise": {"disagreement/top_quartile": RISING},
     "gold dips once": {"reward": RISING, "eval/gold/mean": [x - 0.5 * (i == 20) for i, x in enumerate(RISING)]},
     "the gold falls with the proxy, which jumped before": {
         "reward": [0.0] + [10 - x for x in RISING],

@@ -47,7 +47,9 @@ def test_wilsons_interval_knows_nothing_of_nothing_and_refuses_the_impossible() 
         wilson_interval(3, 2)
 
 
-@pytest.mark.parametrize(("freedom", "exact"), [(4, 2.7764), (9, 2.2622), (29, 2.0452), (10**6, 1.9600)])
+@pytest.mark.parametrize(
+    ("freedom", "exact"), [(1, 12.7062), (2, 4.3027), (4, 2.7764), (9, 2.2622), (29, 2.0452), (10**6, 1.9600)]
+)
 def test_students_quantile_agrees_with_the_tables(freedom: int, exact: float) -> None:
     assert t_quantile(0.95, freedom) == pytest.approx(exact, rel=3e-3)
 

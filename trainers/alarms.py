@@ -62,10 +62,17 @@ class AlarmSettings(Settings):
     proxy_up_gold_down: Share | None = Field(
         0.7, description="rank correlation with time (Kendall's tau): of the proxy up and of the gold down"
     )
+    # With a window of 16 and two steps in a row, disagreement that is flat but for noise gives a false alarm in 2 % of
+    # runs of 200 steps; one that rises by 0.2 of its noise a step is caught 20 steps later.
+    proxy_up_disagreement_up: Share | None = Field(
+        0.6, description="rank correlation with time (Kendall's tau): of the proxy and of the disagreement of an "
+        "ensemble of reward models on the samples it rewards most"
+    )  # fmt: skip
     failed_rewards: Share | None = Field(0.1, description="share of samples without a valid reward")
-    proxy_metric: str = Field("reward", description="what training raises, for proxy_up_gold_down")
+    proxy_metric: str = Field("reward", description="what training raises, for the alarms that compare with it")
     gold_metric: str = Field("eval/gold/mean", description="held-out truth, for proxy_up_gold_down")
     trend_window: int = Field(8, ge=4, description="readings of the gold metric in a trend")
+    disagreement_window: int = Field(16, ge=4, description="steps in a trend of the disagreement")
 
     @model_validator(mode="after")
     def _names_exist(self) -> Self:
@@ -199,6 +206,19 @@ def _parting_trends(row: Row, memory: dict[str, Any], settings: AlarmSettings) -
     return min(_tau([p for p, _ in points]), -_tau([g for _, g in points]))
 
 
+def _rising_together(row: Row, memory: dict[str, Any], settings: AlarmSettings) -> float | None:
+    """The lower of the trends of the proxy and of the disagreement over the window of steps that have both."""
+    proxy, disagreement = _finite(row, settings.proxy_metric), _finite(row, _DISAGREEMENT)
+    if proxy is None or disagreement is None:
+        return None
+    points = memory.setdefault("points", [])
+    points.append([proxy, disagreement])
+    del points[: -settings.disagreement_window]
+    if len(points) < settings.disagreement_window:
+        return None
+    return min(_tau([p for p, _ in points]), _tau([d for _, d in points]))
+
+
 def _tau(values: list[float]) -> float:
     """Kendall's rank correlation of ``values`` with their order, in [-1, 1]; ties count 0 (tau a)."""
     pairs = [(a, b) for i, a in enumerate(values) for b in values[i + 1 :]]
@@ -207,6 +227,7 @@ def _tau(values: list[float]) -> float:
 
 # --- the list ---------------------------------------------------------------------------------
 
+_DISAGREEMENT = "disagreement/top_quartile"
 _MISMATCH = "sampling/sampling_logp_difference/mean"
 _RULES: tuple[AlarmRule, ...] = (
     AlarmRule("kl_budget", ("kl", "completions/mean_length"), _kl, "above", "nats", 3,
@@ -250,6 +271,11 @@ _RULES: tuple[AlarmRule, ...] = (
     AlarmRule("proxy_up_gold_down", ("reward", "eval/gold/mean"), _parting_trends, "above", "Kendall's tau", 2,
               "the reward that is trained on rises while the held-out truth falls: the policy hacks the reward",
               "stop at the best held-out score; raise algorithm.kl_coef, or renew the reward model on fresh samples"),
+    AlarmRule("proxy_up_disagreement_up", ("reward", _DISAGREEMENT), _rising_together, "above", "Kendall's tau", 2,
+              "the reward rises, and the reward models of the ensemble part over the samples that have most of it: the "
+              "policy has left what they were trained on, or hacks one of them",
+              "raise algorithm.kl_coef, set the ensemble's combine=worst_case or its mask_quantile, or renew its "
+              "members on fresh samples"),
     AlarmRule("failed_rewards", ("failures/masked_fraction",), _metric("failures/masked_fraction"), "above",
               "of samples", 2,
               "many samples have no valid reward; they are masked, so the batch is smaller and no longer a fair draw",

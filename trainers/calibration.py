@@ -86,8 +86,12 @@ def proportion(k: float, n: int, confidence: float = CONFIDENCE) -> Estimate:
 def t_quantile(confidence: float, freedom: int) -> float:
     """Two-sided quantile of Student's t, by its expansion in 1 / ``freedom`` (Abramowitz and Stegun, 26.7.5).
 
-    Within 0.3 % of the exact value from 4 degrees of freedom on, at 95 %.
+    Within 0.3 % of the exact value from 4 degrees of freedom on, at 95 %; exact at 1 and 2, which have a closed form.
     """
+    if freedom == 1:
+        return math.tan(math.pi * confidence / 2)
+    if freedom == 2:
+        return confidence * math.sqrt(2 / (1 - confidence**2))
     z = NormalDist().inv_cdf(0.5 + confidence / 2)
     terms = (
         z,

@@ -26,6 +26,7 @@ import asyncio
 from collections.abc import Sequence
 from typing import Any
 
+from trainers.ensembles import disagreement_metrics, mask_disagreement
 from trainers.errors import VerificationError
 from trainers.experience import WeightVersion
 from trainers.ledger import Ledger
@@ -106,9 +107,11 @@ class TrainingLoop:
         batch, tally = taken
         self._check_lag(batch)
         metrics = group_metrics(batch, self.version, tally.dropped if s.filtering.zero_variance else None)
+        trained, num_masked = mask_disagreement(batch, s.ensembles)
+        metrics |= disagreement_metrics([g.rewards for g in batch], num_masked)
         learn_from = parts.clock()
         parts.recorder.phase("learn", 0, 1)
-        report = await (parts.learner if parts.ppo is None else parts.ppo).update(batch, self.step)
+        report = await (parts.learner if parts.ppo is None else parts.ppo).update(trained, self.step)
         parts.recorder.phase("learn", 1, 1)
         learned = parts.clock()
         self.step += 1

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from trainers.ensembles import EnsembleSettings
 from trainers.experience import Prompt, WeightVersion
 from trainers.filtering import FilterSettings
 from trainers.ppo_lap import PPOLap
@@ -44,6 +45,7 @@ class LoopSettings:
     filtering: FilterSettings = field(default_factory=FilterSettings)
     mask_truncated: bool = False  # as the algorithm has it: which samples may be trained on
     greedy_baseline: bool = False  # every prompt is answered once more, greedily (trainers/greedy.py)
+    ensembles: Mapping[str, EnsembleSettings] = field(default_factory=dict)  # those that mask, by name
 
 
 @dataclass(frozen=True, slots=True)

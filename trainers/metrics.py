@@ -52,6 +52,12 @@ _ROWS: tuple[Metric, ...] = (
            MEAN),
     Metric("rewards/<name>/std", "standard deviation of reward part <name> over the batch", "reward",
            "samples where the part has a value", "standard deviation over samples"),
+    Metric("disagreement/mean", "standard deviation over the members of an ensemble of reward models of their scores "
+           "of a sample; the largest, where there are several ensembles", "reward", VALID, MEAN),
+    Metric("disagreement/top_quartile", "the same, of the samples with the highest total rewards", "reward",
+           "the quarter of the step's samples with the highest reward, ties included", MEAN),
+    Metric("disagreement/num_samples_masked", "samples left out of the update because an ensemble disagrees on them "
+           "(ensemble.mask_above, ensemble.mask_quantile); they have a valid reward", "samples", VALID, SUM),
     Metric("frac_reward_zero_std", "share of groups whose valid rewards are all equal: they give no policy gradient",
            "fraction", GROUPS + ", dropped ones included", "mean over groups"),
     Metric("advantages/mean", "advantage of a sample", "advantage", VALID, MEAN),

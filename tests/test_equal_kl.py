@@ -1,0 +1,242 @@
+"""Laws of the comparison at equal KL, and of the scripts that run it: nothing beyond what was measured."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from launch.ensemble_plot import StudyRun, ensemble_plot
+from launch.journal import read_rows
+from scripts import ensemble_study, iterate, study
+from scripts.ensemble_study import ENSEMBLE, SINGLE, Study, study_runs
+from scripts.stages import StageError, Stages
+from trainers.equal_kl import KLRun, compare, gold_curves
+
+ENVIRONMENT = os.environ | {"WANDB_MODE": "offline", "HF_HUB_OFFLINE": "1"}
+
+
+def planted(alpha: float, beta: float, furthest: float, noise: float = 0.0, seed: int = 0) -> KLRun:
+    """A run whose gold follows the law from d = 0 to ``furthest``."""
+    d = np.linspace(0.0, furthest, 13)
+    law = d * (alpha - beta * np.log(np.where(d > 0, d, 1.0)))
+    return KLRun(d**2, law + noise * np.random.default_rng(seed).normal(size=d.size))
+
+
+def test_a_planted_difference_is_found_and_only_where_both_were() -> None:
+    worse = [planted(1.0, 0.6, 4.0, 0.05, i) for i in range(4)]
+    better = [planted(1.2, 0.5, 2.5, 0.05, 10 + i) for i in range(4)]
+    found = compare(worse, better, (1.0, 2.0, 3.0), 0.0)
+    assert [at.verdict for at in found] == ["higher", "higher", "not told apart"]
+    assert [at.difference.n for at in found] == [4, 4, 0] and [at.first.n for at in found] == [4, 4, 4]
+    assert found[0].difference.value == pytest.approx(0.2, abs=0.1)
+    swapped = compare(better, worse, (1.0, 2.0), 0.0)
+    assert [at.verdict for at in swapped] == ["lower", "lower"]
+
+
+def test_a_run_against_itself_differs_by_nothing() -> None:
+    runs = [planted(1.0, 0.5, 3.0, 0.1, i) for i in range(3)]
+    for at in compare(runs, runs, (0.5, 1.5), 0.0):
+        assert at.difference.value == at.difference.low == at.difference.high == 0
+        assert at.verdict == "not told apart"
+
+
+def test_one_pair_of_runs_tells_nothing_apart() -> None:
+    (at,) = compare([planted(1.0, 0.6, 4.0)], [planted(9.0, 0.5, 4.0)], (2.0,), 0.0)
+    assert at.difference.n == 1 and at.verdict == "not told apart"
+
+
+def test_a_run_that_hardly_moved_has_no_curve_and_stops_no_other() -> None:
+    still = KLRun(np.zeros(4), np.zeros(4))
+    curves = gold_curves([still, planted(1.0, 0.5, 3.0)], (0.5, 1.0), 0.0)
+    assert np.isnan(curves[0]).all() and np.isfinite(curves[1]).all()
+
+
+def test_unequal_numbers_of_runs_are_refused() -> None:
+    with pytest.raises(ValueError, match="2 runs against 1"):
+        compare([planted(1, 0.5, 2)] * 2, [planted(1, 0.5, 2)], (1.0,), 0.0)
+
+
+# --- what the scripts read and draw -----------------------------------------------------------
+
+
+def write_run(folder: Path, gold: list[float], disagreement: list[float] | None) -> Path:
+    folder.mkdir(parents=True)
+    rows: list[dict[str, Any]] = [
+        {"step": i + 1, "objective/kl": 0.5 * i - 0.001, "rewards/gold/mean": g, "rewards/gold/std": 2.0,
+         "rewards/proxy/mean": 1.0 + i, "rewards/proxy/std": 1.0}
+        | ({} if disagreement is None else {"disagreement/mean": disagreement[i]})
+        for i, g in enumerate(gold)
+    ]  # fmt: skip
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert len(list(read_rows(folder / "metrics.jsonl"))) == len(gold)
+    return folder
+
+
+def test_gold_is_in_units_of_the_first_step_of_all_runs(tmp_path: Path) -> None:
+    folders = {
+        SINGLE: [write_run(tmp_path / f"s{i}", [1.0, 3.0, 5.0, 2.0], None) for i in range(2)],
+        ENSEMBLE: [write_run(tmp_path / f"e{i}", [3.0, 4.0, 6.0, 7.0], [0.1, 0.2, 0.3, 0.4]) for i in range(2)],
+    }
+    runs = study_runs(folders)
+    np.testing.assert_allclose(runs[SINGLE][0].gold, [-0.5, 0.5, 1.5, 0.0])  # start 2, spread 2
+    assert runs[SINGLE][0].kl[0] == 0 and np.isnan(runs[SINGLE][0].disagreement).all()
+    np.testing.assert_allclose(runs[ENSEMBLE][1].proxy, [0.0, 1.0, 2.0, 3.0])
+    found = ensemble_study.report(runs, Console(quiet=True))
+    assert [at.d for at in found] == list(ensemble_study.DISTANCES)
+
+
+def test_the_study_is_drawn_and_the_same_runs_give_the_same_bytes(tmp_path: Path) -> None:
+    def study_run(seed: int, beta: float) -> StudyRun:
+        run = planted(1.0, beta, 3.0, 0.1, seed)
+        return StudyRun(run.kl, run.gold, run.gold + 1, np.full(13, np.nan) if beta > 0.5 else run.kl)
+
+    arms = {SINGLE: [study_run(i, 0.6) for i in range(3)], ENSEMBLE: [study_run(5 + i, 0.4) for i in range(3)]}
+    svg, png = ensemble_plot(arms, 0.0, tmp_path / "study", "score")
+    assert png.stat().st_size > 10_000
+    again, _ = ensemble_plot(arms, 0.0, tmp_path / "again", "score")
+    assert svg.read_bytes() == again.read_bytes()
+
+
+def test_stages_of_unlike_studies_have_unlike_names() -> None:
+    studies = [Study("worst_case", None, 3, 12, 0.0, False), Study("mean", None, 3, 12, 0.0, False),
+               Study("mean_minus_variance", 0.5, 3, 12, 0.0, False), Study("worst_case", None, 3, 9, 0.0, False),
+               Study("worst_case", None, 3, 12, 0.1, False), Study("worst_case", None, 2, 12, 0.0, False)]  # fmt: skip
+    names = [s.run_name(ENSEMBLE, 1) for s in studies]
+    assert len(set(names)) == len(names) and all(len(name) <= 64 for name in names)
+    assert studies[0].run_name(SINGLE, 0) != studies[0].run_name(ENSEMBLE, 0)
+
+
+def test_a_stage_that_was_cut_off_is_cleared_and_one_that_ended_is_not(tmp_path: Path) -> None:
+    (tmp_path / "stages.json").write_text('{"ended": 1.0}')
+    stages = Stages(tmp_path, Console(quiet=True))
+    for name in ("ended", "cut-off"):
+        (tmp_path / name).mkdir()
+        stages.cleared(name, tmp_path / name)
+    assert (tmp_path / "ended").exists() and not (tmp_path / "cut-off").exists()
+
+
+def test_without_the_pipeline_both_say_what_to_run(tmp_path: Path) -> None:
+    stages = Stages(tmp_path, Console(quiet=True))
+    with pytest.raises(StageError, match="make pipeline"):
+        iterate.run_rounds(stages, 1, True)
+    with pytest.raises(StageError, match="make pipeline"):
+        ensemble_study.run_members(stages, Study("mean", None, 2, 4, 0.0, True))
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--ensemble", "mean", "--members", "1"], ["--quick"], ["--uncertainty-coef", "1"]]
+)
+def test_a_study_that_makes_no_sense_is_refused(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["study", *arguments])
+    with pytest.raises(SystemExit):
+        study.main()
+
+
+def recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """Commands of every stage, none of which is run; each leaves what the next one looks for."""
+    commands: list[list[str]] = []
+
+    def run(self: Stages, name: str, arguments: list[str], result: str) -> Path:
+        commands.append(list(arguments))
+        target = self.directory / result.replace("*", "000001")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.touch()
+        return target
+
+    monkeypatch.setattr(Stages, "run", run)
+    for pattern in ("sft/export/step-000001", "reward/export/step-000001", "ppo/export/step-000001", "label", "data"):
+        (tmp_path / pattern).mkdir(parents=True)
+    (tmp_path / "label" / "preferences.parquet").touch()
+    return commands
+
+
+def valid(command: list[str]) -> Any:
+    from launch.overrides import load_config
+
+    return load_config(command[1], command[2:]).config
+
+
+@pytest.mark.parametrize("quick", [False, True])
+def test_every_command_of_the_ensemble_study_is_a_valid_configuration(
+    quick: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands = recorded(tmp_path, monkeypatch)
+    chosen = Study("mean_minus_variance", 0.5, 3, 12, 0.0, quick)
+    stages = Stages(tmp_path, Console(quiet=True))
+    members = ensemble_study.run_members(stages, chosen)
+    folders = ensemble_study.run_policies(stages, chosen, members)
+    configs = [valid(command) for command in commands]
+    assert len(configs) == 2 + 6 and {arm: len(f) for arm, f in folders.items()} == {SINGLE: 3, ENSEMBLE: 3}
+    assert [c.run.seed for c in configs] == [1, 2, 0, 0, 1, 1, 2, 2]
+    single, ensemble = configs[4:6]
+    assert single.reward_models[0].path == str(members[1]) and single.reward_models[1].weight == 0
+    assert ensemble.reward_models[0].paths == tuple(map(str, members))
+    assert single.critic == ensemble.critic and single.run.num_steps == ensemble.run.num_steps == 12
+
+
+@pytest.mark.parametrize("quick", [False, True])
+def test_every_command_of_the_rounds_is_a_valid_configuration_and_takes_what_the_one_before_left(
+    quick: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands = recorded(tmp_path, monkeypatch)
+    rounds = iterate.run_rounds(Stages(tmp_path, Console(quiet=True)), 2, quick)
+    held, label, reward, judged, ppo, held_2, _, reward_2, judged_2 = [valid(command) for command in commands]
+    assert held.prompts.train.path.endswith("held-out-prompts.jsonl")
+    assert label.prompts.train.path.endswith("train-prompts.jsonl") and label.model == held.model
+    assert [d.weights for d in reward.data.train] == [0.5, 0.5] and reward.model.path == judged.base.path
+    assert [d.weights for d in reward_2.data.train] == [0.25, 0.25, 0.5]
+    assert judged.eval.preferences == str(tmp_path / "round-1-held-out" / "preferences.parquet")
+    assert {m.name: m.path for m in judged.reward_models} == {
+        "proxy": str(rounds[0].after), "before": str(tmp_path / "reward" / "export" / "step-000001"),
+    }  # fmt: skip
+    assert ppo.reward_models[0].path == str(rounds[0].after) == judged_2.reward_models[1].path
+    assert held_2.model.path == str(rounds[1].policy) == str(tmp_path / "round-1-ppo" / "export" / "step-000001")
+
+
+def test_the_table_has_a_row_a_round_and_a_hole_where_a_number_is_missing(tmp_path: Path) -> None:
+    estimate = {"value": 0.7, "low": 0.6, "high": 0.8, "n": 9}
+    report = {
+        "reward_models": {"before": {"report": {"num_comparisons": 9, "accuracy": estimate}}, "proxy": {}},
+        "win_rate": {"gold": {"raw": estimate}}, "kl_from_base": {"sequence": estimate | {"low": None}},
+    }  # fmt: skip
+    file = tmp_path / "eval.json"
+    file.write_text(json.dumps(report))
+    (row,) = iterate.table_rows([iterate.Round(1, tmp_path, tmp_path, tmp_path, file)])
+    assert row["accuracy_before"] == estimate and row["accuracy_after"] is None and row["num_pairs"] == 9
+    assert [iterate._shown(v) for v in row.values()] == [
+        "1", "9", "0.7 [0.6, 0.8]", "", "0.7 [0.6, 0.8]", "0.7 [?, 0.8]"
+    ]  # fmt: skip
+
+
+# --- end to end -------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_study_and_rounds_run_on_a_tiny_model_and_a_second_call_runs_no_stage_again(tmp_path: Path) -> None:
+    directory = tmp_path / "pipeline"
+
+    def call(*arguments: str) -> None:
+        command = [sys.executable, "-m", *arguments, "--quick", "--directory", str(directory)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False, env=ENVIRONMENT)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+    call("scripts.pipeline")
+    for arguments in (("scripts.study", "--ensemble", "worst_case"), ("scripts.iterate",)):
+        call(*arguments)
+        seconds = json.loads((directory / "stages.json").read_text())
+        call(*arguments)
+        assert json.loads((directory / "stages.json").read_text()) == seconds
+    found = json.loads((directory / "ensemble-study.json").read_text())
+    assert {arm: len(runs) for arm, runs in found["runs"].items()} == {SINGLE: 2, ENSEMBLE: 2}
+    assert all(r["disagreement"][0] is not None for runs in found["runs"].values() for r in runs)
+    (row,) = json.loads((directory / "iterate.json").read_text())
+    assert row["accuracy_before"]["n"] > 0 and row["accuracy_after"]["n"] > 0
