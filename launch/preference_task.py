@@ -56,7 +56,8 @@ class PreferenceTask:
         if self._settings.kind.rows == LABELLED:
             kinds = {"num_desirable": sum(c.label is True for c in flat)}
             flat = with_mismatched(flat, config.run.seed, base.max_length, "data.train")
-            held_out = held_out and with_mismatched(held_out, config.run.seed, base.max_length, "data.eval")
+            held = "evaluation.size" if config.data.eval is None else "data.eval"
+            held_out = held_out and with_mismatched(held_out, config.run.seed, base.max_length, held)
         self._train, self._held_out = flat, held_out
         self.digest = digest(flat)
         num_prompts, left = len({c.prompt_id for c in flat}), sum(data.left_out.values())

@@ -111,7 +111,7 @@ def kto_loss(
     """
     surplus = ratio - kl
     value = torch.sigmoid(beta * torch.where(desirable, surplus, -surplus))
-    sizes = torch.where(desirable, desirable_weight, undesirable_weight)
+    sizes = undesirable_weight + (desirable_weight - undesirable_weight) * desirable.to(ratio.dtype)
     return (weights * sizes * (1.0 - value)).sum()
 
 
