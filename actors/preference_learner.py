@@ -27,6 +27,7 @@ from trainers.reference_logps import TEMPERATURE, reference_rows
 from trainers.schedules import learning_rate
 
 TRAIN, HELD_OUT = "train", "held_out"
+COUNTS = frozenset({"num_tokens", "learner/num_microbatches", "learner/shared_prompt_fraction"})  # of the work itself
 
 
 class PreferenceLearner(EngineRank):
@@ -52,8 +53,9 @@ class PreferenceLearner(EngineRank):
         data_folder: str,
         reference: Mapping[str, str],
     ) -> None:
-        self.algorithm, self.num_steps, self.data_folder = algorithm, num_steps, Path(data_folder)
-        self._tables: dict[str, ComparisonTable] = {TRAIN: ComparisonTable(self.data_folder / f"{TRAIN}.arrow")}
+        self.algorithm, self.num_steps = algorithm, num_steps
+        files = {name: Path(data_folder) / f"{name}.arrow" for name in (TRAIN, HELD_OUT)}
+        self._tables = {name: ComparisonTable(file) for name, file in files.items() if file.exists()}
         self._reference = {name: reference_rows(Path(file)) for name, file in reference.items()}
 
         def load() -> nn.Module:
@@ -80,16 +82,8 @@ class PreferenceLearner(EngineRank):
 
     def evaluate(self) -> dict[str, float]:
         """Loss and metrics of all held-out comparisons under the present weights, as one batch."""
-        table = self._tables.setdefault(HELD_OUT, ComparisonTable(self.data_folder / f"{HELD_OUT}.arrow"))
-        metrics = self._pass(HELD_OUT, range(len(table)), learn=False)
+        metrics = self._pass(HELD_OUT, range(len(self._tables[HELD_OUT])), learn=False)
         return {name: value for name, value in metrics.items() if name not in COUNTS}
-
-    def gradients(self, indices: Sequence[int]) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
-        """(metrics, the whole gradient of one update at rank 0), without a step.  For checks."""
-        metrics = self._pass(TRAIN, indices, learn=True)
-        found = dict(self.engine.gradients())
-        self.engine.discard_gradients()
-        return metrics, found if self.rank == 0 else {}
 
     def _pass(self, name: str, indices: Sequence[int], learn: bool) -> dict[str, float]:
         """Metrics of one batch; with ``learn`` its gradient is accumulated, and the last pack ends the accumulation."""
@@ -146,6 +140,3 @@ class PreferenceLearner(EngineRank):
     def _logprobs(self, share: Share) -> torch.Tensor:
         logprobs: torch.Tensor = self.engine.forward(share.pack, TEMPERATURE, with_entropy=False)[0]
         return logprobs
-
-
-COUNTS = frozenset({"num_tokens", "learner/num_microbatches", "learner/shared_prompt_fraction"})  # of the work itself

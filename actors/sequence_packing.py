@@ -99,5 +99,5 @@ def laid_side_by_side(
 def pair_indices(members: Sequence[Comparison]) -> np.ndarray:
     """int64 [N, 2]: every (better, worse) pair of ``members``, as indices of their answers laid side by side."""
     first = np.cumsum([0, *(len(c.completion_ids) for c in members)])
-    pairs = [start + np.array(c.pairs) for start, c in zip(first, members, strict=False)]
-    return np.concatenate(pairs).astype(np.int64)
+    pairs = [start + np.array(c.pairs, dtype=np.int64) for start, c in zip(first, members, strict=False)]
+    return np.concatenate(pairs)

@@ -211,7 +211,7 @@ def make_rank(folder: Path, policy: PackedPolicy, loss: str, monkeypatch: pytest
     monkeypatch.setattr(preference_learner.dist, "all_reduce", lambda tensor: None)
     rank = PreferenceLearner.__new__(PreferenceLearner)
     rank.rank, rank.device, rank.share_prompts, rank.num_steps = 0, CPU, True, 10
-    rank.settings, rank.algorithm, rank.data_folder = LearnerSettings(token_budget=300), settings(loss), folder
+    rank.settings, rank.algorithm = LearnerSettings(token_budget=300), settings(loss)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=2e-3)
 
     def step(lr: float) -> float:
@@ -226,7 +226,7 @@ def make_rank(folder: Path, policy: PackedPolicy, loss: str, monkeypatch: pytest
     rank.engine = SimpleNamespace(  # type: ignore[assignment]
         world_size=1, forward=policy, set_boundary=lambda is_last: None, backward=backward, step=step
     )
-    rank._tables = {"train": ComparisonTable(folder / "train.arrow")}
+    rank._tables = {name: ComparisonTable(folder / f"{name}.arrow") for name in ("train", "held_out")}
     files = [folder / f"reference.{name}.parquet" for name in ("train", "held_out")]
     rank._reference = {f.name.split(".")[1]: reference_rows(f) for f in files if f.exists()}
     return rank
@@ -378,7 +378,7 @@ def settled(task: PreferenceTask, folder: Path) -> Events:
 def test_the_reference_is_asked_once_and_its_answers_are_used_again(
     loss: str, tokenizer: Any, tmp_path: Path
 ) -> None:
-    task = task_of(tmp_path, tokenizer, loss, num=40)
+    task = task_of(tmp_path, tokenizer, loss, num=40, evaluation={"size": 8})
     told = settled(task, tmp_path / "first")
     assert told.sources() == [("train", "computed"), ("held_out", "computed")]
     kwargs = task.rank_kwargs(tmp_path / "first")
@@ -388,9 +388,8 @@ def test_the_reference_is_asked_once_and_its_answers_are_used_again(
             expected = one_by_one(hf_model(), [table[i] for i in range(len(table))])
         for row, theirs in zip(reference_rows(Path(file)), expected, strict=True):
             np.testing.assert_allclose(row, [float(x) for x in theirs], rtol=1e-5)
-    assert settled(task_of(tmp_path, tokenizer, loss, num=40), tmp_path / "second").sources() == [
-        ("train", "cache"), ("held_out", "cache")
-    ]  # fmt: skip
+    again = task_of(tmp_path, tokenizer, loss, num=40, evaluation={"size": 8})
+    assert settled(again, tmp_path / "second").sources() == [("train", "cache"), ("held_out", "cache")]
     for name in ("train", "held_out"):
         first, second = (reference_rows(tmp_path / f / f"reference.{name}.parquet") for f in ("first", "second"))
         assert [row.tolist() for row in first] == [row.tolist() for row in second]
