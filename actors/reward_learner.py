@@ -22,10 +22,10 @@ from actors.modeling import load_tokenizer
 from actors.packing import Pack
 from actors.rank import EngineRank
 from actors.scalar_model import load_scalar, scalar_pad_token_id
-from actors.sequence_packing import end_pack
+from actors.sequence_packing import end_pack, laid_side_by_side, pair_indices
 from actors.settings import LearnerSettings
 from cluster.rendezvous import Rendezvous
-from trainers.batching import Piece, plan_whole
+from trainers.batching import plan_whole
 from trainers.bradley_terry import PreferenceLoss, pair_weights, preference_loss
 from trainers.comparisons import Comparison, ComparisonTable
 from trainers.reward_training import RewardTrainingSettings
@@ -139,26 +139,14 @@ class RewardModelLearner(EngineRank):
         return torch.tensor(counts, dtype=torch.float64, device=self.device)
 
     def _pack(self, members: Sequence[Comparison]) -> Pack:
-        """All answers of ``members``, numbered in order; each comparison is one piece where prompts are shared."""
-        prompts: list[np.ndarray] = []
-        completions: list[np.ndarray] = []
-        microbatch: list[Piece] = []
-        for comparison in members:
-            first = len(completions)
-            completions += comparison.completion_ids
-            prompts += [comparison.prompt_ids] * len(comparison.completion_ids)
-            mine = range(first, len(completions))
-            groups = [tuple(mine)] if self.share_prompts else [(i,) for i in mine]
-            microbatch += [Piece(group, 0) for group in groups]
-        return end_pack(tuple(microbatch), prompts, completions, self.device)
+        """All answers of ``members``, numbered in order."""
+        return end_pack(*laid_side_by_side(members, self.share_prompts), self.device)
 
     def _loss(
         self, scores: torch.Tensor, members: Sequence[Comparison], weights: np.ndarray
     ) -> tuple[PreferenceLoss, torch.Tensor, torch.Tensor]:
         """(loss, int64 [N, 2] pairs as indices of ``scores``, float32 [N] weights)."""
-        first = np.cumsum([0, *(len(c.completion_ids) for c in members)])
-        pairs = np.concatenate([start + np.array(c.pairs) for start, c in zip(first, members, strict=False)])
-        index = torch.from_numpy(pairs).to(self.device)
+        index = torch.from_numpy(pair_indices(members)).to(self.device)
         per_pair = self.tensor(np.repeat(weights, [len(c.pairs) for c in members]))
         margin = None
         if any(c.margins is not None for c in members):

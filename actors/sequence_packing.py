@@ -1,6 +1,6 @@
 """Packs of whole texts: for SFT (targets inside a text) and for scoring (the state at its end).
 
-Axes: L tokens of one text.  May import: numpy, torch, actors.packing, trainers.batching.
+Axes: L tokens of one text.  May import: numpy, torch, actors.packing, trainers.{batching, comparisons}.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import numpy as np
 import torch
 
 from actors.packing import Block, Pack, PackLayout, Rows, build_pack
-from trainers.batching import MicroBatch
+from trainers.batching import MicroBatch, Piece
+from trainers.comparisons import Comparison
 
 
 def text_pack(members: Sequence[int], texts: Rows, masks: Rows, device: torch.device | str = "cpu") -> Pack:
@@ -73,3 +74,30 @@ def end_pack(microbatch: MicroBatch, prompts: Rows, completions: Rows, device: t
         lengths=(1,) * len(pack.members),
         layout=pack.layout,
     )
+
+
+def laid_side_by_side(
+    members: Sequence[Comparison], share_prompts: bool
+) -> tuple[MicroBatch, list[np.ndarray], list[np.ndarray]]:
+    """(pieces, prompt of each answer, answers): all answers of ``members``, numbered in order.
+
+    Each comparison is one piece where prompts are shared.
+    """
+    prompts: list[np.ndarray] = []
+    completions: list[np.ndarray] = []
+    microbatch: list[Piece] = []
+    for comparison in members:
+        first = len(completions)
+        completions += comparison.completion_ids
+        prompts += [comparison.prompt_ids] * len(comparison.completion_ids)
+        mine = range(first, len(completions))
+        groups = [tuple(mine)] if share_prompts else [(i,) for i in mine]
+        microbatch += [Piece(group, 0) for group in groups]
+    return tuple(microbatch), prompts, completions
+
+
+def pair_indices(members: Sequence[Comparison]) -> np.ndarray:
+    """int64 [N, 2]: every (better, worse) pair of ``members``, as indices of their answers laid side by side."""
+    first = np.cumsum([0, *(len(c.completion_ids) for c in members)])
+    pairs = [start + np.array(c.pairs, dtype=np.int64) for start, c in zip(first, members, strict=False)]
+    return np.concatenate(pairs)

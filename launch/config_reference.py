@@ -27,7 +27,7 @@ END = "<!-- end of the table -->"
 # Configuration -> what stands behind a section's name where a key is in none of those before.
 KINDS: dict[type[BaseModel], str] = {
     RunConfig: "",
-    TuningConfig: "sft, reward",
+    TuningConfig: "sft, reward, dpo",
     LabelConfig: "label",
     EvalConfig: "eval",
 }
@@ -52,7 +52,8 @@ def _by_kind() -> Iterator[tuple[type[BaseModel], list[Entry]]]:
     """Each configuration with the keys that none before it has."""
     known: set[str] = set()
     for kind in KINDS:
-        found = [entry for entry in _entries(kind, kind) if entry.key not in known]
+        of_kind = {entry.key: entry for entry in _entries(kind, kind)}  # one row for what several algorithms have
+        found = [entry for key, entry in of_kind.items() if key not in known]
         known |= {entry.key for entry in found}
         yield kind, found
 

@@ -98,7 +98,7 @@ def prepare(config: RunConfig) -> Prepared:
     if config.reference.path is not None and config.algorithm.needs_reference:
         reference = resolve_model(config.reference.path)
         check_model_folder(reference, "reference.path")
-        _same_tokenizer(tokenizer, reference, "reference.path", config.reference.path)
+        same_tokenizer(tokenizer, reference, "reference.path", config.reference.path)
     for model in config.reward_models:
         check_reward_model(model, tokenizer, max_prompt + max_tokens)
     critic = _critic_path(config, path, tokenizer) if config.algorithm.needs_critic else None
@@ -128,11 +128,12 @@ def _critic_path(config: RunConfig, model_path: str, tokenizer: Any) -> str:
     path = resolve_model(given)
     if path != model_path:
         check_model_folder(path, "critic.path")
-        _same_tokenizer(tokenizer, path, "critic.path", given)
+        same_tokenizer(tokenizer, path, "critic.path", given)
     return path
 
 
-def _same_tokenizer(tokenizer: Any, path: str, field: str, value: str) -> None:
+def same_tokenizer(tokenizer: Any, path: str, field: str, value: str) -> None:
+    """InputError where the model in ``path``, which ``field`` = ``value`` names, reads other tokens than the policy."""
     from actors.modeling import load_tokenizer
 
     if load_tokenizer(path).get_vocab() != tokenizer.get_vocab():

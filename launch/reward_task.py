@@ -1,7 +1,5 @@
 """Reward-model training as a task of the driver: rows to comparisons, held-out judgement, the files of an export.
 
-Held-out comparisons are those of ``data.eval`` whose prompts are not trained on; without it whole prompts of
-``data.train`` are held out, until they have ``evaluation.size`` comparisons (a tenth of all unless that is set).
 May import: actors.reward_learner, trainers.*, launch.*.
 """
 
@@ -15,25 +13,19 @@ import numpy as np
 
 from actors.reward_learner import RewardModelLearner
 from actors.scalar_model import scalar_pad_token_id
+from launch.comparison_data import ComparisonData
+from launch.datasets import Row
 from launch.reward_files import PLOT, REPORT, write_reward_files
 from launch.row_settings import HeldOutSettings
 from launch.tuning_config import TuningConfig
 from launch.tuning_data import load_located_rows
-from launch.tuning_task import BaseModelFolder, TuningFleet
-from trainers.comparisons import (
-    Comparison,
-    digest,
-    grouped_by_prompt,
-    split_by_prompt,
-    without_prompts,
-    write_comparisons,
-)
+from launch.tuning_task import BaseModelFolder, Site, TuningFleet
+from trainers.comparisons import Comparison, digest, write_comparisons
 from trainers.errors import InputError
 from trainers.preferences import read_comparison, read_sample
 from trainers.reward_report import RewardReport, judge
 from trainers.reward_training import RewardTrainingSettings
 
-HELD_OUT_SHARE = 10  # without data.eval and evaluation.size: one comparison in so many
 REFERENCE = "reference_samples"
 
 
@@ -50,10 +42,10 @@ class RewardTask:
     def __init__(self, config: TuningConfig, base: BaseModelFolder) -> None:
         assert isinstance(config.algorithm, RewardTrainingSettings)
         self._config, self._base, self._settings = config, base, config.algorithm
-        self._left_out: dict[str, int] = {}
         scalar_pad_token_id(base.tokenizer, "model.path", base.path)  # refused now, not at the export
-        train = [self._comparisons(d, f"data.train.{i}") for i, d in enumerate(config.data.train)]
-        self._train, self._held_out = self._split(train)
+        data = ComparisonData(config, base, self._read, self._settings.group_by_prompt)
+        self._train, self._held_out = data.split(data.train())
+        self._left_out = data.left_out
         self._reference = self._reference_samples()
         self.sizes = [len(part) for part in self._train]
         self._first = np.cumsum([0, *self.sizes])
@@ -75,48 +67,10 @@ class RewardTask:
 
     # --- data ---------------------------------------------------------------------------------
 
-    def _comparisons(self, dataset: HeldOutSettings, field: str) -> list[Comparison]:
-        form, tokenizer = self._config.data.format, self._base.tokenizer
-        rows = load_located_rows(dataset, field)
-        read = [read_comparison(row, where, tokenizer, form, self._settings.margin_column) for where, row in rows]
-        if self._settings.group_by_prompt:
-            budget = self._config.learner.token_budget
-            read = grouped_by_prompt(read, budget, self._base.max_length, self._share_prompts)
-        kept = [c for c in read if self._fits(c)]
-        self._left_out[field] = len(read) - len(kept)
-        if not kept:
-            raise InputError(field, f"{len(read)} rows", "each is too long to learn from",
-                             "raise model.max_length and learner.token_budget")  # fmt: skip
-        return kept
-
-    def _fits(self, comparison: Comparison) -> bool:
-        """One answer must fit the model, all answers together one micro-batch: they are compared in it."""
-        cost = comparison.cost(self._share_prompts)
-        return comparison.longest <= self._base.max_length and cost <= self._config.learner.token_budget
-
-    @property
-    def _share_prompts(self) -> bool:
-        """Before the ranks start it is not known whether their attention shares prompts; a CPU's does."""
-        setting = self._config.learner.share_prompts
-        return setting if setting is not None else self._config.cluster.device == "cpu"
-
-    def _split(self, train: list[list[Comparison]]) -> tuple[list[list[Comparison]], list[Comparison]]:
-        """(training parts, held out), with no prompt in common."""
-        size, flat = self._config.evaluation.size, [c for part in train for c in part]
-        if self._config.data.eval is not None:
-            held = self._comparisons(self._config.data.eval, "data.eval")
-            held = without_prompts(held, {c.prompt_id for c in flat})[:size]
-            if not held:
-                raise InputError("data.eval", self._config.data.eval.path or self._config.data.eval.function,
-                                 "has no prompt that is not in data.train too", "use other prompts")  # fmt: skip
-            return train, held
-        _, held = split_by_prompt(flat, size or max(1, len(flat) // HELD_OUT_SHARE), self._config.run.seed)
-        parts = [without_prompts(part, {c.prompt_id for c in held}) for part in train]
-        for i, part in enumerate(parts):
-            if not part:
-                raise InputError(f"data.train.{i}", len(train[i]), "nothing is left of it once prompts are held out",
-                                 "give more prompts, lower evaluation.size, or give data.eval")  # fmt: skip
-        return parts, held
+    def _read(self, where: str, row: Row) -> Comparison:
+        return read_comparison(
+            row, where, self._base.tokenizer, self._config.data.format, self._settings.margin_column
+        )
 
     def _reference_samples(self) -> list[Comparison]:
         path = self._settings.reference_samples
@@ -139,6 +93,9 @@ class RewardTask:
         write_comparisons(self._held_out, folder / "held_out.arrow")
         if self._reference:
             write_comparisons(self._reference, folder / f"{REFERENCE}.arrow")
+
+    async def before_ranks(self, site: Site, folder: Path) -> None:
+        pass
 
     def rank_kwargs(self, folder: Path) -> dict[str, Any]:
         return {"algorithm": self._settings, "data_folder": str(folder.absolute())}

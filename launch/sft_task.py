@@ -15,7 +15,7 @@ from actors.sft_learner import SFTLearner
 from launch.row_settings import HeldOutSettings
 from launch.tuning_config import TuningConfig
 from launch.tuning_data import load_examples
-from launch.tuning_task import BaseModelFolder, TuningFleet
+from launch.tuning_task import BaseModelFolder, Site, TuningFleet
 from trainers.examples import Example
 from trainers.sft import SFTSettings
 
@@ -75,6 +75,9 @@ class SFTTask:
             write_examples(folder / f"train.{name}.arrow", examples)
         if self._held_out:
             write_examples(folder / f"{HELD_OUT}.arrow", self._held_out)
+
+    async def before_ranks(self, site: Site, folder: Path) -> None:
+        pass
 
     def rank_kwargs(self, folder: Path) -> dict[str, Any]:
         there = folder.absolute()

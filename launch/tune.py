@@ -1,4 +1,4 @@
-"""``burnish train`` for SFT and reward models: one run from its folder to the folder it exports.
+"""``burnish train`` for SFT, reward models and preference learning: one run from its folder to the folder it exports.
 
 What is learned is a task's (launch/tuning_task.py); this is what all tasks share: everything that can be refused is
 refused before Ray starts, units are drawn from the mixture, steps, evaluations and checkpoints follow each other, a
@@ -21,6 +21,7 @@ from actors.fleet import Gang
 from cluster.checkpoints import Checkpoint, CheckpointStore
 from cluster.layout import NodeSupply
 from cluster.placement import RayHandle
+from launch.alarm_watch import AlarmWatch
 from launch.checkpointing import Checkpointer
 from launch.demands import node_facts
 from launch.journal import read_rows
@@ -30,12 +31,14 @@ from launch.overrides import ResolvedConfig, dump_yaml
 from launch.prepare import check_run_folder
 from launch.progress import Progress
 from launch.resuming import earlier_attempts
+from launch.rolling_back import WatchedRecorder
 from launch.signals import stop_on_signals
 from launch.telemetry import Telemetry
 from launch.tuning_config import TuningConfig
 from launch.tuning_place import ranks_of, refuse_shortfall, shared, tuning_report
 from launch.tuning_prepare import PreparedTuning, made_with, newest_checkpoint, prepare_tuning
-from launch.tuning_task import BaseModelFolder, TuningFleet, TuningTask
+from launch.tuning_task import BaseModelFolder, Site, TuningFleet, TuningTask
+from trainers.alarms import AlarmBoard
 from trainers.errors import InputError
 from trainers.metrics import METRICS
 from trainers.mixture import MixtureStream
@@ -101,6 +104,9 @@ class _Run:
             self.stream.load_state_dict(state["stream"])
             self.step, self.num_tokens = checkpoint.step, float(state["num_tokens"])
             self.wandb_id = state.get("wandb_id") or self.wandb_id
+        self.board = AlarmBoard(config.alarms)
+        if checkpoint is not None and "alarms" in checkpoint.metadata:
+            self.board.load_state_dict(checkpoint.metadata["alarms"])
         self.stopping = False
         self.saver: Checkpointer
         self.fleet: TuningFleet
@@ -130,6 +136,8 @@ class _Run:
             self.folder, config.model_dump(mode="json"), config.telemetry, watcher=progress,
             wandb_id=self.wandb_id, resume_step=self.step if self.checkpoint else None,
         )  # fmt: skip
+        watch = AlarmWatch(self.board, self.telemetry, self.folder)
+        self.recorder = WatchedRecorder(self.telemetry, watch, self.store, self._stop)
         try:
             self.telemetry.event("data", step=self.step, **self.task.report)
             if self.is_resumed:
@@ -138,6 +146,7 @@ class _Run:
             data = self.folder / "data"
             data.mkdir(exist_ok=True)
             self.task.write(data)
+            await self.task.before_ranks(Site(handle, nodes, self.telemetry), data)
             started = time.perf_counter()
             kwargs = {"num_steps": self.num_steps, **self.task.rank_kwargs(data)}
             async with ranks_of(config, self.base.path, self.task.rank_class, kwargs, handle, nodes, facts) as fleet:
@@ -166,7 +175,7 @@ class _Run:
         every = self.config.checkpoint.every
         async with stop_on_signals(self._stop, self.telemetry, self.config.checkpoint.grace_s):
             if self.step == 0 and (metrics := await self._evaluate()):
-                self.telemetry.step(0, metrics)
+                self.recorder.step(0, metrics)
             while self.step < self.num_steps and not self.stopping:
                 await self._step()
                 if every and self.step % every == 0:
@@ -198,7 +207,7 @@ class _Run:
         every = self.config.evaluation.every
         if every and not self.stopping and (self.step % every == 0 or self.step == self.num_steps):
             metrics |= await self._evaluate()
-        self.telemetry.step(self.step, metrics)
+        self.recorder.step(self.step, metrics)
 
     async def _evaluate(self) -> dict[str, float]:
         if not self.config.evaluation.every:
@@ -213,7 +222,7 @@ class _Run:
         metadata = {
             "incarnation": self.incarnation, "stream": self.stream.state_dict(), "data": self.task.digest,
             "wandb_id": self.telemetry.wandb_id, "num_tokens": self.num_tokens,
-            "made_with": made_with(self.config),
+            "made_with": made_with(self.config), "alarms": self.board.state_dict(),
         }  # fmt: skip
         score = self.telemetry.value(self.step, self.config.checkpoint.best_metric)
         await self.saver.save(self.step, metadata, score=score)

@@ -1,4 +1,4 @@
-"""TuningConfig: a run that learns from written data, SFT or a reward model.  What samples is launch/config.py.
+"""TuningConfig: a run that learns from written data: SFT, a reward model, preferences.  What samples: launch/config.py.
 
 May import: pydantic and the settings of the other rooms (never torch, ray, vllm or deepspeed).
 """
@@ -9,17 +9,19 @@ from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
-from actors.settings import LearnerSettings, ModelSettings
+from actors.settings import LearnerSettings, ModelSettings, ReferenceSettings
 from cluster.settings import ClusterSettings
 from launch.config import CheckpointSettings, Positive, TelemetrySettings
 from launch.row_settings import HeldOutSettings
+from trainers.alarms import ALARMS, AlarmSettings
 from trainers.mixture import Knots, check_knots
+from trainers.preference_training import PreferenceSettings
 from trainers.prompt_format import PromptFormat
 from trainers.reward_training import RewardTrainingSettings
 from trainers.settings import Settings
 from trainers.sft import SFTSettings
 
-TUNING = ("sft", "reward")  # values of algorithm.name that choose this configuration
+TUNING = ("sft", "reward", "dpo")  # values of algorithm.name that choose this configuration
 
 
 class TuningRunSettings(Settings):
@@ -32,7 +34,7 @@ class TuningRunSettings(Settings):
     seed: int = Field(0, ge=0, lt=2**31, description="of the order of the data, and of dropout")
     num_steps: Positive | None = Field(None, description="optimizer steps; or give num_epochs")
     num_epochs: float | None = Field(None, gt=0, description="passes over all of data.train; or give num_steps")
-    batch_size: Positive = Field(description="examples (reward: prompts with all their answers) of one step")
+    batch_size: Positive = Field(description="examples (reward, dpo: prompts with all their answers) of one step")
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:
@@ -98,16 +100,18 @@ class TuningEvaluationSettings(Settings):
 
 
 class TuningConfig(Settings):
-    """A complete run of SFT or of reward-model training."""
+    """A complete run of SFT, of reward-model training or of offline preference learning."""
 
     run: TuningRunSettings
     model: ModelSettings
     data: DataSettings
-    algorithm: Annotated[SFTSettings | RewardTrainingSettings, Field(discriminator="name")]
+    algorithm: Annotated[SFTSettings | RewardTrainingSettings | PreferenceSettings, Field(discriminator="name")]
     learner: LearnerSettings = LearnerSettings()
+    reference: ReferenceSettings | None = None  # None: its defaults, where the loss has one
     evaluation: TuningEvaluationSettings = TuningEvaluationSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
     telemetry: TelemetrySettings = TelemetrySettings()
+    alarms: AlarmSettings = AlarmSettings()
     cluster: ClusterSettings = ClusterSettings()
 
     @model_validator(mode="after")
@@ -117,6 +121,13 @@ class TuningConfig(Settings):
             raise ValueError(
                 f"learner.optimizer.head_lr_factor={factor:g}: only a reward model has a scalar head; leave it out"
             )
+        if self.reference is not None and not self.has_reference:
+            alg = self.algorithm
+            what = f"algorithm.loss={alg.loss}" if isinstance(alg, PreferenceSettings) else f"algorithm.name={alg.name}"
+            raise ValueError(f"reference=given: {what} has no reference; leave the section out")
+        if rolling := [name for name in ALARMS if self.alarms.action_of(name) == "roll_back"]:
+            key = f"actions.{rolling[0]}" if rolling[0] in self.alarms.actions else "action"
+            raise ValueError(f"alarms.{key}=roll_back: only a run that samples goes back by itself; use stop or record")
         longest = self.model.max_length
         if longest is not None and self.learner.token_budget < longest:
             raise ValueError(
@@ -135,3 +146,13 @@ class TuningConfig(Settings):
                 "use learner.num_workers=1 or cluster.backend=ray"
             )
         return self
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether a frozen model is asked for what it thinks of the data."""
+        return isinstance(self.algorithm, PreferenceSettings) and self.algorithm.kind.has_reference
+
+    @property
+    def reference_settings(self) -> ReferenceSettings:
+        """Of that model."""
+        return self.reference or ReferenceSettings()

@@ -1,7 +1,8 @@
-"""Where the ranks of SFT or reward-model training run: their demand, whether they fit, and the ranks themselves.
+"""Where the ranks of a run that learns from files run: their demand, whether they fit, and the ranks themselves.
 
-May import: cluster.*, launch.{assemble, estimate, machines, model_facts, preflight, tuning_config,
-tuning_task}.
+A reference, where a loss has one, works before the ranks start and in their place.
+May import: actors.{reference, scorer_pools}, cluster.*, trainers.*, launch.{assemble, estimate, machines,
+model_facts, preflight, tuning_config, tuning_task}.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, cast
 
+from actors.reference import ReferenceModel
+from actors.scorer_pools import ReferencePool
 from cluster.errors import ShortfallError
 from cluster.layout import NodeSupply, RoleDemand, plan_layout
 from cluster.placement import Placement, RayHandle
@@ -22,10 +25,12 @@ from launch.machines import Device, check_num_nodes, choose_device, dtype_name, 
 from launch.model_facts import ModelFacts
 from launch.preflight import PROCESS_BYTES, PreflightReport, check_nodes
 from launch.tuning_config import TuningConfig
-from launch.tuning_task import TuningFleet
+from launch.tuning_task import Site, TuningFleet
 from trainers.errors import InputError
+from trainers.reference_logps import TEMPERATURE
 
 ROLE = "learner"
+REFERENCE = "reference"
 
 
 def shared(config: TuningConfig) -> RunConfig:
@@ -40,6 +45,21 @@ def demands(config: TuningConfig, on_gpu: bool) -> list[RoleDemand]:
     return [RoleDemand(ROLE, config.learner.num_workers, gpus)]
 
 
+def reference_demands(config: TuningConfig, on_gpu: bool) -> list[RoleDemand]:
+    """The reference's workers, which are there while no rank is; none for most kinds of runs."""
+    if not config.has_reference:
+        return []
+    settings = config.reference_settings
+    setting = settings.gpus_per_worker
+    gpus = (1.0 if setting is None else setting) if on_gpu else 0.0
+    return [RoleDemand(REFERENCE, settings.num_workers, gpus)]
+
+
+def dtype_of(config: TuningConfig, nodes: Sequence[NodeSupply]) -> str:
+    """The compute dtype's name on these nodes."""
+    return dtype_name(config.model.dtype, _device(config, nodes))
+
+
 def _device(config: TuningConfig, nodes: Sequence[NodeSupply]) -> Device:
     wanted = sum(d.num_workers * d.gpus_per_worker for d in demands(config, True))
     return choose_device(config.cluster, nodes, wanted)
@@ -49,7 +69,35 @@ def refuse_shortfall(config: TuningConfig, nodes: list[NodeSupply]) -> None:
     """InputError or ShortfallError when there is no place for every rank.  Needs the configuration only."""
     device = _device(config, nodes)
     check_num_nodes(config.cluster, nodes)
-    plan_layout(demands(config, device == "cuda"), nodes, config.cluster.colocate)
+    for asked in (demands(config, device == "cuda"), reference_demands(config, device == "cuda")):
+        if asked:
+            plan_layout(asked, nodes, config.cluster.colocate)
+
+
+@asynccontextmanager
+async def references_of(config: TuningConfig, model_path: str, site: Site) -> AsyncIterator[ReferencePool]:
+    """Reference workers that are ready, for as long as the context lasts."""
+    device, settings = _device(config, site.nodes), config.reference_settings
+    layout = plan_layout(reference_demands(config, device == "cuda"), site.nodes, config.cluster.colocate)
+    kwargs = {
+        "model_path": model_path, "settings": settings, "temperature": TEMPERATURE,
+        "chunk": config.learner.logprob_chunk, "dtype": dtype_name(config.model.dtype, device),
+        "device": torch_device(device),
+    }  # fmt: skip
+    placement = None if site.handle is None else Placement.create(layout, config.cluster.placement_deadline_s)
+    workers = WorkerGroup.launch(
+        REFERENCE, ReferenceModel, [kwargs] * settings.num_workers, placement=placement, slots=layout.of(REFERENCE),
+        start_deadline_s=config.cluster.start_deadline_s,
+    )  # fmt: skip
+    pool = ReferencePool(workers, settings.deadline_s, settings.token_budget, event=site.telemetry.event)
+    try:
+        await workers.ready()
+        yield pool
+    finally:
+        await pool.close()
+        await workers.shutdown()
+        if placement is not None:
+            placement.remove()
 
 
 @asynccontextmanager
@@ -126,6 +174,13 @@ def tuning_report(config: TuningConfig, facts: ModelFacts, nodes: Sequence[Mappi
         problem = InputError(error.field, error.value, error.reason, error.remedy)
         report.add("placement", "cluster", needed, there, problem)
         return report
+    if asked := reference_demands(config, on_gpu):
+        try:
+            plan_layout(asked, supplies, config.cluster.colocate)
+        except ShortfallError as error:
+            short = InputError(error.field, error.value, error.reason, error.remedy)
+            report.add("placement of the reference", "cluster", f"{asked[0].num_workers} workers", there, short)
+            return report
     report.add("placement", "cluster", needed, there)
     offloaded = need.offloaded_total if "cpu" in (learner.offload_optimizer, learner.offload_param) else 0
     for index, node in enumerate(nodes):

@@ -1,4 +1,4 @@
-"""Everything of SFT or reward-model training that can be checked before anything is allocated: model, data, checkpoint.
+"""Everything of a run that learns from files that can be checked before anything is allocated: model, data, checkpoint.
 
 What passes here is what ``burnish validate`` accepts and ``burnish train`` starts with.
 May import: actors.{model_folders, modeling}, cluster.{checkpoints, errors}, trainers.errors, launch.*.
@@ -57,6 +57,10 @@ def _task(config: TuningConfig, base: BaseModelFolder) -> TuningTask:
         from launch.reward_task import RewardTask
 
         return RewardTask(config, base)
+    if config.algorithm.name == "dpo":
+        from launch.preference_task import PreferenceTask
+
+        return PreferenceTask(config, base)
     from launch.sft_task import SFTTask
 
     return SFTTask(config, base)

@@ -1,9 +1,10 @@
-"""What SFT and reward-model training ask of the driver they share (launch/tune.py), and what it asks of them.
+"""What the tasks of a run that learns from files ask of the driver they share (launch/tune.py), and it of them.
 
 A task is built before Ray starts: its constructor reads and checks all data and raises InputError for what cannot
-be used.  The driver then makes the run folder, lets the task write what the ranks read, starts the ranks, and draws
-the units of every step from the task's datasets (a unit is an example, or a prompt with all its answers).  Data
-reach the ranks as files in the run folder, which on a cluster lies on a disk they all see; a step sends indices.
+be used.  The driver then makes the run folder, lets the task write what the ranks read (and compute what is needed
+for it, with workers of its own), starts the ranks, and draws the units of every step from the task's datasets (a unit
+is an example, or a prompt with all its answers).  Data reach the ranks as files in the run folder, which on a cluster
+lies on a disk they all see; a step sends indices.
 
 What a task's rank class must have, besides EngineRank's methods (actors/rank.py):
 
@@ -12,7 +13,7 @@ What a task's rank class must have, besides EngineRank's methods (actors/rank.py
                                                    "num_tokens" is that of the step, the driver adds it up
 
 Every name a metric has must stand in trainers/metrics.py.
-May import: cluster.{layout, worker_group}, launch.{model_facts, tuning_config}.
+May import: cluster.{layout, placement, worker_group}, launch.{model_facts, telemetry, tuning_config}.
 """
 
 from __future__ import annotations
@@ -22,9 +23,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from cluster.layout import Layout
+from cluster.layout import Layout, NodeSupply
+from cluster.placement import RayHandle
 from cluster.worker_group import WorkerGroup
 from launch.model_facts import ModelFacts
+from launch.telemetry import Telemetry
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +53,15 @@ class TuningFleet:
     async def call(self, method: str, *args: Any) -> Any:
         """``method`` on every rank at once; what rank 0 returned."""
         return (await self.ranks.call_all(method, *args, deadline_s=self.deadline_s))[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """Where a task may start workers of its own before the ranks are there."""
+
+    handle: RayHandle | None  # None: in this process
+    nodes: list[NodeSupply]
+    telemetry: Telemetry
 
 
 class TuningTask(Protocol):
@@ -81,6 +93,9 @@ class TuningTask(Protocol):
 
     def write(self, folder: Path) -> None:
         """Write what the ranks read into ``folder`` (of the run, there already); the same bytes on a resume."""
+
+    async def before_ranks(self, site: Site, folder: Path) -> None:
+        """Called after ``write``, while no rank is there: its workers are gone on return.  ``folder``: as of write."""
 
     def rank_kwargs(self, folder: Path) -> dict[str, Any]:
         """Further arguments of ``rank_class``, which can be pickled; ``folder`` is that of ``write``."""

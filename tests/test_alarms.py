@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from launch.alarm_watch import AlarmWatch, Verdict
 from launch.config import RunConfig
 from launch.config_keys import slot_at
+from launch.tuning_config import TuningConfig
 from trainers.alarms import ALARMS, Alarm, AlarmBoard, AlarmSettings, Row, markdown
 from trainers.metrics import check
 
@@ -29,6 +30,7 @@ HEALTHY: dict[str, float] = {
     "frac_reward_zero_std": 0.3, "critic/explained_variance": 0.5, "grad_norm": 1.0,
     "learner/parameters_changed_fraction": 0.99, "reward": 0.0, "eval/gold/mean": 0.0, "failures/masked_fraction": 0.0,
     "disagreement/top_quartile": 0.3,
+    **{f"{prefix}rewards/{name}": 0.0 for prefix in ("", "eval/") for name in ("chosen", "rejected", "margins")},
 }  # fmt: skip
 RISING = [0.1 * i for i in range(40)]
 # What makes each alarm go off: the metrics that leave the healthy row, step by step.
@@ -46,6 +48,11 @@ PLANTED: dict[str, dict[str, list[float]]] = {
     "proxy_up_gold_down": {"reward": RISING, "eval/gold/mean": [-x for x in RISING]},
     "proxy_up_disagreement_up": {"reward": RISING, "disagreement/top_quartile": RISING},
     "failed_rewards": {"failures/masked_fraction": [0.5] * 40},
+    "falling_likelihood": {
+        "eval/rewards/chosen": [-x for x in RISING],
+        "eval/rewards/rejected": [-3 * x for x in RISING],
+        "eval/rewards/margins": [2 * x for x in RISING],
+    },
 }
 # Change for the better, of the same metrics.
 HARMLESS: dict[str, dict[str, list[float]]] = {
@@ -67,6 +74,15 @@ HARMLESS: dict[str, dict[str, list[float]]] = {
     },
     "both fall": {"reward": [-x for x in RISING], "eval/gold/mean": [-x for x in RISING]},
     "the critic warms up": {"critic/explained_variance": [-1 + 0.06 * i for i in range(40)]},
+    "the margin grows and the chosen answers become likelier": {
+        "eval/rewards/chosen": RISING,
+        "eval/rewards/rejected": [-x for x in RISING],
+        "eval/rewards/margins": [2 * x for x in RISING],
+    },
+    "both kinds of answers become less likely, and the margin does not grow": {
+        "eval/rewards/chosen": [-x for x in RISING],
+        "eval/rewards/rejected": [-x for x in RISING],
+    },
     "one dead step": {"grad_norm": [1.0] * 7 + [0.0] + [1.0] * 32},
 }
 
@@ -111,8 +127,9 @@ def test_an_alarm_reads_only_metrics_that_a_run_may_record(name: str) -> None:
 @pytest.mark.parametrize("name", ALARMS)
 def test_a_remedy_names_only_keys_that_exist(name: str) -> None:
     sections = "|".join(RunConfig.model_fields)
+    kinds = (RunConfig, TuningConfig)
     for key in re.findall(rf"\b((?:{sections})(?:\.[a-z_]+)+)", ALARMS[name].remedy):
-        assert slot_at(RunConfig, tuple(key.split("."))) is not None, key
+        assert any(slot_at(kind, tuple(key.split("."))) is not None for kind in kinds), key
 
 
 def test_the_page_is_the_generated_text() -> None:
@@ -267,6 +284,23 @@ def test_a_trend_needs_a_window_of_readings_and_averages_the_proxy_between_them(
 
 
 # --- rows that lack a number ------------------------------------------------------------------
+
+
+def test_falling_likelihood_is_read_from_evaluations_or_else_from_ten_training_rows_at_a_time() -> None:
+    falling = {"rewards/chosen": -1.0, "rewards/rejected": -3.0, "rewards/margins": 2.0}
+    noise = [(-1) ** i for i in range(80)]  # rows are of other pairs, and no two of them in a row agree
+
+    def rows(prefix: str, slope: float) -> list[Row]:
+        return [{prefix + n: (slope * i * x) + noise[i] for n, x in falling.items()} for i in range(80)]
+
+    def fired(series: list[Row]) -> list[int]:
+        return [a.step for a in observe(AlarmBoard(AlarmSettings()), series) if a.name == "falling_likelihood"]
+
+    assert fired(rows("", 0.1)) == [50], "the fifth reading of ten rows: two trends of four in a row"
+    assert fired(rows("eval/", 4.0)) == [5]
+    assert fired(rows("", 0.1)[:40] + rows("", -0.1)) == []
+    # Once a run evaluates, its training rows no longer count, nor what they showed before.
+    assert fired([*rows("", 0.1)[:40], {"eval/" + n: 0.0 for n in falling}, *rows("", 0.1)[40:]]) == []
 
 
 @pytest.mark.parametrize("missing", [NAN, None])

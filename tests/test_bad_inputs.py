@@ -255,6 +255,7 @@ def test_more_gpus_than_there_are_are_refused_with_the_shortfall(
         ("gpu-8x-ppo", 8),
         ("gpu-8x-sft", 8),
         ("gpu-8x-reward", 8),
+        ("gpu-8x-dpo", 8),
         ("gpu-multinode-grpo", 32),
     ],
 )

@@ -57,7 +57,9 @@ def test_names_follow_trl_where_it_has_one() -> None:
            "completions/min_length", "completions/clipped_ratio", "completions/mean_terminated_length", "kl", "entropy",
            "clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean", "num_tokens", "grad_norm",
            "learning_rate", "loss", "epoch", "sampling/sampling_logp_difference/mean",
-           "sampling/sampling_logp_difference/max", "rewards/<name>/mean", "rewards/<name>/std"}
+           "sampling/sampling_logp_difference/max", "rewards/<name>/mean", "rewards/<name>/std",
+           "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen",
+           "logps/rejected", "nll_loss", "log_odds_ratio", "log_odds_chosen"}
     assert trl <= METRICS.keys()
 
 

@@ -72,6 +72,7 @@ def test_every_kind_of_run_has_a_recipe_for_a_machine_without_a_gpu(kind: type) 
         ("gpu-8x-ppo", 8),
         ("gpu-8x-sft", 8),
         ("gpu-8x-reward", 8),
+        ("gpu-8x-dpo", 8),
         ("gpu-multinode-grpo", 32),
     ],
 )

@@ -29,6 +29,8 @@ from trainers.metrics import check
 from trainers.settings import Settings
 
 GENERATED = "docs/alarms.md"
+ROWS_OF_A_READING = 10  # training rows averaged where a run has no evaluation: each is of other pairs
+READINGS = 4  # in the trend of falling_likelihood
 WIN_GAIN = 0.02  # a held-out score counts as grown from here on; less is noise of a few hundred prompts
 
 Action = Literal["record", "stop", "roll_back"]
@@ -70,6 +72,10 @@ class AlarmSettings(Settings):
     )  # fmt: skip
     failed_rewards: Share | None = Field(0.1, description="share of samples without a valid reward")
     proxy_metric: str = Field("reward", description="what training raises, for the alarms that compare with it")
+    # With four readings: at most one of their six pairs out of order, in each of the three trends.
+    falling_likelihood: Share | None = Field(
+        0.6, description="rank correlation with time (Kendall's tau): of both likelihoods down and of the margin up"
+    )
     gold_metric: str = Field("eval/gold/mean", description="held-out truth, for proxy_up_gold_down")
     trend_window: int = Field(8, ge=4, description="readings of the gold metric in a trend")
     disagreement_window: int = Field(16, ge=4, description="steps in a trend of the disagreement")
@@ -219,6 +225,35 @@ def _rising_together(row: Row, memory: dict[str, Any], settings: AlarmSettings) 
     return min(_tau([p for p, _ in points]), _tau([d for _, d in points]))
 
 
+def _falling_likelihood(row: Row, memory: dict[str, Any], settings: AlarmSettings) -> float | None:
+    """min(-tau of the chosen, -tau of the rejected, tau of the margin) over the last READINGS.
+
+    A reading is an evaluation, whose pairs are always the same: there a reward is beta times the log-prob, less a
+    constant.  In a run without evaluations it is the mean of some training rows.
+    """
+    found = [_finite(row, f"eval/{name}") for name in _REWARDS_OF_PAIRS]
+    if any(value is None for value in found):
+        if memory.get("evaluated"):
+            return None
+        since = memory.setdefault("since", [])
+        since.append([_finite(row, name) for name in _REWARDS_OF_PAIRS])
+        if None in since[-1]:
+            since.pop()
+        if len(since) < ROWS_OF_A_READING:
+            return None
+        found = [sum(column) / len(since) for column in zip(*since, strict=True)]
+        since.clear()
+    elif not memory.get("evaluated"):
+        memory.update(evaluated=True, readings=[], since=[])
+    readings = memory.setdefault("readings", [])
+    readings.append(found)
+    del readings[:-READINGS]
+    if len(readings) < READINGS:
+        return None
+    chosen, rejected, margin = ([reading[i] for reading in readings] for i in range(3))
+    return min(-_tau(chosen), -_tau(rejected), _tau(margin))
+
+
 def _tau(values: list[float]) -> float:
     """Kendall's rank correlation of ``values`` with their order, in [-1, 1]; ties count 0 (tau a)."""
     pairs = [(a, b) for i, a in enumerate(values) for b in values[i + 1 :]]
@@ -228,6 +263,7 @@ def _tau(values: list[float]) -> float:
 # --- the list ---------------------------------------------------------------------------------
 
 _DISAGREEMENT = "disagreement/top_quartile"
+_REWARDS_OF_PAIRS = ("rewards/chosen", "rewards/rejected", "rewards/margins")
 _MISMATCH = "sampling/sampling_logp_difference/mean"
 _RULES: tuple[AlarmRule, ...] = (
     AlarmRule("kl_budget", ("kl", "completions/mean_length"), _kl, "above", "nats", 3,
@@ -280,6 +316,12 @@ _RULES: tuple[AlarmRule, ...] = (
               "of samples", 2,
               "many samples have no valid reward; they are masked, so the batch is smaller and no longer a fair draw",
               "read the reasons in events.jsonl; mend the reward, or raise its time limit"),
+    AlarmRule("falling_likelihood", (*_REWARDS_OF_PAIRS, *(f"eval/{name}" for name in _REWARDS_OF_PAIRS)),
+              _falling_likelihood, "above", "Kendall's tau", 2,
+              "the margin between chosen and rejected answers grows while both become less likely: what they lose goes "
+              "to answers that nobody judged",
+              "lower learner.optimizer.lr or stop earlier; raise algorithm.beta; use algorithm.loss=orpo, which keeps "
+              "the chosen answers likely, or fine-tune on them first"),
 )  # fmt: skip
 
 ALARMS: dict[str, AlarmRule] = {rule.name: rule for rule in _RULES}

@@ -25,6 +25,7 @@ class Comparison:
     completion_ids: tuple[np.ndarray, ...]  # K of int32 [T], EOS included
     pairs: tuple[tuple[int, int], ...] = ()  # N of (better, worse), indices of completion_ids
     margins: tuple[float, ...] | None = None  # N: by how much, in units of reward
+    label: bool | None = None  # whether answer 0 is desirable, where answers are judged one by one (KTO)
 
     @property
     def num_tokens(self) -> int:
@@ -52,6 +53,7 @@ SCHEMA = pa.schema(
         ("completion_ids", pa.list_(pa.list_(pa.int32()))),
         ("pairs", pa.list_(pa.list_(pa.int32(), 2))),
         ("margins", pa.list_(pa.float64())),  # null where there are none
+        ("label", pa.bool_()),  # as margins
     ]
 )
 
@@ -65,6 +67,7 @@ def write_comparisons(comparisons: Sequence[Comparison], file: Path) -> None:
             "completion_ids": list(c.completion_ids),
             "pairs": [list(pair) for pair in c.pairs],
             "margins": None if c.margins is None else list(c.margins),
+            "label": c.label,
         }
         for c in comparisons
     ]
@@ -93,6 +96,7 @@ class ComparisonTable:
             completion_ids=tuple(answer.values.to_numpy() for answer in row["completion_ids"]),
             pairs=tuple((better, worse) for better, worse in row["pairs"].as_py()),
             margins=None if margins is None else tuple(margins),
+            label=row["label"].as_py(),
         )
 
 
@@ -141,7 +145,8 @@ def digest(comparisons: Sequence[Comparison]) -> str:
     """Names the comparisons and their order."""
     state = hashlib.blake2b(digest_size=16)
     for c in comparisons:
-        state.update(f"{c.prompt_id}{c.pairs}{c.margins}{[a.shape[0] for a in c.completion_ids]}".encode())
+        label = "" if c.label is None else c.label
+        state.update(f"{c.prompt_id}{c.pairs}{c.margins}{[a.shape[0] for a in c.completion_ids]}{label}".encode())
         state.update(np.concatenate(c.completion_ids).astype("<i4").tobytes())
     return state.hexdigest()
 

@@ -9,7 +9,7 @@ May import: nothing but the standard library.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 GENERATED = "docs/metrics.md"
 
@@ -34,6 +34,8 @@ EVALUATED = "held-out prompts with a valid reward"
 RUN = "the whole step"
 PAIRS = "all pairs of the step"
 ROLE = "all workers of role <name>, from where the row before ended to where the learner ended its part of this push"
+CHOSEN = "pairs of the step; KTO: answers labelled true"
+REJECTED = "pairs of the step; KTO: answers labelled false"
 # Reducers, worded once.
 HISTOGRAM = "over all tokens at once, from a histogram: within 0.4 % of the log ratio, or 1e-6"
 TOKEN_MEAN = "sum over all ranks and minibatches / number of tokens"  # noqa: S105 - a language token
@@ -42,6 +44,25 @@ COMPARISON_MEAN = "mean over a comparison's pairs, then over comparisons"
 MEAN, MAX, MIN, SUM = "mean", "maximum", "minimum", "sum"
 CONTROLLER = "measured once, by the controller"
 LAST = "value at the end of the step; equal on all ranks"
+
+# Of preference learning (docs/preferences.md); of held-out pairs with eval/ before the name.
+_OF_PAIRS: tuple[Metric, ...] = (
+    Metric("rewards/chosen", "implicit reward of the chosen answers: beta * (policy_ - reference_ log-prob); of orpo "
+           "and simpo beta * mean policy_ log-prob per token", "reward", CHOSEN, COMPARISON_MEAN),
+    Metric("rewards/rejected", "the same of the rejected answers", "reward", REJECTED, COMPARISON_MEAN),
+    Metric("rewards/accuracies", "pairs whose chosen answer has the higher implicit reward; ties count half",
+           "fraction", PAIRS, COMPARISON_MEAN),
+    Metric("rewards/margins", "rewards/chosen - rewards/rejected", "reward", PAIRS, COMPARISON_MEAN),
+    Metric("logps/chosen", "policy_ log-prob of the chosen answers, EOS included; of orpo and simpo its mean per token",
+           "nats per answer", CHOSEN, COMPARISON_MEAN),
+    Metric("logps/rejected", "the same of the rejected answers", "nats per answer", REJECTED, COMPARISON_MEAN),
+    Metric("nll_loss", "cross-entropy of the chosen answers, orpo's first term", "nats per token", PAIRS,
+           "mean over an answer's tokens, over a comparison's pairs, over comparisons"),
+    Metric("log_odds_ratio", "log sigmoid of log_odds_chosen; minus algorithm.beta times it is orpo's second term",
+           "nats", PAIRS, COMPARISON_MEAN),
+    Metric("log_odds_chosen", "log of the odds of the chosen answer over those of the rejected one; orpo", "nats",
+           PAIRS, COMPARISON_MEAN),
+)
 
 _ROWS: tuple[Metric, ...] = (
     # --- reward -------------------------------------------------------------------------------
@@ -93,8 +114,8 @@ _ROWS: tuple[Metric, ...] = (
     # --- policy update ------------------------------------------------------------------------
     Metric("loss", "value that is minimised: policy term + kl_coef * KL - entropy_coef * entropy", "loss", TOKENS,
            "algorithm.aggregation over samples of all ranks, mean over updates of the step"),
-    Metric("kl", "policy against reference, by the configured estimator (algorithm.kl_estimator)", "nats per token",
-           TOKENS, TOKEN_MEAN),
+    Metric("kl", "policy against reference, by the configured estimator (algorithm.kl_estimator); of kto z, its "
+           "estimate from mismatched answers, in nats per answer", "nats per token", TOKENS, TOKEN_MEAN),
     Metric("entropy", "entropy of the policy's next-token distribution at the sampling temperature", "nats per token",
            TOKENS, TOKEN_MEAN),
     Metric("ratio/mean", "exp(policy_ - proximal_ log-prob), with algorithm.ratio=sequence the geometric mean over the "
@@ -241,8 +262,8 @@ _ROWS: tuple[Metric, ...] = (
            "tokens", "all examples of the step, EOS included", SUM),
     Metric("mixture/<name>", "share of the step's examples that come from dataset <name>", "fraction",
            "all examples of the step", MEAN),
-    Metric("eval/loss", "mean cross-entropy of held-out target tokens", "nats per token",
-           "target tokens of all held-out examples", "sum over ranks / number of tokens"),
+    Metric("eval/loss", "mean cross-entropy of held-out target tokens; of preference learning its loss",
+           "nats per token", "target tokens of all held-out examples", "sum over ranks / number of tokens"),
     Metric("eval/num_target_tokens", "held-out tokens the loss is taken over", "tokens",
            "target tokens of all held-out examples", SUM),
     # --- PPO ----------------------------------------------------------------------------------
@@ -305,6 +326,13 @@ _ROWS: tuple[Metric, ...] = (
     Metric("eval/std_reward", "standard deviation of the scores of held-out answers", "reward",
            "all held-out answers, each once", "standard deviation over answers"),
     Metric("eval/num_pairs", "held-out pairs judged", "pairs", "all held-out pairs", SUM),
+    # --- preference learning ------------------------------------------------------------------
+    # loss is algorithm.loss over the pairs (kto: the answers) of the step.
+    *_OF_PAIRS,
+    *(replace(metric, name=f"eval/{metric.name}", definition=f"{metric.name} on held-out data",
+              mask="all held-out pairs; KTO: answers") for metric in _OF_PAIRS),
+    Metric("eval/kl", "KTO's z on held-out answers", "nats per answer", "all held-out answers, with mismatched ones",
+           "mean, at least 0"),
 )
 
 METRICS: dict[str, Metric] = {metric.name: metric for metric in _ROWS}

@@ -33,3 +33,19 @@ def preference_rows(num: int, seed: int, noise: float = 1.0, held_out: bool = Fa
              "gold_chosen": gold(chosen), "gold_rejected": gold(rejected)}
         )  # fmt: skip
     return rows
+
+
+def labelled_rows(num: int, seed: int, noise: float = 1.0, held_out: bool = False) -> list[dict[str, Any]]:
+    """``num`` rows of TRL's ``prompt, completion, label``: both reviews of each pair, judged apart.
+
+    The human finds a review good with probability sigmoid(gold / noise), so a review as good as bad is a coin flip.
+    Arguments as in :func:`preference_rows`.
+    """
+    rng = np.random.default_rng([seed, 1])
+    rows = []
+    for pair in preference_rows((num + 1) // 2, seed, noise, held_out):
+        for name in ("chosen", "rejected"):
+            points = pair[f"gold_{name}"]
+            label = label_pair(points, 0.0, rng, noise)
+            rows.append({"prompt": pair["prompt"], "completion": pair[name], "label": bool(label), "gold": points})
+    return rows[:num]
