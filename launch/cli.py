@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from launch.overrides import ResolvedConfig
 
-REFUSED = 2
+REFUSED, FAILED = 2, 1
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,17 +37,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("burnish: ended at once; the last checkpoint is intact", file=sys.stderr)
         return 130
     except Exception as error:
-        if not _is_refusal(error):
+        code = _code_of(error)
+        if code is None:
             raise
         print(f"burnish: {error}", file=sys.stderr)
-        return REFUSED
+        return code
 
 
-def _is_refusal(error: Exception) -> bool:
+def _code_of(error: Exception) -> int | None:
+    """The exit code of an error whose one line says it all; None: its traceback is wanted."""
     from cluster.errors import ShortfallError
-    from trainers.errors import InputError
+    from trainers.errors import EndpointError, InputError
 
-    return isinstance(error, InputError | ShortfallError)
+    if isinstance(error, InputError | ShortfallError):
+        return REFUSED
+    return FAILED if isinstance(error, EndpointError) else None
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from actors.judge_settings import JudgeRewardSettings, check_judges
 from actors.settings import (
     CriticSettings,
     GeneratorSettings,
@@ -151,6 +152,7 @@ class RunConfig(Settings):
     prompts: PromptSettings
     rewards: tuple[RewardSettings, ...] = ()
     reward_models: tuple[RewardModelSettings, ...] = ()
+    judges: tuple[JudgeRewardSettings, ...] = ()
     algorithm: AlgorithmSettings = AlgorithmSettings()
     pretraining: PretrainingSettings | None = None
     filtering: FilterSettings = FilterSettings()
@@ -236,7 +238,8 @@ class RunConfig(Settings):
         names = self.reward_names
         if not names:
             raise ValueError("rewards is empty and so is reward_models: nothing would be learned; give one of them")
-        if not any([r.weight for r in self.rewards] + [m.weight for m in self.reward_models]):
+        check_judges(self.judges)
+        if not any(r.weight for r in (*self.rewards, *self.reward_models, *self.judges)):
             raise ValueError(
                 f"rewards: all of {names} have weight 0, so they are measured and nothing is learned; weigh one of them"
             )
@@ -264,5 +267,6 @@ class RunConfig(Settings):
 
     @property
     def reward_names(self) -> list[str]:
-        """Parts of the reward: the functions', then the models'."""
-        return [r.name for r in self.rewards] + [m.name for m in self.reward_models]
+        """Parts of the reward: the functions', then the models', then the judges' axes."""
+        names = [r.name for r in self.rewards] + [m.name for m in self.reward_models]
+        return names + [part for judge in self.judges for part in judge.part_names]

@@ -10,6 +10,7 @@ from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
+from actors.judge_settings import JudgeRewardSettings, check_judges
 from actors.settings import (
     GeneratorSettings,
     ModelSettings,
@@ -76,8 +77,12 @@ class EvalSettings(Settings):
 
     @model_validator(mode="after")
     def _judge_is_another_model(self) -> Self:
-        if self.judge is not None and self.judge.path is None:
-            raise ValueError("judge: nobody judges himself; give judge.path, the folder of another model")
+        if self.judge is None:
+            return self
+        if self.judge.path is None and self.judge.endpoint is None:
+            raise ValueError("judge: nobody judges himself; give judge.path, the folder of another model, or endpoint")
+        if "{principle}" in self.judge.template:
+            raise ValueError("judge.template: nothing is put in the place of {principle} here; take it out")
         return self
 
     @model_validator(mode="after")
@@ -97,6 +102,7 @@ class EvalConfig(Settings):
     eval: EvalSettings
     rewards: tuple[RewardSettings, ...] = ()
     reward_models: tuple[RewardModelSettings, ...] = ()
+    judges: tuple[JudgeRewardSettings, ...] = ()
     generator: GeneratorSettings = GeneratorSettings()
     reward_workers: RewardWorkerSettings = RewardWorkerSettings()
     telemetry: TelemetrySettings = TelemetrySettings()
@@ -105,6 +111,7 @@ class EvalConfig(Settings):
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:
         names = self.reward_names
+        check_judges(self.judges)
         if len({*names, TOTAL, JUDGE}) != len(names) + 2:
             raise ValueError(f"rewards: names must differ and none may be {TOTAL} or {JUDGE}, got {names}; rename one")
         if not self.winners and self.base.path is not None:
@@ -141,5 +148,6 @@ class EvalConfig(Settings):
 
     @property
     def reward_names(self) -> list[str]:
-        """Parts of the reward: the functions', then the models'."""
-        return [*(r.name for r in self.rewards), *(m.name for m in self.reward_models)]
+        """Parts of the reward: the functions', then the models', then the judges' axes."""
+        marks = [part for judge in self.judges for part in judge.part_names]
+        return [*(r.name for r in self.rewards), *(m.name for m in self.reward_models), *marks]

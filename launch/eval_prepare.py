@@ -16,7 +16,7 @@ from typing import Any
 from actors.model_folders import resolve_model
 from actors.reward_model import check_reward_model
 from launch.eval_config import EvalConfig
-from launch.judging import PreparedJudge, prepare_judge
+from launch.judging import PreparedJudge, prepare_judge, prepare_judges
 from launch.model_facts import check_model_folder
 from launch.prepare import PROBE_TIMEOUT_S
 from launch.prompts import build_prompts, load_prompts
@@ -100,12 +100,14 @@ def prepare_eval(config: EvalConfig) -> PreparedEval:
         raise InputError("eval.suites", [s.name for s in suites], "two have the same name", "rename a file")
     for model in config.reward_models:
         check_reward_model(model, tokenizer, budget)
+    prepare_judges(config.judges, path)
     rewards = [load_reward(reward) for reward in config.rewards]
     prompts, stream = _prompts(config, tokenizer, budget - max_tokens)
     probe_rewards(rewards, prompts, PROBE_TIMEOUT_S)
     judge = None
     if config.eval.judge is not None:
-        judge = prepare_judge(config.eval.judge, "eval.judge", path, max_length)
+        asked = config.eval.judge
+        judge = prepare_judge(asked, "eval.judge", path, max_length, asked.max_tokens, asked.template)
     pairs = {} if config.eval.preferences is None else _pairs(config, tokenizer)
     return PreparedEval(path, base, max_length, stream, prompts, suites, pairs, judge)
 

@@ -1,7 +1,7 @@
 """From what two models said to every number of an evaluation, each with its interval and its n.  Pure.
 
 Axes: prompts [N], G samples of each; rows [N * G] hold the samples of a prompt side by side.
-May import: numpy, trainers.*, launch.{eval_config, eval_judge, eval_prepare, journal}.
+May import: numpy, trainers.*, launch.{eval_config, eval_prepare, journal}.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 
 from launch.eval_config import JUDGE, TOTAL, EvalConfig
-from launch.eval_judge import Judgement, judge_report
 from launch.eval_prepare import PreparedEval, Suite
 from launch.journal import strict
 from trainers.calibration import Estimate, mean_estimate, policy_calibration, score_summary
@@ -27,6 +26,7 @@ from trainers.kl_from_base import sequence_kl
 from trainers.length_bias import length_bias
 from trainers.reward_report import judge
 from trainers.suites import suite_report
+from trainers.verdicts import Judgement, judge_report
 from trainers.win_rate import Comparison, compare
 
 POLICY, BASE = "policy", "base"

@@ -22,8 +22,8 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
+from actors.respondents import PAYLOAD_DEADLINE_S
 from cluster.transport import fetch
-from launch.judging import PAYLOAD_DEADLINE_S
 from launch.label_config import LabelConfig
 from launch.label_fleet import LabelFleet, start_fleet
 from launch.label_prepare import (
