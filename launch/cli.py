@@ -71,6 +71,11 @@ def _parser() -> argparse.ArgumentParser:
     label.add_argument("--resume", action="store_true", help="go on with the run of this name where it was")
     label.set_defaults(command=_label)
 
+    revision = commands.add_parser("revise", help="have answers criticised and revised by a constitution")
+    _recipe_arguments(revision)
+    revision.add_argument("--resume", action="store_true", help="go on with the run of this name where it was")
+    revision.set_defaults(command=_revise)
+
     validate = commands.add_parser("validate", help="check a recipe, its model, data, rewards and this cluster")
     _recipe_arguments(validate)
     validate.add_argument("--config-only", action="store_true", help="check the configuration alone")
@@ -158,11 +163,13 @@ def _expect(config: object, command: str, recipe: str) -> None:
     """Refuse a recipe that another command runs."""
     from launch.eval_config import EvalConfig
     from launch.label_config import LabelConfig
+    from launch.revise_config import ReviseConfig
     from trainers.errors import InputError
 
-    own = "label" if isinstance(config, LabelConfig) else "eval" if isinstance(config, EvalConfig) else "train"
+    kinds = {"label": LabelConfig, "eval": EvalConfig, "revise": ReviseConfig}
+    own = next((name for name, kind in kinds.items() if isinstance(config, kind)), "train")
     if own != command:
-        what = {"label": "labels", "eval": "evaluates", "train": "trains"}
+        what = {"label": "labels", "eval": "evaluates", "revise": "revises", "train": "trains"}
         raise InputError("recipe", recipe, f"{what[own]}, and `burnish {command}` does not", f"use `burnish {own}`")
 
 
@@ -174,6 +181,17 @@ def _label(arguments: argparse.Namespace) -> int:
     from launch.label import label
 
     label(resolved.config, _console(), arguments.resume)
+    return 0
+
+
+def _revise(arguments: argparse.Namespace) -> int:
+    resolved = _resolved(arguments)
+    if resolved is None:
+        return 0
+    _expect(resolved.config, "revise", arguments.recipe)
+    from launch.revise import revise_answers
+
+    revise_answers(resolved.config, _console(), arguments.resume)
     return 0
 
 
@@ -197,6 +215,7 @@ def _validate(arguments: argparse.Namespace) -> int:
         return 0
     from launch.eval_config import EvalConfig
     from launch.label_config import LabelConfig
+    from launch.revise_config import ReviseConfig
 
     if isinstance(resolved.config, LabelConfig):
         from launch.label_prepare import prepare_label
@@ -206,6 +225,10 @@ def _validate(arguments: argparse.Namespace) -> int:
         from launch.eval_prepare import prepare_eval
 
         prepare_eval(resolved.config)
+    elif isinstance(resolved.config, ReviseConfig):
+        from launch.revise_prepare import prepare_revise
+
+        prepare_revise(resolved.config)
     else:
         from launch.validate import validate
 

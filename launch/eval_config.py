@@ -71,7 +71,7 @@ class EvalSettings(Settings):
     suites: tuple[str, ...] = Field((), description="capability, refusal, over_refusal, sycophancy, red_team; or JSONL")
     suite_max_tokens: Positive = Field(128, description="longest answer to a suite's question; decoded greedily")
     preferences: str | None = Field(
-        None, description="held-out preference pairs (docs/data.md) on which every reward model is judged"
+        None, description="held-out preference pairs (docs/data.md) on which every reward model, and the judge, is judged"
     )
     num_page_samples: int = Field(12, ge=0, description="prompts shown with both answers on the page")
 
@@ -125,8 +125,10 @@ class EvalConfig(Settings):
                 near = difflib.get_close_matches(value, known, n=1, cutoff=0.0)
                 hint = f"did you mean {near[0]}?" if near else "give rewards"
                 raise ValueError(f"eval.{key}={value!r}: is none of the rewards {known}; {hint}")
-        if self.eval.preferences is not None and not self.reward_models:
-            raise ValueError("eval.preferences: there is no reward model to judge; give reward_models or leave it out")
+        if self.eval.preferences is not None and not self.reward_models and self.eval.judge is None:
+            raise ValueError(
+                "eval.preferences: there is no reward model to judge; give reward_models or eval.judge, or leave it out"
+            )
         longest, max_tokens = self.model.max_length, self.generator.sampling.max_tokens
         if longest is not None and max(max_tokens, self.eval.suite_max_tokens if self.eval.suites else 0) >= longest:
             raise ValueError(

@@ -29,6 +29,7 @@ from launch.eval_fleet import FUNCTIONS, GENERATOR, LOGPROBS, EvalCluster, Role
 from launch.eval_judge import judge_pairs, judge_role, open_judge
 from launch.eval_prepare import REPORT, PreparedEval, check_eval_folder, prepare_eval
 from launch.eval_report import BASE, POLICY, Answers, Measured, build_report
+from launch.judge_agreement import judge_labelled
 from launch.lanes import in_lanes
 from trainers.comparisons import Comparison
 from trainers.errors import InputError
@@ -87,11 +88,13 @@ async def _measure(config: EvalConfig, prepared: PreparedEval, console: Console)
         if scorers:
             answers = await _score(config, cluster, scorers, answers, console)
         judgements: list[Judgement] = []
+        of_people: list[Judgement] = []
         if prepared.judge is not None:
             started = time.perf_counter()
             async with open_judge(config, prepared, cluster, judge) as (asked, num_at_once):
                 sides = answers[POLICY].groups, answers[BASE].groups
                 judgements = await judge_pairs(asked, *sides, num_at_once)
+                of_people = await judge_labelled(asked, prepared.labelled, num_at_once)
             _say(console, f"judge: {time.perf_counter() - started:.1f} s")
         logprobs = None
         if BASE in paths:
@@ -103,7 +106,7 @@ async def _measure(config: EvalConfig, prepared: PreparedEval, console: Console)
             pair_scores = await judge_reward_models(config, prepared, cluster, judged, console)
     finally:
         cluster.close()
-    return Measured(answers[POLICY], answers.get(BASE), logprobs, pair_scores, judgements)
+    return Measured(answers[POLICY], answers.get(BASE), logprobs, pair_scores, judgements, of_people)
 
 
 async def _sample(

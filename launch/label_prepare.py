@@ -156,9 +156,9 @@ def _reward_model_digest(settings: RewardModelSettings, tokenizer: Any, max_leng
     return folder_digest(resolve_model(settings.path))
 
 
-def check_identity(folder: Path, identity: Mapping[str, str]) -> None:
+def check_identity(folder: Path, identity: Mapping[str, str], manifest: str = MANIFEST) -> None:
     """InputError where the run in ``folder`` was started with something else: its records would not be of one kind."""
-    before = json.loads((folder / MANIFEST).read_text())["identity"]
+    before = json.loads((folder / manifest).read_text())["identity"]
     for name, value in identity.items():
         if before.get(name) != value:
             raise InputError(name, value, f"the run was started with another one ({before.get(name)})",

@@ -17,8 +17,8 @@ from pydantic import Field, model_validator
 from trainers.asking import Question, Respondent, Silence, check_places, fill_template
 from trainers.settings import Settings
 
-Unrevised = Silence | Literal["empty", "cut_off"]
-Step = Literal["critique", "revision"]
+Unrevised = Silence | Literal["empty", "cut_off", "aborted"]
+Step = Literal["answer", "critique", "revision"]
 CRITIQUE_TEMPLATE = """Criticise an answer to a prompt.
 
 [Prompt]

@@ -34,7 +34,7 @@ class RateLimit:
         self._forget(at)
         while self._starts and not self._fits(tokens):
             at = max(at, self._starts[0][0] + WINDOW_S)
-            self._forget(at)
+            self._tokens -= self._starts.popleft()[1]
         if math.isfinite(self._most_requests) or math.isfinite(self._most_tokens):
             self._starts.append([at, tokens])
             self._tokens += tokens
@@ -58,7 +58,7 @@ class RateLimit:
         return len(self._starts) + 1 <= self._most_requests and self._tokens + tokens <= self._most_tokens
 
     def _forget(self, at: float) -> None:
-        while self._starts and self._starts[0][0] <= at - WINDOW_S:
+        while self._starts and self._starts[0][0] + WINDOW_S <= at:
             self._tokens -= self._starts.popleft()[1]
 
 
