@@ -15,7 +15,8 @@ from trainers.rubric import RubricSettings
 from trainers.settings import Settings
 
 Positive = Annotated[int, Field(ge=1)]
-OWN = ("temperature", "max_tokens", "seed", "model", "messages", "stream", "n")  # what a request says already
+OWN = ("model", "messages", "stream", "n")  # what a request says, and no parameter may
+SAID = ("temperature", "max_tokens", "seed")  # what it says unless a parameter takes it out
 
 
 class EndpointSettings(Settings):
@@ -27,7 +28,9 @@ class EndpointSettings(Settings):
         None, pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", description="environment variable that holds the key; default: none"
     )
     parameters: dict[str, Any] = Field(
-        default_factory=dict, description="sent with every request as they are, for instance {top_p: 0.9}"
+        default_factory=dict,
+        description="sent with every request as they are, for instance {top_p: 0.9}; null takes seed, temperature or "
+        "max_tokens out, for a server that refuses it",
     )
     deadline_s: float = Field(60.0, gt=0, description="for one request")
     num_retries: int = Field(4, ge=0, description="of a question that fails while others are answered")
@@ -50,8 +53,9 @@ class EndpointSettings(Settings):
             raise ValueError("base_url: a key does not belong into it; name a variable in api_key_env")
         if parts.query or parts.fragment or parts.path.endswith("/chat/completions"):
             raise ValueError("base_url: must end before /chat/completions, without ? and #; cut it there")
-        if taken := sorted({*OWN} & self.parameters.keys()):
-            raise ValueError(f"parameters: {', '.join(taken)} is set by what is asked; leave it out")
+        taken = {name for name in SAID if self.parameters.get(name) is not None} | {*OWN} & self.parameters.keys()
+        if taken:
+            raise ValueError(f"parameters: {', '.join(sorted(taken))} is set by what is asked; leave it out")
         return self
 
     @property

@@ -239,7 +239,8 @@ class RunConfig(Settings):
         if not names:
             raise ValueError("rewards is empty and so is reward_models: nothing would be learned; give one of them")
         check_judges(self.judges)
-        if not any(r.weight for r in (*self.rewards, *self.reward_models, *self.judges)):
+        weights = [r.weight for r in self.rewards] + [m.weight for m in self.reward_models]
+        if not any(weights + [judge.weight for judge in self.judges]):
             raise ValueError(
                 f"rewards: all of {names} have weight 0, so they are measured and nothing is learned; weigh one of them"
             )

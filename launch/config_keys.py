@@ -207,7 +207,8 @@ def explain(model: type[BaseModel], error: ValidationError, source: str, raw: Ma
         remedy = f"give {expected(slot)}{note}"
     if len(errors) > 1:
         remedy += f" ({len(errors) - 1} further error{'s' * (len(errors) > 2)})"
-    return InputError(field, redact(value), reason, remedy)  # a key that stands where its variable belongs
+    # A key that stands where the name of its variable belongs is not shown.
+    return InputError(field, redact(value, "key" if field.endswith("api_key_env") else ""), reason, remedy)
 
 
 def _cross_field(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 from actors.generator import VLLMGenerator
 from actors.generator_fleet import GeneratorFleet
@@ -47,7 +48,9 @@ class EngineFleet:
             self._ray.stop()
 
 
-async def start_engines(roles: Mapping[str, EngineRole], cluster: ClusterSettings, dtype: str, seed: int) -> EngineFleet:
+async def start_engines(
+    roles: Mapping[str, EngineRole], cluster: ClusterSettings, dtype: Literal["auto", "float32", "bfloat16"], seed: int
+) -> EngineFleet:
     """Join or start Ray, place and construct the engines of ``roles``; returns when all are ready.
 
     Args:

@@ -71,7 +71,7 @@ class EvalSettings(Settings):
     suites: tuple[str, ...] = Field((), description="capability, refusal, over_refusal, sycophancy, red_team; or JSONL")
     suite_max_tokens: Positive = Field(128, description="longest answer to a suite's question; decoded greedily")
     preferences: str | None = Field(
-        None, description="held-out preference pairs (docs/data.md) on which every reward model, and the judge, is judged"
+        None, description="held-out preference pairs (docs/data.md) on which reward models and the judge are judged"
     )
     num_page_samples: int = Field(12, ge=0, description="prompts shown with both answers on the page")
 

@@ -181,9 +181,9 @@ def _write(
     return target, summary.to_dict()
 
 
-def summary_table(summary: Mapping[str, Any]) -> Table:
+def summary_table(summary: Mapping[str, Any], title: str = "preferences") -> Table:
     """The counts and means of a run, a line each."""
-    table = Table(title="preferences", show_header=False)
+    table = Table(title=title, show_header=False)
     for name, value in summary.items():
         shown = ", ".join(f"{n} {c}" for n, c in value.items()) or "none" if isinstance(value, dict) else f"{value:.4g}"
         table.add_row(name.replace("_", " "), str(value) if isinstance(value, int) else shown)

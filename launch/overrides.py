@@ -3,8 +3,9 @@
     recipe file -> raw mapping -> overrides applied -> RunConfig, TuningConfig, LabelConfig, EvalConfig, ReviseConfig
                                                    \\-> origins: default | recipe FILE | command line
 
-A recipe with a section ``label`` labels, one with ``eval`` evaluates, one with ``revise`` revises; else ``algorithm.name`` says which it is: runs
-that sample (the default) have other sections than those that learn from files.
+A recipe with a section ``label`` labels, one with ``eval`` evaluates, one with ``revise`` revises; else
+``algorithm.name`` says which it is: runs that sample (the default) have other sections than those that learn from
+files.
 Whatever is wrong leaves as one InputError that names the key, the value, the reason and the remedy.
 May import: pydantic, yaml, rich, trainers.errors, launch.config and the other configuration files of this room.
 """
@@ -71,8 +72,8 @@ def load_config(recipe: str, overrides: Sequence[str] = ()) -> ResolvedConfig:
 
 def _model_of(raw: Mapping[Any, Any], overrides: Sequence[str]) -> type[BaseModel]:
     """The configuration that a section ``label``, ``eval`` or ``revise``, or ``algorithm.name`` asks for."""
-    for section, kind in SECTION_KINDS.items():
-        if section in raw:
+    for own, kind in SECTION_KINDS.items():
+        if own in raw:
             return kind
     section = raw.get("algorithm")
     name = section.get("name") if isinstance(section, dict) else None

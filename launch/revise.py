@@ -87,7 +87,8 @@ def revise_answers(config: ReviseConfig, console: Console, resume: bool = False)
     finally:
         records.close()
     (folder / SUMMARY).write_text(json.dumps(plain({**summary, "usage": usage}), indent=2) + "\n")
-    console.print(summary_table({k: v for k, v in summary.items() if isinstance(v, (int, float, dict)) and k != "judge"}))
+    shown = {name: value for name, value in summary.items() if isinstance(value, (int, dict)) and name != "judge"}
+    console.print(summary_table(shown, "revisions"))
     if "win_rate" in summary:
         console.print(f"revisions win over originals: {summary['win_rate']} (ties as half, both orders)")
     console.print(f"rows: {folder}", soft_wrap=True)

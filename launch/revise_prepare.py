@@ -63,7 +63,8 @@ def prepare_revise(config: ReviseConfig) -> PreparedRevise:
     writer = prepare_judge(asked.writer, "revise.writer", path, max_length, longest_text, template)
     judge = None
     if asked.judge is not None:
-        judge = prepare_judge(asked.judge, "revise.judge", path, max_length, asked.judge.max_tokens, asked.judge.template)
+        verdict = asked.judge.max_tokens
+        judge = prepare_judge(asked.judge, "revise.judge", path, max_length, verdict, asked.judge.template)
     settings = asked.model_dump(mode="json", exclude={"writer", "judge", "keep"})
     identity = {
         "run.seed": str(config.run.seed),
@@ -84,8 +85,9 @@ def given_answer(prompt: Prompt, column: str) -> str:
     if isinstance(value, list) and value and isinstance(value[-1], dict):
         value = value[-1].get("content")
     if not isinstance(value, str) or not value.strip():
+        known = ", ".join(sorted(prompt.columns)) or "none"
         raise InputError(f"revise.answer_column, prompt {prompt.text[:60]!r}", value, f"column {column} holds no text",
-                         f"columns are {', '.join(sorted(prompt.columns)) or 'none'}; name another, or leave the row out")  # fmt: skip
+                         f"name another (columns are {known}), or leave the row out")  # fmt: skip
     return value
 
 

@@ -34,7 +34,8 @@ def record_of(
         "principles": [r.principle for r in revised.rounds], "critiques": [r.critique for r in revised.rounds],
         "revisions": [r.revision for r in revised.rounds], "failure": revised.failure,
         "judgement": None if judgement is None else {
-            "said": judgement.said, "verdicts": judgement.verdicts, "why": judgement.why, "failures": judgement.failures,
+            "said": judgement.said, "verdicts": judgement.verdicts, "why": judgement.why,
+            "failures": judgement.failures,
         },
     }  # fmt: skip
 
@@ -88,7 +89,8 @@ def summary_of(records: Iterable[Record], num_sft: int, num_pairs: int, dropped:
     found: dict[str, Any] = {
         "num_answers": len(kept), "num_revised": len(whole),
         "num_unchanged": sum(r["revisions"][-1] == r["original"] for r in whole),
-        "failures": dict(failures.most_common()), "principles": dict(Counter(p for r in whole for p in r["principles"])),
+        "failures": dict(failures.most_common()),
+        "principles": dict(Counter(p for r in whole for p in r["principles"])),
         "num_sft_rows": num_sft, "num_preference_rows": num_pairs, "dropped": dict(Counter(dropped).most_common()),
     }  # fmt: skip
     judged = [(r, j) for r, j in ((r, judgement_of(r)) for r in whole) if j is not None]

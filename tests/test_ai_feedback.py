@@ -1,4 +1,4 @@
-"""A judge as a reward, as a labeller of single answers, by principles, and beside people: behind a stand-in endpoint."""
+"""A judge as a reward, as a labeller of single answers, by principles, and beside people: behind a stand-in."""
 
 from __future__ import annotations
 
@@ -56,9 +56,10 @@ PARTS = ["judge_helpful", "judge_honest", "judge_harmless"]
 def group_of(*texts: str, aborted: tuple[int, ...] = ()) -> TrajectoryGroup:
     ids = np.arange(2, dtype=np.int32)
     answers = tuple(
-        Trajectory(i, i, ids, np.zeros(2, np.float32), text, "abort" if i in aborted else "stop", (VersionSpan(VERSION, 2),))
+        Trajectory(i, i, ids, np.zeros(2, np.float32), text, "abort" if i in aborted else "stop",
+                   (VersionSpan(VERSION, 2),))
         for i, text in enumerate(texts)
-    )
+    )  # fmt: skip
     return TrajectoryGroup("g", Prompt("p", ids, "Why?", "Why?"), answers)
 
 
@@ -145,10 +146,10 @@ def judge_settings(url: str, **keys: Any) -> JudgeRewardSettings:
 def pool_of(settings: JudgeRewardSettings, folder: Path) -> RewardPool:
     kwargs = judge_kwargs(settings, 0, folder, "float32", "cpu", 0)
     slots = plan_layout([role_demand(settings)], [NodeSupply("here", 4, 0)], False).of("judges.0")
-    return RewardPool(
-        WorkerGroup.launch("judges.0", JudgeWorker, kwargs, placement=None, slots=slots, concurrency=8, start_deadline_s=60),
-        settings.deadline_s,
-    )  # fmt: skip
+    workers = WorkerGroup.launch(
+        "judges.0", JudgeWorker, kwargs, placement=None, slots=slots, concurrency=8, start_deadline_s=60.0
+    )
+    return RewardPool(workers, settings.deadline_s)
 
 
 def role_demand(settings: JudgeRewardSettings) -> Any:
@@ -277,10 +278,9 @@ def by_principle(text: str) -> str:
 
 def test_a_principle_conditions_the_pairs_of_a_prompt_and_stands_in_their_rows(tmp_path: Path) -> None:
     file = tmp_path / "two.yaml"
-    file.write_text("".join(
-        ["principles:\n"]
-        + [f"  - {{name: {n}, critique: c, revision: r, judge: Prefer {n.upper()} answers.}}\n" for n in ("short", "long")]
-    ))  # fmt: skip
+    names = ("short", "long")
+    rows = [{"name": n, "critique": "c", "revision": "r", "judge": f"Prefer {n.upper()} answers."} for n in names]
+    file.write_text(json.dumps({"principles": rows}))
     config = label_config(constitution=str(file))
     assert config.label.judge is not None
     respondent = Says(by_principle)

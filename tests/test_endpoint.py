@@ -18,6 +18,7 @@ from stand_in import StandIn
 from actors.endpoint import EndpointRespondent
 from actors.judge_settings import EndpointSettings, JudgeRewardSettings
 from launch.judging import probe_endpoint
+from launch.overrides import load_config
 from trainers.asking import Question, Reply
 from trainers.chat_protocol import read_reply, request_body
 from trainers.errors import (
@@ -177,6 +178,14 @@ def test_what_shapes_a_reply_is_in_the_key_and_nothing_else() -> None:
     keys |= {question_key(request_body("m", Question(**base), {"top_p": 0.9}))}
     assert len(keys) == 8
     assert question_key({"a": 1, "b": 2}) == question_key({"b": 2, "a": 1})
+
+
+def test_a_parameter_that_is_null_is_left_out_of_the_request() -> None:
+    body = request_body("m", Question("Q", 8, "S"), {"seed": None, "max_tokens": None, "max_completion_tokens": 9})
+    assert body == {
+        "model": "m", "temperature": 0.0, "max_completion_tokens": 9,
+        "messages": [{"role": "system", "content": "S"}, {"role": "user", "content": "Q"}],
+    }  # fmt: skip
 
 
 def test_a_reply_is_kept_whole_and_a_torn_file_is_none(tmp_path: Path) -> None:
@@ -399,14 +408,13 @@ def test_a_judge_is_in_one_place(keys: dict[str, Any], says: str) -> None:
         JudgeRewardSettings.model_validate(keys)
 
 
-def test_a_key_in_the_place_of_its_variable_is_not_shown(tmp_path: Path) -> None:
-    from launch.overrides import load_config
-
+@pytest.mark.parametrize("key", [KEY, "AIza-of-another-form"])
+def test_a_key_in_the_place_of_its_variable_is_not_shown(tmp_path: Path, key: str) -> None:
     recipe = tmp_path / "mine.yaml"
-    recipe.write_text(LABEL.format(key=KEY))
+    recipe.write_text(LABEL.format(key=key))
     with pytest.raises(InputError) as refused:
         load_config(str(recipe))
-    assert KEY not in str(refused.value) and "api_key_env" in refused.value.field
+    assert key not in str(refused.value) and "api_key_env" in refused.value.field
 
 
 LABEL = """

@@ -438,7 +438,6 @@ def test_a_record_that_a_kill_tore_is_written_again(tmp_path: Path) -> None:
 RUN = """
 import json, sys
 from rich.console import Console
-from launch.judging import pair_judge
 from launch.label import label
 from launch.label_config import LabelConfig
 label(LabelConfig.model_validate(json.loads(sys.argv[1])), Console(), sys.argv[2] == "resume")

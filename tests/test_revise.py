@@ -1,4 +1,4 @@
-"""Constitutional AI: answers are criticised, revised, judged and written as data; a planted judge prefers what is planted.
+"""Constitutional AI: answers are criticised, revised, judged and written as data; judge and writer are planted.
 
 The planted writer takes the word "damn" out of an answer, the planted judge prefers fewer of them: a small model could
 do neither.  Both are stand-ins behind an endpoint; nothing here starts an engine but the test that is marked slow.
@@ -99,11 +99,13 @@ def principles(num: int) -> Constitution:
 
 def test_every_round_criticises_and_revises_what_the_round_before_left() -> None:
     writer = Scripted(lambda text: Reply(text.count("x") * "x" + ("c" if text.startswith("Criticise") else "x")))
-    settings = WritingSettings(critique_template="Criticise {answer} {request}", revision_template="{answer}{request}{critique}")
+    critique, revision = "Criticise {answer} {request}", "{answer}{request}{critique}"
+    settings = WritingSettings(critique_template=critique, revision_template=revision)
     found = asyncio.run(revise(writer, settings, principles(2).principles, "P", "x", 0))
     asked = [q.text for q in writer.questions]
     assert asked == ["Criticise x C0?", "xR0!xc", "Criticise xxx C1?", "xxxR1!xxxc"]
-    assert [(r.principle, r.critique, r.revision) for r in found.rounds] == [("p0", "xc", "xxx"), ("p1", "xxxc", "x" * 7)]
+    rounds = [(r.principle, r.critique, r.revision) for r in found.rounds]
+    assert rounds == [("p0", "xc", "xxx"), ("p1", "xxxc", "x" * 7)]
     assert found.final == "x" * 7 and found.original == "x"
 
 
@@ -156,7 +158,9 @@ def test_a_file_that_is_no_constitution_is_refused_in_one_line(tmp_path: Path, t
 
 
 @pytest.mark.parametrize("messages", [False, True])
-def test_revised_answers_win_over_the_originals_by_a_planted_judge_in_both_orders(tmp_path: Path, messages: bool) -> None:
+def test_revised_answers_win_over_the_originals_by_a_planted_judge_in_both_orders(
+    tmp_path: Path, messages: bool
+) -> None:
     with StandIn(planted) as server:
         folder, summary = run(config_of(tmp_path, server.url, messages=messages))
     assert summary["num_revised"] == 10 and summary["num_unchanged"] == 2

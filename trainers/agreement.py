@@ -46,7 +46,7 @@ def agreement(
 
 
 def _kappa(kept: Sequence[tuple[float, float, Hashable]], confidence: float, seed: int) -> Estimate:
-    """Cohen 1960 (doi:10.1177/001316446002000104) on three classes, each pair in both orders; bootstrap over prompts."""
+    """Cohen 1960 (doi:10.1177/001316446002000104), three classes, each pair in both orders; bootstrap over prompts."""
     numbers: dict[Hashable, int] = {}
     clusters = np.array([numbers.setdefault(p, len(numbers)) for *_, p in kept], dtype=np.int64)
     num = len(numbers)

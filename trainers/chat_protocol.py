@@ -18,12 +18,13 @@ CHARACTERS_PER_TOKEN = 3  # few, so that an estimate is rather too high
 
 
 def request_body(model: str, question: Question, parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """JSON of one request; ``parameters`` are sent as they are, and decide over everything but model and messages."""
+    """JSON of one request; ``parameters`` are sent as they are, but for those that are None: these are left out."""
     messages = [{"role": "user", "content": question.text}]
     if question.system is not None:
         messages.insert(0, {"role": "system", "content": question.system})
     own = {"temperature": question.temperature, "max_tokens": question.max_tokens, "seed": question.seed}
-    return {**own, **parameters, "model": model, "messages": messages}
+    said = {name: value for name, value in {**own, **parameters}.items() if value is not None}
+    return {**said, "model": model, "messages": messages}
 
 
 def estimated_tokens(question: Question) -> int:

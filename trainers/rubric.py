@@ -87,7 +87,7 @@ class RubricSettings(Settings):
         if not text.strip():
             return Mark(None, "empty")
         # helpful: 7 | **Helpful** = 7/10 | "helpful": 7 | helpful: [[7]]
-        said = re.findall(rf"\b{name}\b[\"'*_`]*\s*[:=]\s*[\"'*_`\[(]*([^\s\"'*`\])]+)", text, re.IGNORECASE)
+        said = re.findall(rf"\b{name}\b[\"'*_`]*\s*[:=]\s*[\"'*_`\[(<]*([^\s\"'*`\])>]+)", text, re.IGNORECASE)
         if not said:
             return Mark(None, "cut_off" if cut_off else "missing")
         numbers = {float(n.group(1)) for n in (_NUMBER.match(word) for word in said) if n is not None}
