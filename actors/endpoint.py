@@ -35,11 +35,12 @@ from trainers.errors import (
 )
 from trainers.patience import Patience, Trouble, delay_s, retry_after_s, trouble_of
 from trainers.rate_limit import Budget, RateLimit
-from trainers.reply_cache import ReplyCache, question_key
+from trainers.reply_cache import Account, ReplyCache, question_key
 
 if TYPE_CHECKING:
     from aiohttp import ClientSession
 
+SIMPLE = Question("Say OK.", 8)  # what any endpoint can answer
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 SILENCES: dict[Trouble, Silence] = {
     "slow": "timeout", "down": "unavailable", "broken": "unavailable", "nonsense": "nonsense", "refused": "refused",
@@ -75,24 +76,25 @@ class EndpointRespondent:
 
     Args:
         cache: folder of replies.
+        account: folder of the run, where it writes down what it spent; default: ``cache``.
         clock, sleep: monotonic seconds, and how to let some pass.
     """
 
     def __init__(
-        self, settings: EndpointSettings, cache: Path, field: str = "endpoint",
+        self, settings: EndpointSettings, cache: Path, field: str = "endpoint", account: Path | None = None,
         clock: Callable[[], float] = time.monotonic, sleep: Callable[[float], Awaitable[Any]] = asyncio.sleep,
     ) -> None:  # fmt: skip
         self.settings, self.usage = settings, Usage()
         self._key, self._clock, self._sleep = read_key(settings, field), clock, sleep
-        self._cache = ReplyCache(cache)
+        self._cache, self._account = ReplyCache(cache), Account(account or cache, field)
         self._limit = RateLimit(settings.requests_per_minute, settings.tokens_per_minute)
-        self._budget = Budget(settings.num_requests, settings.num_tokens, self._cache.spent())
+        self._budget = Budget(settings.num_requests, settings.num_tokens, self._account.spent())
         self._before = self._budget.spent_requests, self._budget.spent_tokens
         self._patience = Patience(settings.patience_s, settings.num_retries)
+        self._simple = request_body(settings.model, SIMPLE, settings.parameters)
         self._places = asyncio.Semaphore(settings.num_at_once)
         self._asked: dict[str, asyncio.Future[Reply]] = {}  # equal questions that are under way
-        self._writer = f"{os.getpid()}-{os.urandom(4).hex()}"
-        self._draw = random.Random(self._writer).random  # spreads retries; no result depends on it
+        self._draw = random.Random().random  # spreads retries; no result depends on it
         self._session: ClientSession | None = None
 
     async def ask(self, question: Question) -> Reply:
@@ -119,9 +121,8 @@ class EndpointRespondent:
 
     async def probe(self) -> None:
         """One question, tried once.  EndpointError says what is wrong before a run starts."""
-        body = request_body(self.settings.model, Question("Say OK.", 8), self.settings.parameters)
         try:
-            found = await self._post(body)
+            found = await self._post(self._simple)
         finally:
             await self.close()
         if isinstance(found, _Failure):
@@ -136,25 +137,23 @@ class EndpointRespondent:
     # --- one question -----------------------------------------------------------------------------
 
     async def _try(self, question: Question, body: dict[str, Any]) -> Reply:
-        begun, attempt, estimate = self._clock(), 0, estimated_tokens(question)
+        attempt, estimate = 0, estimated_tokens(question)
+        begun = failed = 0.0
         while True:
-            at = self._begin(estimate)
-            if (wait := at - self._clock()) > 0:
-                await self._sleep(wait)
-            if attempt == 0:
-                begun = self._clock()  # waiting for our own limits is not the endpoint's silence
-            found = await self._post(body)
-            used = 0 if isinstance(found, _Failure) else found.num_prompt_tokens + found.num_completion_tokens
-            self._budget.settle(estimate, used)
-            self._limit.settle(at, estimate, used or estimate)
-            self._account()
-            now = self._clock()
+            started, found = await self._paced(body, estimate)
             if isinstance(found, Reply):
-                self._patience.answered(now)
-                self.usage.num_prompt_tokens += found.num_prompt_tokens
-                self.usage.num_completion_tokens += found.num_completion_tokens
                 return found
-            advice = self._patience.failed(found.trouble, attempt, begun, now, found.asked_s)
+            now = self._clock()
+            if attempt == 0:
+                begun, failed = started, now
+            advice = self._patience.failed(found.trouble, attempt, begun, failed, now, found.asked_s)
+            if advice == "check_endpoint":
+                _, checked = await self._paced(self._simple, estimated_tokens(SIMPLE))
+                if isinstance(checked, Reply):
+                    advice = "give_up_question"
+                else:
+                    now, found = self._clock(), checked
+                    advice = self._patience.unchecked(found.trouble, now, found.asked_s)
             if advice == "give_up_endpoint":
                 raise self._error(found, f"given up after {attempt + 1} tries in {now - begun:.0f} s")
             if advice == "give_up_question":
@@ -165,6 +164,23 @@ class EndpointRespondent:
             await self._sleep(pause)
             attempt += 1
             self.usage.num_retries += 1
+
+    async def _paced(self, body: dict[str, Any], estimate: int) -> tuple[float, Reply | _Failure]:
+        """(when it was sent, after waiting for our own limits; what came back)."""
+        at = self._begin(estimate)
+        if (wait := at - self._clock()) > 0:
+            await self._sleep(wait)
+        started, found = self._clock(), await self._post(body)
+        used = 0
+        if isinstance(found, Reply):
+            self._patience.answered(self._clock())
+            self.usage.num_prompt_tokens += found.num_prompt_tokens
+            self.usage.num_completion_tokens += found.num_completion_tokens
+            used = found.num_prompt_tokens + found.num_completion_tokens
+        self._budget.settle(estimate, used)
+        self._limit.settle(at, estimate, used or estimate)
+        self._write_account()
+        return started, found
 
     def _begin(self, estimate: int) -> float:
         """When the next request may start."""
@@ -177,14 +193,12 @@ class EndpointRespondent:
         self.usage.num_requests += 1
         return self._limit.reserve(estimate, self._clock())
 
-    def _account(self) -> None:
+    def _write_account(self) -> None:
         """A budget counts what earlier starts of the run spent, so each start writes it down."""
         if self.settings.num_requests is None and self.settings.num_tokens is None:
             return
         requests, tokens = self._before
-        self._cache.account(
-            self._writer, self._budget.spent_requests - requests, self._budget.spent_tokens - tokens
-        )  # fmt: skip
+        self._account.write(self._budget.spent_requests - requests, self._budget.spent_tokens - tokens)
 
     async def _post(self, body: dict[str, Any]) -> Reply | _Failure:
         from aiohttp import ClientConnectionError, ClientError, ClientTimeout

@@ -33,7 +33,7 @@ class EndpointSettings(Settings):
         "max_tokens out, for a server that refuses it",
     )
     deadline_s: float = Field(60.0, gt=0, description="for one request")
-    num_retries: int = Field(4, ge=0, description="of a question that fails while others are answered")
+    num_retries: int = Field(4, ge=0, description="of a question, before it is given up or the endpoint is checked")
     patience_s: float = Field(300.0, gt=0, description="how long nobody may be answered before the run ends")
     num_at_once: Positive = Field(16, description="requests in flight")
     requests_per_minute: Positive | None = Field(None, description="no 60 s see more; default: no limit")

@@ -28,18 +28,19 @@ class JudgeWorker:
     """Marks group after group, many at a time.
 
     Args:
-        cache: folder of replies, with an endpoint.
+        cache, account: folders of replies and of what was spent, with an endpoint.
         engine: keyword arguments of VLLMGenerator, without one.
     """
 
     def __init__(
-        self, settings: JudgeRewardSettings, field: str, cache: str | None = None,
+        self, settings: JudgeRewardSettings, field: str, cache: str = "", account: str = "",
         engine: Mapping[str, Any] | None = None,
     ) -> None:  # fmt: skip
         self._generator: Any = None
         if settings.endpoint is not None:
-            assert cache is not None
-            self._respondent: Respondent = EndpointRespondent(settings.endpoint, Path(cache), f"{field}.endpoint")
+            self._respondent: Respondent = EndpointRespondent(
+                settings.endpoint, Path(cache), f"{field}.endpoint", Path(account)
+            )
         else:
             from actors.generator import VLLMGenerator
 

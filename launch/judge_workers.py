@@ -11,7 +11,7 @@ from typing import Any
 from actors.judge_settings import JudgeRewardSettings
 from actors.model_folders import resolve_model
 from cluster.layout import RoleDemand
-from launch.judging import longest, reply_folder
+from launch.judging import REPLIES, longest, reply_folder
 from launch.model_facts import check_model_folder
 
 
@@ -34,7 +34,8 @@ def judge_kwargs(
     field = f"judges.{index}"
     if settings.endpoint is not None:
         # One process: rate limits and budget are of the endpoint, not of whoever asks it.
-        return [{"settings": settings, "field": field, "cache": str(reply_folder(settings.endpoint, run_folder))}]
+        cache, account = reply_folder(settings.endpoint, run_folder), (run_folder / REPLIES).absolute()
+        return [{"settings": settings, "field": field, "cache": str(cache), "account": str(account)}]
     assert settings.path is not None  # JudgeRewardSettings checks it
     path = resolve_model(settings.path)
     max_length = longest(settings.max_length, check_model_folder(path, f"{field}.path"), f"{field}.max_length")

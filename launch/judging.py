@@ -96,7 +96,8 @@ def make_respondent(
 ) -> Respondent:
     """Who answers: the endpoint, or ``generator``'s engines."""
     if settings.endpoint is not None:
-        return EndpointRespondent(settings.endpoint, reply_folder(settings.endpoint, run_folder), f"{field}.endpoint")
+        cache = reply_folder(settings.endpoint, run_folder)
+        return EndpointRespondent(settings.endpoint, cache, f"{field}.endpoint", run_folder / REPLIES)
     from actors.modeling import load_tokenizer
 
     assert generator is not None

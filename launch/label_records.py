@@ -2,7 +2,7 @@
 
 The records (``labelled.jsonl``) hold everything that was sampled and said, in the order of arrival; the preferences
 are made from them in the order of the prompt stream, so they do not depend on who was faster, or on a kill between.
-May import: pyarrow, numpy, trainers.{experience, labellers, rubric}, launch.label_config.
+May import: pyarrow, numpy, trainers.{experience, labellers}, launch.{judge_counts, label_config}.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from launch.judge_counts import JudgeCounts
 from launch.label_config import LabelConfig
 from trainers.experience import TrajectoryGroup
 from trainers.labellers import Labels, Outcome, label_seed, rank, select
-from trainers.rubric import Unmarked
 
 ROWS_PER_BATCH = 4096
 METADATA_KEY = b"burnish.label"
@@ -110,10 +110,7 @@ class Summary:
     num_truncated: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
     masked: Counter[str] = field(default_factory=Counter)  # comparisons without a value
-    unread: Counter[str] = field(default_factory=Counter)  # a judge's replies that could not be read, by kind
-    num_read: int = 0  # pairs whose verdicts could be read in both orders
-    parts: dict[str, list[float]] = field(default_factory=dict)  # of each part: sum over candidates, and their number
-    num_consistent: int = 0  # of these, such that the verdict survives the swap
+    judge: JudgeCounts = field(default_factory=JudgeCounts)
     _sums: dict[str, float] = field(default_factory=dict)
 
     def sampled(self, candidates: Sequence[Mapping[str, Any]], labels: Labels) -> None:
@@ -122,20 +119,6 @@ class Summary:
         self.num_identical += len(candidates) - len({c["text"] for c in candidates})
         self.num_truncated += sum(c["finish_reason"] == "length" for c in candidates)
         self.masked.update(o.reason for o in labels.outcomes if o.reason is not None)
-
-    def judged(self, notes: Mapping[str, Any], labels: Labels) -> None:
-        """What a judge of pairs, or of single answers, said and did not say."""
-        failed = [kind for _, _, kind, _ in notes.get("failures", [])]
-        self.unread.update(kind for *_, ab, ba in notes.get("unread", []) for kind in (ab, ba) if kind is not None)
-        self.unread.update(kind for kind in failed if kind in get_args(Unmarked))
-        for name, values in notes.get("parts", {}).items():
-            known = [value for value in values if value is not None]
-            total, num = self.parts.get(name, [0.0, 0.0])
-            self.parts[name] = [total + sum(known), num + len(known)]
-        if "verdicts" in notes:
-            found = sum(o.value is not None for o in labels.outcomes)
-            self.num_consistent += found
-            self.num_read += found + sum(o.reason == "inconsistent" for o in labels.outcomes)
 
     def kept(self, best: Mapping[str, Any], best_score: float, worst: Mapping[str, Any], worst_score: float) -> None:
         self.num_rows += 1
@@ -152,9 +135,7 @@ class Summary:
             "num_prompts": self.num_prompts, "num_candidates": self.num_candidates, "num_rows": self.num_rows,
             "num_identical": self.num_identical, "num_truncated": self.num_truncated,
             "dropped": dict(self.dropped.most_common()), "masked": dict(self.masked.most_common()),
-            **({"unread": dict(self.unread.most_common())} if self.unread else {}),
-            **{f"mean_part_{name}": total / num for name, (total, num) in self.parts.items() if num},
-            **({"swap_consistency": self.num_consistent / self.num_read} if self.num_read else {}),
+            **self.judge.to_dict(),
             **{f"mean_{name}": total / self.num_rows for name, total in self._sums.items()},
         }  # fmt: skip
 
@@ -167,7 +148,7 @@ def preferences(
         raw = record["labels"]
         labels = Labels(tuple(raw["scores"]), tuple(Outcome(*o) for o in raw["outcomes"]), raw["dropped"])
         summary.sampled(record["candidates"], labels)
-        summary.judged(record.get("notes", {}), labels)
+        summary.judge.add(record.get("notes", {}), labels)
         if config.output.rows == "pairs":
             yield from _pair_rows(record, labels, config, constants, summary)
         else:

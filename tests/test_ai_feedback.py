@@ -206,11 +206,11 @@ RAW: dict[str, Any] = {
 def test_a_run_may_have_judges_alone_and_names_its_parts() -> None:
     config = RunConfig.model_validate(RAW)
     assert config.reward_names == PARTS
-    roles = {demand.role: (demand.num_workers, demand.gpus_per_worker) for demand in role_demands(config, True)}
+    roles = {demand.name: (demand.num_workers, demand.gpus_per_worker) for demand in role_demands(config, True)}
     assert roles["judges.0"] == (1, 0.0)
     own = {"path": "x", "generator": {"num_workers": 2, "tensor_parallel_size": 4}}
     config = RunConfig.model_validate({**RAW, "judges": [own]})
-    roles = {demand.role: (demand.num_workers, demand.gpus_per_worker) for demand in role_demands(config, True)}
+    roles = {demand.name: (demand.num_workers, demand.gpus_per_worker) for demand in role_demands(config, True)}
     assert roles["judges.0"] == (2, 4.0)
 
 

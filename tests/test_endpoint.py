@@ -123,28 +123,33 @@ def test_a_budget_is_never_passed_by_what_is_under_way_and_a_failed_request_spen
 # --- patience, pure -------------------------------------------------------------------------------
 
 
-def test_a_question_that_fails_while_others_are_answered_is_given_up_and_else_the_endpoint_is() -> None:
+def test_a_question_is_given_up_where_others_are_answered_and_else_the_endpoint_is_checked() -> None:
     patience = Patience(patience_s=100.0, num_retries=2)
-    assert [patience.failed("down", attempt, 0.0, attempt * 10.0) for attempt in range(11)] == ["again"] * 11
-    assert patience.failed("down", 11, 0.0, 101.0) == "give_up_endpoint"
+    patience.answered(5.0)
+    assert [patience.failed("slow", attempt, 0.0, 10.0, 10.0 + attempt) for attempt in (0, 1)] == ["again"] * 2
+    assert patience.failed("slow", 2, 0.0, 10.0, 12.0) == "check_endpoint", "nobody was answered since it failed"
+    assert patience.unchecked("slow", 100.0) == "again"
+    assert patience.unchecked("slow", 100.0, asked_s=30.0) == "give_up_endpoint"
+    assert patience.unchecked("down", 111.0) == "give_up_endpoint"
+    assert patience.unchecked("nonsense", 20.0) == patience.unchecked("rejected", 20.0) == "give_up_endpoint"
     patience.answered(50.0)
-    assert patience.failed("slow", 1, 40.0, 60.0) == "again"
-    assert patience.failed("slow", 2, 40.0, 70.0) == "give_up_question", "another one was answered at 50"
-    assert patience.failed("slow", 2, 51.0, 70.0) == "again", "nobody was answered since this one was asked"
+    assert patience.failed("slow", 2, 0.0, 10.0, 60.0) == "give_up_question", "another one was answered at 50"
+    assert patience.unchecked("slow", 150.0) == "again", "the patience begins anew with each answer"
+    assert Patience(10.0, 99).failed("down", 1, 0.0, 0.0, 11.0) == "check_endpoint", "whatever retries are left"
 
 
 def test_a_rate_limit_is_waited_for_as_long_as_the_patience_lasts() -> None:
     patience = Patience(patience_s=100.0, num_retries=0)
-    assert patience.failed("busy", 5, 0.0, 90.0) == "again"
-    assert patience.failed("busy", 5, 0.0, 90.0, asked_s=20.0) == "give_up_endpoint"
+    assert patience.failed("busy", 5, 0.0, 1.0, 90.0) == "again"
+    assert patience.failed("busy", 5, 0.0, 1.0, 90.0, asked_s=20.0) == "give_up_endpoint"
 
 
 def test_questions_that_are_refused_one_after_another_are_the_endpoint_s_fault() -> None:
     patience = Patience(100.0, 0)
-    advice = [patience.failed("refused", 0, 0.0, 0.0) for _ in range(MAX_IN_A_ROW)]
+    advice = [patience.failed("refused", 0, 0.0, 0.0, 0.0) for _ in range(MAX_IN_A_ROW)]
     assert advice == ["give_up_question"] * (MAX_IN_A_ROW - 1) + ["give_up_endpoint"]
     patience.answered(1.0)
-    assert patience.failed("refused", 0, 0.0, 2.0) == "give_up_question"
+    assert patience.failed("refused", 0, 0.0, 2.0, 2.0) == "give_up_question"
 
 
 def test_every_status_is_a_trouble_of_one_kind() -> None:
@@ -351,6 +356,24 @@ def test_a_budget_that_is_spent_ends_the_run_and_stays_spent_after_a_restart(tmp
         assert ask_all(more, tmp_path, "a", "b", "c")[2].text == "OK" and len(server.questions) == 3
         with pytest.raises(BudgetSpentError, match="num_tokens"):
             ask_all(settings_of(server.url, num_tokens=40), tmp_path, "d")
+
+
+def test_a_budget_is_the_run_s_where_runs_share_replies(tmp_path: Path) -> None:
+    async def go(run: str, *texts: str) -> None:
+        respondent = EndpointRespondent(settings, tmp_path / "shared", "judges.0.endpoint", tmp_path / run)
+        try:
+            for text in texts:
+                await respondent.ask(Question(text, 8))
+        finally:
+            await respondent.close()
+
+    with StandIn() as server:
+        settings = settings_of(server.url, num_requests=2)
+        asyncio.run(go("one", "a", "b"))
+        asyncio.run(go("two", "a", "b", "c", "d"))
+        with pytest.raises(BudgetSpentError):
+            asyncio.run(go("two", "e"))
+        assert server.questions == ["a", "b", "c", "d"]
 
 
 def test_a_rate_limit_of_our_own_spreads_requests(tmp_path: Path) -> None:

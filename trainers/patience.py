@@ -1,7 +1,8 @@
 """When to ask an endpoint again, when to give a question up, and when to give the endpoint up.  Pure.
 
-A question that fails while others are answered is its own fault and is given up after its retries; when nobody is
-answered it is the endpoint's, and the question waits until the patience is over.  The caller passes the clock in.
+A question whose retries are spent is given up if others were answered since it failed first.  If nobody was, the
+endpoint is checked with a question that it can always answer: whose fault it is decides what is given up, and when it
+is the endpoint's, everybody waits until the patience is over.  The caller passes the clock in.
 May import: nothing.
 """
 
@@ -13,12 +14,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 FIRST_DELAY_S, LONGEST_DELAY_S = 1.0, 60.0  # between tries, where the endpoint does not say
-MAX_IN_A_ROW = 32  # questions refused or answered with nonsense, none between them answered
+MAX_IN_A_ROW = 32  # questions refused, none between them answered
 
 # down: no connection; slow: no answer in time; busy: 429; broken: 5xx and their like; nonsense: 200 without a reply;
 # refused: this question is not taken; rejected: no question will be.
 Trouble = Literal["down", "slow", "busy", "broken", "nonsense", "refused", "rejected"]
-Advice = Literal["again", "give_up_question", "give_up_endpoint"]
+Advice = Literal["again", "check_endpoint", "give_up_question", "give_up_endpoint"]
 
 
 def trouble_of(status: int) -> Trouble | None:
@@ -79,11 +80,13 @@ class Patience:
         self._answered_s, self._waiting_since_s, self._in_a_row = now, None, 0
 
     def failed(
-        self, trouble: Trouble, attempt: int, begun_s: float, now: float, asked_s: float | None = None
+        self, trouble: Trouble, attempt: int, begun_s: float, failed_s: float, now: float, asked_s: float | None = None
     ) -> Advice:
-        """What to do about try ``attempt`` (from 0) of a question that was first asked at ``begun_s``.
+        """What to do about try ``attempt`` (from 0) of a question.
 
         Args:
+            begun_s: when it was first asked.
+            failed_s: when it failed first.
             asked_s: how long the endpoint wants to be left alone.
         """
         if self._waiting_since_s is None:
@@ -93,15 +96,15 @@ class Patience:
         if trouble == "refused":
             self._in_a_row += 1
             return "give_up_endpoint" if self._in_a_row >= MAX_IN_A_ROW else "give_up_question"
-        alone = self._answered_s is not None and self._answered_s >= begun_s  # others were answered meanwhile
-        spent = attempt >= self.num_retries
-        if trouble == "nonsense" and spent:
-            self._in_a_row += 1
-            return "give_up_question" if alone and self._in_a_row < MAX_IN_A_ROW else "give_up_endpoint"
-        if trouble == "busy":
-            # Nobody's fault but ours: a question waits its turn as long as the patience lasts.
+        if trouble == "busy":  # nobody's fault but ours: a question waits its turn as long as the patience lasts
             return "give_up_endpoint" if now - begun_s + (asked_s or 0.0) > self.patience_s else "again"
-        if spent and alone:
-            return "give_up_question"
-        silent_s = now - self._waiting_since_s + (asked_s or 0.0)
-        return "give_up_endpoint" if silent_s > self.patience_s else "again"
+        if attempt < self.num_retries and now - failed_s + (asked_s or 0.0) <= self.patience_s:
+            return "again"
+        alone = self._answered_s is not None and self._answered_s > failed_s
+        return "give_up_question" if alone else "check_endpoint"
+
+    def unchecked(self, trouble: Trouble, now: float, asked_s: float | None = None) -> Advice:
+        """What to do when the endpoint could not answer the question that it can always answer."""
+        since = now if self._waiting_since_s is None else self._waiting_since_s
+        hopeless = trouble in ("rejected", "refused", "nonsense")
+        return "give_up_endpoint" if hopeless or now - since + (asked_s or 0.0) > self.patience_s else "again"

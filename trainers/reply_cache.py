@@ -18,7 +18,6 @@ from typing import Any
 from trainers.asking import Reply
 
 VERSION = 1  # of the files' form
-ACCOUNT = "spent-"  # files that say what a run spent
 
 
 def question_key(body: Mapping[str, Any]) -> str:
@@ -58,10 +57,21 @@ class ReplyCache:
             },
         )  # fmt: skip
 
+    def _file(self, key: str) -> Path:
+        return self.folder / key[:2] / f"{key}.json"
+
+
+class Account:
+    """What a run spent on one endpoint, in ``folder``: a file of each process, summed up."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self._folder, self._name = folder, name
+        self._file = folder / f"spent-{name}-{os.getpid()}-{os.urandom(4).hex()}.json"
+
     def spent(self) -> tuple[int, int]:
-        """(requests, tokens) that every process wrote down here, for a budget that a resumed run goes on with."""
+        """(requests, tokens) that every process wrote down, for a budget that a resumed run goes on with."""
         requests = tokens = 0
-        for file in self.folder.glob(f"{ACCOUNT}*.json"):
+        for file in self._folder.glob(f"spent-{self._name}-*.json"):
             try:
                 found = json.loads(file.read_text(encoding="utf-8"))
                 requests, tokens = requests + int(found["num_requests"]), tokens + int(found["num_tokens"])
@@ -69,13 +79,10 @@ class ReplyCache:
                 continue
         return requests, tokens
 
-    def account(self, writer: str, num_requests: int, num_tokens: int) -> None:
-        """Write down what process ``writer`` spent so far; it replaces what it wrote before."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        _write(self.folder / f"{ACCOUNT}{writer}.json", {"num_requests": num_requests, "num_tokens": num_tokens})
-
-    def _file(self, key: str) -> Path:
-        return self.folder / key[:2] / f"{key}.json"
+    def write(self, num_requests: int, num_tokens: int) -> None:
+        """What this process spent so far; it replaces what it wrote before."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        _write(self._file, {"num_requests": num_requests, "num_tokens": num_tokens})
 
 
 def _write(target: Path, value: Mapping[str, Any]) -> None:
