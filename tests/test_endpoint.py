@@ -321,6 +321,16 @@ def test_an_endpoint_that_is_down_ends_the_run_when_the_patience_is_over(tmp_pat
             probe_endpoint(settings, "judges.0.endpoint")
 
 
+def test_an_outage_in_the_middle_of_many_questions_masks_none_of_them(tmp_path: Path) -> None:
+    async def outage(number: int, body: dict[str, Any]) -> web.Response | None:
+        return web.json_response({}, status=503) if 10 < number <= 60 else None
+
+    with StandIn(fault=outage) as server:
+        settings = settings_of(server.url, num_retries=0, patience_s=10_000.0)
+        found = ask_all(settings, tmp_path, *map(str, range(40)), clock=Clock())
+    assert [reply.text for reply in found] == ["OK"] * 40
+
+
 def test_one_bad_question_is_a_silence_of_its_own_and_is_asked_again_next_time(tmp_path: Path) -> None:
     async def picky(number: int, body: dict[str, Any]) -> web.Response | None:
         said = body["messages"][-1]["content"]
