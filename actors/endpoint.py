@@ -150,7 +150,7 @@ class EndpointRespondent:
             if advice == "check_endpoint":
                 _, checked = await self._paced(self._simple, estimated_tokens(SIMPLE))
                 if isinstance(checked, Reply):
-                    advice = "give_up_question"
+                    advice = "again"  # it may have been down until now: one more try tells whose fault it is
                 else:
                     now, found = self._clock(), checked
                     advice = self._patience.unchecked(found.trouble, now, found.asked_s)

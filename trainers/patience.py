@@ -1,8 +1,8 @@
 """When to ask an endpoint again, when to give a question up, and when to give the endpoint up.  Pure.
 
 A question whose retries are spent is given up if others were answered since it failed first.  If nobody was, the
-endpoint is checked with a question that it can always answer: whose fault it is decides what is given up, and when it
-is the endpoint's, everybody waits until the patience is over.  The caller passes the clock in.
+endpoint is checked with a question that it can always answer.  Where that is answered the question has one more try;
+else it is the endpoint's fault, and everybody waits until the patience is over.  The caller passes the clock in.
 May import: nothing.
 """
 
