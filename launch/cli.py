@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from launch.overrides import ResolvedConfig
 
-REFUSED = 2
+REFUSED, FAILED = 2, 1
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,17 +37,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("burnish: ended at once; the last checkpoint is intact", file=sys.stderr)
         return 130
     except Exception as error:
-        if not _is_refusal(error):
+        code = _code_of(error)
+        if code is None:
             raise
         print(f"burnish: {error}", file=sys.stderr)
-        return REFUSED
+        return code
 
 
-def _is_refusal(error: Exception) -> bool:
+def _code_of(error: Exception) -> int | None:
+    """The exit code of an error whose one line says it all; None: its traceback is wanted."""
     from cluster.errors import ShortfallError
-    from trainers.errors import InputError
+    from trainers.errors import EndpointError, InputError
 
-    return isinstance(error, InputError | ShortfallError)
+    if isinstance(error, InputError | ShortfallError):
+        return REFUSED
+    return FAILED if isinstance(error, EndpointError) else None
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -66,6 +70,11 @@ def _parser() -> argparse.ArgumentParser:
     _recipe_arguments(label)
     label.add_argument("--resume", action="store_true", help="go on with the run of this name where it was")
     label.set_defaults(command=_label)
+
+    revision = commands.add_parser("revise", help="have answers criticised and revised by a constitution")
+    _recipe_arguments(revision)
+    revision.add_argument("--resume", action="store_true", help="go on with the run of this name where it was")
+    revision.set_defaults(command=_revise)
 
     validate = commands.add_parser("validate", help="check a recipe, its model, data, rewards and this cluster")
     _recipe_arguments(validate)
@@ -161,11 +170,13 @@ def _expect(config: object, command: str, recipe: str) -> None:
     """Refuse a recipe that another command runs."""
     from launch.eval_config import EvalConfig
     from launch.label_config import LabelConfig
+    from launch.revise_config import ReviseConfig
     from trainers.errors import InputError
 
-    own = "label" if isinstance(config, LabelConfig) else "eval" if isinstance(config, EvalConfig) else "train"
+    kinds = {"label": LabelConfig, "eval": EvalConfig, "revise": ReviseConfig}
+    own = next((name for name, kind in kinds.items() if isinstance(config, kind)), "train")
     if own != command:
-        what = {"label": "labels", "eval": "evaluates", "train": "trains"}
+        what = {"label": "labels", "eval": "evaluates", "revise": "revises", "train": "trains"}
         raise InputError("recipe", recipe, f"{what[own]}, and `burnish {command}` does not", f"use `burnish {own}`")
 
 
@@ -177,6 +188,17 @@ def _label(arguments: argparse.Namespace) -> int:
     from launch.label import label
 
     label(resolved.config, _console(), arguments.resume)
+    return 0
+
+
+def _revise(arguments: argparse.Namespace) -> int:
+    resolved = _resolved(arguments)
+    if resolved is None:
+        return 0
+    _expect(resolved.config, "revise", arguments.recipe)
+    from launch.revise import revise_answers
+
+    revise_answers(resolved.config, _console(), arguments.resume)
     return 0
 
 
@@ -200,6 +222,7 @@ def _validate(arguments: argparse.Namespace) -> int:
         return 0
     from launch.eval_config import EvalConfig
     from launch.label_config import LabelConfig
+    from launch.revise_config import ReviseConfig
 
     if isinstance(resolved.config, LabelConfig):
         from launch.label_prepare import prepare_label
@@ -209,6 +232,10 @@ def _validate(arguments: argparse.Namespace) -> int:
         from launch.eval_prepare import prepare_eval
 
         prepare_eval(resolved.config)
+    elif isinstance(resolved.config, ReviseConfig):
+        from launch.revise_prepare import prepare_revise
+
+        prepare_revise(resolved.config)
     else:
         from launch.validate import validate
 

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from actors.judge_settings import JudgeRewardSettings, check_judges
 from actors.settings import (
     CriticSettings,
     GeneratorSettings,
@@ -153,6 +154,7 @@ class RunConfig(Settings):
     prompts: PromptSettings
     rewards: tuple[RewardSettings, ...] = ()
     reward_models: tuple[RewardModelSettings, ...] = ()
+    judges: tuple[JudgeRewardSettings, ...] = ()
     algorithm: AlgorithmSettings = AlgorithmSettings()
     pretraining: PretrainingSettings | None = None
     filtering: FilterSettings = FilterSettings()
@@ -245,7 +247,9 @@ class RunConfig(Settings):
         names = self.reward_names
         if not names:
             raise ValueError("rewards is empty and so is reward_models: nothing would be learned; give one of them")
-        if not any([r.weight for r in self.rewards] + [m.weight for m in self.reward_models]):
+        check_judges(self.judges)
+        weights = [r.weight for r in self.rewards] + [m.weight for m in self.reward_models]
+        if not any(weights + [judge.weight for judge in self.judges]):
             raise ValueError(
                 f"rewards: all of {names} have weight 0, so they are measured and nothing is learned; weigh one of them"
             )
@@ -274,5 +278,6 @@ class RunConfig(Settings):
 
     @property
     def reward_names(self) -> list[str]:
-        """Parts of the reward: the functions', then the models'."""
-        return [r.name for r in self.rewards] + [m.name for m in self.reward_models]
+        """Parts of the reward: the functions', then the models', then the judges' axes."""
+        names = [r.name for r in self.rewards] + [m.name for m in self.reward_models]
+        return names + [part for judge in self.judges for part in judge.part_names]

@@ -1,7 +1,7 @@
 """Every key a configuration model has, what belongs there, and the nearest one to a misspelling.
 
 Keys are tuples such as ``("rewards", 0, "weight")``, written ``rewards.0.weight``.
-May import: pydantic, trainers.errors.
+May import: pydantic, trainers.errors, launch.redaction.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from launch.redaction import redact
 from trainers.errors import InputError
 
 Key = tuple[str | int, ...]
@@ -206,7 +207,8 @@ def explain(model: type[BaseModel], error: ValidationError, source: str, raw: Ma
         remedy = f"give {expected(slot)}{note}"
     if len(errors) > 1:
         remedy += f" ({len(errors) - 1} further error{'s' * (len(errors) > 2)})"
-    return InputError(field, value, reason, remedy)
+    # A key that stands where the name of its variable belongs is not shown.
+    return InputError(field, redact(value, "key" if field.endswith("api_key_env") else ""), reason, remedy)
 
 
 def _cross_field(

@@ -1,6 +1,7 @@
 """What a run asks of the machines: workers and GPUs by role, memory of each worker, and the facts of a node.
 
-May import: the configuration, actors.settings, launch.{estimate, model_facts}, cluster.{host, layout, rendezvous}.
+May import: the configuration, actors.{model_folders, settings}, launch.{estimate, judge_workers, model_facts},
+cluster.{host, layout, rendezvous}.
 """
 
 from __future__ import annotations
@@ -8,13 +9,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from actors.model_folders import resolve_model
 from actors.settings import LearnerSettings
 from cluster.host import host_facts
 from cluster.layout import RoleDemand
 from cluster.rendezvous import free_port, node_address
 from launch.config import RunConfig
 from launch.estimate import MemoryEstimate, estimate_generator, estimate_learner, estimate_reference
-from launch.model_facts import ModelFacts
+from launch.judge_workers import judge_demand
+from launch.model_facts import ModelFacts, check_model_folder
 
 
 def node_facts(model_path: str | None = None) -> dict[str, Any]:
@@ -63,6 +66,9 @@ def role_demands(config: RunConfig, on_gpu: bool) -> list[RoleDemand]:
         demands.append(model("reference", config.reference.num_workers, config.reference.gpus_per_worker))
     for index, scorer in enumerate(config.reward_models):
         demands.append(model(f"reward_models.{index}", scorer.num_workers, scorer.gpus_per_worker))
+    for index, judge in enumerate(config.judges):
+        place = config.cluster
+        demands.append(judge_demand(judge, index, on_gpu, place.own_cores, place.colocate))
     if config.rewards:
         demands.append(RoleDemand("reward_workers", config.reward_workers.num_workers, 0.0))
     return demands
@@ -129,4 +135,13 @@ def estimates(config: RunConfig, facts: ModelFacts, on_gpu: bool, compute_bytes:
         found["reference"] = frozen(config.reference.token_budget, facts.vocab)
     for index, model in enumerate(config.reward_models):
         found[f"reward_models.{index}"] = frozen(model.token_budget, 0, model.num_on_a_device(on_gpu))
+    for index, judge in enumerate(config.judges):
+        if judge.path is not None:
+            own = check_model_folder(resolve_model(judge.path), f"judges.{index}.path")
+            found[f"judges.{index}"] = estimate_generator(
+                own.num_params, tensor_parallel_size=judge.generator.tensor_parallel_size, layers=own.layers,
+                kv_heads=own.kv_heads, head_dim=own.head_dim, max_num_seqs=1,
+                max_length=judge.max_length or own.max_length, compute_bytes=compute_bytes,
+                kv_cache_bytes=None if on_gpu else int(judge.generator.kv_cache_gib * 2**30),
+            )  # fmt: skip
     return found

@@ -10,6 +10,7 @@ from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
+from actors.judge_settings import JudgeRewardSettings, check_judges
 from actors.settings import (
     GeneratorSettings,
     ModelSettings,
@@ -70,14 +71,18 @@ class EvalSettings(Settings):
     suites: tuple[str, ...] = Field((), description="capability, refusal, over_refusal, sycophancy, red_team; or JSONL")
     suite_max_tokens: Positive = Field(128, description="longest answer to a suite's question; decoded greedily")
     preferences: str | None = Field(
-        None, description="held-out preference pairs (docs/data.md) on which every reward model is judged"
+        None, description="held-out preference pairs (docs/data.md) on which reward models and the judge are judged"
     )
     num_page_samples: int = Field(12, ge=0, description="prompts shown with both answers on the page")
 
     @model_validator(mode="after")
     def _judge_is_another_model(self) -> Self:
-        if self.judge is not None and self.judge.path is None:
-            raise ValueError("judge: nobody judges himself; give judge.path, the folder of another model")
+        if self.judge is None:
+            return self
+        if self.judge.path is None and self.judge.endpoint is None:
+            raise ValueError("judge: nobody judges himself; give judge.path, the folder of another model, or endpoint")
+        if "{principle}" in self.judge.template:
+            raise ValueError("judge.template: nothing is put in the place of {principle} here; take it out")
         return self
 
     @model_validator(mode="after")
@@ -97,6 +102,7 @@ class EvalConfig(Settings):
     eval: EvalSettings
     rewards: tuple[RewardSettings, ...] = ()
     reward_models: tuple[RewardModelSettings, ...] = ()
+    judges: tuple[JudgeRewardSettings, ...] = ()
     generator: GeneratorSettings = GeneratorSettings()
     reward_workers: RewardWorkerSettings = RewardWorkerSettings()
     telemetry: TelemetrySettings = TelemetrySettings()
@@ -105,7 +111,9 @@ class EvalConfig(Settings):
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:
         names = self.reward_names
-        parts = [*(r.name for r in self.rewards), *(part for m in self.reward_models for part in m.part_names)]
+        check_judges(self.judges)
+        parts = [*(r.name for r in self.rewards), *(part for m in self.reward_models for part in m.part_names),
+                 *(part for j in self.judges for part in j.part_names)]
         if len({*parts, TOTAL, JUDGE}) != len(parts) + 2:
             raise ValueError(f"rewards: names must differ and none may be {TOTAL} or {JUDGE}, got {parts}; rename one")
         if not self.winners and self.base.path is not None:
@@ -119,8 +127,10 @@ class EvalConfig(Settings):
                 near = difflib.get_close_matches(value, known, n=1, cutoff=0.0)
                 hint = f"did you mean {near[0]}?" if near else "give rewards"
                 raise ValueError(f"eval.{key}={value!r}: is none of the rewards {known}; {hint}")
-        if self.eval.preferences is not None and not self.reward_models:
-            raise ValueError("eval.preferences: there is no reward model to judge; give reward_models or leave it out")
+        if self.eval.preferences is not None and not self.reward_models and self.eval.judge is None:
+            raise ValueError(
+                "eval.preferences: there is no reward model to judge; give reward_models or eval.judge, or leave it out"
+            )
         longest, max_tokens = self.model.max_length, self.generator.sampling.max_tokens
         if longest is not None and max(max_tokens, self.eval.suite_max_tokens if self.eval.suites else 0) >= longest:
             raise ValueError(
@@ -142,5 +152,6 @@ class EvalConfig(Settings):
 
     @property
     def reward_names(self) -> list[str]:
-        """Parts of the reward: the functions', then the models'."""
-        return [*(r.name for r in self.rewards), *(m.name for m in self.reward_models)]
+        """Parts of the reward: the functions', then the models', then the judges' axes."""
+        marks = [part for judge in self.judges for part in judge.part_names]
+        return [*(r.name for r in self.rewards), *(m.name for m in self.reward_models), *marks]

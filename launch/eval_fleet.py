@@ -1,7 +1,7 @@
 """Where an evaluation runs: one stage of workers after the other, so that no two big models share memory.
 
-May import: actors.{generator, model_folders, reference, reward_ensemble, reward_worker, settings},
-cluster.*, launch.{eval_config, machines}.
+May import: actors.{generator, judge_worker, model_folders, reference, reward_ensemble, reward_worker, settings},
+cluster.*, launch.{eval_config, judge_workers, machines}.
 """
 
 from __future__ import annotations
@@ -10,9 +10,11 @@ import gc
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from actors.generator import VLLMGenerator
+from actors.judge_worker import JudgeWorker
 from actors.model_folders import resolve_model
 from actors.reference import ReferenceModel
 from actors.reward_ensemble import scorer_class
@@ -22,6 +24,7 @@ from cluster.layout import Layout, RoleDemand, plan_layout
 from cluster.placement import Placement
 from cluster.worker_group import WorkerGroup
 from launch.eval_config import EvalConfig
+from launch.judge_workers import judge_demand, judge_kwargs
 from launch.machines import choose_device, connect, dtype_name, torch_device
 from trainers.prompt_format import PromptFormat
 
@@ -49,6 +52,7 @@ class EvalCluster:
         fleets = [config.generator] + ([] if config.eval.judge is None else [config.eval.judge.generator])
         engines = max(fleet.num_workers for fleet in fleets)
         scorers = config.reward_workers.num_workers + sum(m.num_workers for m in config.reward_models)
+        scorers += sum(judge_demand(j, i, False, False, False).num_workers for i, j in enumerate(config.judges))
         self._ray, self._nodes = connect(config.cluster, max(engines, scorers, config.base.num_workers))
         try:
             # Stages come one after the other, so the engines say how many GPUs there have to be at least.
@@ -95,7 +99,17 @@ class EvalCluster:
             count = config.reward_workers.num_workers
             deadline_s = config.cluster.start_deadline_s
             roles.append(Role(FUNCTIONS, RewardWorker, (kwargs,) * count, 0.0, 64, deadline_s))
-        return roles + self._reward_models(policy_path, judged=False)
+        return roles + self._reward_models(policy_path, judged=False) + self._judges()
+
+    def _judges(self) -> list[Role]:
+        config, roles = self._config, []
+        folder = Path(config.run.directory) / config.run.name
+        for index, judge in enumerate(config.judges):
+            kwargs = judge_kwargs(judge, index, folder, self.dtype, self.device, config.run.seed)
+            gpus = judge_demand(judge, index, True, False, config.cluster.colocate).gpus_per_worker
+            deadline_s = judge.generator.start_deadline_s
+            roles.append(Role(f"judges.{index}", JudgeWorker, tuple(kwargs), gpus, MANY, deadline_s))
+        return roles
 
     def judged_models(self, policy_path: str) -> list[Role]:
         """The reward models as they score pairs: bare scores, of tokens that are already their own."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -16,8 +16,10 @@ from typing import Any
 from actors.model_folders import resolve_model
 from actors.reward_model import check_reward_model
 from actors.settings import RewardModelSettings
+from launch.datasets import Row
 from launch.eval_config import EvalConfig
-from launch.judging import PreparedJudge, prepare_judge
+from launch.judge_agreement import LabelledPair, labelled_pairs
+from launch.judging import PreparedJudge, prepare_judge, prepare_judges
 from launch.model_facts import check_model_folder
 from launch.prepare import PROBE_TIMEOUT_S
 from launch.prompts import build_prompts, load_prompts
@@ -55,6 +57,7 @@ class PreparedEval:
     suites: list[Suite]
     pairs: Mapping[str, list[Comparison]]  # of each reward model, in the tokens that it reads
     judge: PreparedJudge | None = None
+    labelled: Sequence[LabelledPair] = ()  # what the judge is compared with people on
 
 
 def check_eval_folder(config: EvalConfig) -> Path:
@@ -101,14 +104,19 @@ def prepare_eval(config: EvalConfig) -> PreparedEval:
         raise InputError("eval.suites", [s.name for s in suites], "two have the same name", "rename a file")
     for model in config.reward_models:
         check_reward_model(model, tokenizer, budget)
+    prepare_judges(config.judges, path)
     rewards = [load_reward(reward) for reward in config.rewards]
     prompts, stream = _prompts(config, tokenizer, budget - max_tokens)
     probe_rewards(rewards, prompts, PROBE_TIMEOUT_S)
     judge = None
     if config.eval.judge is not None:
-        judge = prepare_judge(config.eval.judge, "eval.judge", path, max_length)
+        asked = config.eval.judge
+        judge = prepare_judge(asked, "eval.judge", path, max_length, asked.max_tokens, asked.template)
     pairs = {} if config.eval.preferences is None else _pairs(config, tokenizer)
-    return PreparedEval(path, base, max_length, stream, prompts, suites, pairs, judge)
+    labelled = []
+    if config.eval.preferences is not None and config.eval.judge is not None:
+        labelled = labelled_pairs(_preference_rows(config))
+    return PreparedEval(path, base, max_length, stream, prompts, suites, pairs, judge, labelled)
 
 
 def _same_tokenizer(ours: Any, theirs: Any, path: str) -> None:
@@ -174,13 +182,7 @@ def _pairs(config: EvalConfig, policy_tokenizer: Any) -> dict[str, list[Comparis
     """The held-out comparisons of every reward model: the policy's tokens, or its own where it reads text again."""
     from actors.modeling import load_tokenizer
 
-    settings = HeldOutSettings.model_validate({"path": config.eval.preferences})
-    try:
-        rows = load_located_rows(settings, "eval.preferences")
-    except InputError as error:
-        field = error.field.replace("eval.preferences.path", "eval.preferences")
-        raise InputError(field, error.value, error.reason, error.remedy) from error
-    prompts = config.prompts
+    rows, prompts = _preference_rows(config), config.prompts
     form = PromptFormat(system=prompts.system, template=prompts.template, chat=prompts.chat)
     shared: list[Comparison] | None = None
     found: dict[str, list[Comparison]] = {}
@@ -192,3 +194,12 @@ def _pairs(config: EvalConfig, policy_tokenizer: Any) -> dict[str, list[Comparis
             shared = shared or [read_comparison(row, where, policy_tokenizer, form) for where, row in rows]
             found[model.name] = shared
     return found
+
+
+def _preference_rows(config: EvalConfig) -> list[tuple[str, Row]]:
+    settings = HeldOutSettings.model_validate({"path": config.eval.preferences})
+    try:
+        return load_located_rows(settings, "eval.preferences")
+    except InputError as error:
+        field = error.field.replace("eval.preferences.path", "eval.preferences")
+        raise InputError(field, error.value, error.reason, error.remedy) from error

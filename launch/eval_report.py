@@ -1,7 +1,7 @@
 """From what two models said to every number of an evaluation, each with its interval and its n.  Pure.
 
 Axes: prompts [N], G samples of each; rows [N * G] hold the samples of a prompt side by side.
-May import: numpy, trainers.*, launch.{eval_config, eval_judge, eval_prepare, journal}.
+May import: numpy, trainers.*, launch.{eval_config, eval_prepare, journal, judge_agreement}.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 
 from launch.eval_config import JUDGE, TOTAL, EvalConfig
-from launch.eval_judge import Judgement, judge_report
 from launch.eval_prepare import PreparedEval, Suite
 from launch.journal import strict
+from launch.judge_agreement import agreement_report
 from trainers.calibration import Estimate, mean_estimate, policy_calibration, score_summary
 from trainers.comparisons import Comparison as Preference
 from trainers.diversity import diversity_report, sampled_entropy, truncation_share
@@ -27,6 +27,7 @@ from trainers.kl_from_base import sequence_kl
 from trainers.length_bias import length_bias
 from trainers.reward_report import judge
 from trainers.suites import suite_report
+from trainers.verdicts import Judgement, judge_report
 from trainers.win_rate import Comparison, compare
 
 POLICY, BASE = "policy", "base"
@@ -65,6 +66,7 @@ class Measured:
     logprobs: tuple[list[np.ndarray], list[np.ndarray]] | None = None  # of the policy's samples, by policy and by base
     pair_scores: Mapping[str, list[np.ndarray]] = dataclasses.field(default_factory=dict)  # reward model -> [C] of [K]
     judgements: Sequence[Judgement] = ()  # [N * G], with a judge
+    of_people: Sequence[Judgement] = ()  # of the pairs that people labelled, with a judge and eval.preferences
 
 
 def build_report(config: EvalConfig, prepared: PreparedEval, measured: Measured) -> dict[str, Any]:
@@ -82,6 +84,8 @@ def build_report(config: EvalConfig, prepared: PreparedEval, measured: Measured)
         }
     if measured.judgements:
         report["judge"] = judge_report(measured.judgements)
+    if measured.of_people:
+        report["agreement"] = agreement_report(prepared.labelled, measured.of_people, config.run.seed)
     if measured.logprobs is not None:
         report["kl_from_base"] = _kl(measured, config.generator.sampling.temperature)
     report["reward_models"] = {

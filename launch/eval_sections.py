@@ -33,6 +33,9 @@ def summary_rows(report: Mapping[str, Any]) -> list[Row]:
     if judge := report.get("judge"):
         rows.append(("judge: verdicts that survive the swap", judge["consistency"], None))
         rows.append(("judge: verdicts not read", judge["num_unparsed"], None))
+    if people := report.get("agreement"):
+        rows.append(("judge: agreement with people", people["rate"], None))
+        rows.append(("judge: kappa with people", people["kappa"], None))
     if kl := report.get("kl_from_base"):
         rows.append(("KL from base, nats a sequence (k1)", kl["sequence"], None))
         rows.append(("KL from base, nats a sequence (k3)", kl["sequence_k3"], None))

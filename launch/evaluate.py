@@ -26,9 +26,10 @@ from cluster.transport import fetch, put
 from launch.eval_config import EvalConfig
 from launch.eval_files import write_results
 from launch.eval_fleet import FUNCTIONS, GENERATOR, LOGPROBS, EvalCluster, Role
-from launch.eval_judge import Judgement, judge_role, judge_samples
+from launch.eval_judge import judge_pairs, judge_role, open_judge
 from launch.eval_prepare import REPORT, PreparedEval, check_eval_folder, prepare_eval
 from launch.eval_report import BASE, POLICY, Answers, Measured, build_report
+from launch.judge_agreement import judge_labelled
 from launch.lanes import in_lanes
 from trainers.comparisons import Comparison
 from trainers.errors import InputError
@@ -45,6 +46,7 @@ from trainers.experience import (
 )
 from trainers.protocols import GeneratedGroup, GroupRequest
 from trainers.sampling_seeds import sample_seed
+from trainers.verdicts import Judgement
 
 PAYLOAD_DEADLINE_S = 120.0
 SCORED_AT_ONCE = 64  # groups in flight for each scoring worker: enough to fill its packs
@@ -86,10 +88,13 @@ async def _measure(config: EvalConfig, prepared: PreparedEval, console: Console)
         if scorers:
             answers = await _score(config, cluster, scorers, answers, console)
         judgements: list[Judgement] = []
-        if judge is not None:
+        of_people: list[Judgement] = []
+        if prepared.judge is not None:
             started = time.perf_counter()
-            sides = answers[POLICY].groups, answers[BASE].groups
-            judgements = await judge_samples(config, prepared, cluster, judge, *sides)
+            async with open_judge(config, prepared, cluster, judge) as (asked, num_at_once):
+                sides = answers[POLICY].groups, answers[BASE].groups
+                judgements = await judge_pairs(asked, *sides, num_at_once)
+                of_people = await judge_labelled(asked, prepared.labelled, num_at_once)
             _say(console, f"judge: {time.perf_counter() - started:.1f} s")
         logprobs = None
         if BASE in paths:
@@ -101,7 +106,7 @@ async def _measure(config: EvalConfig, prepared: PreparedEval, console: Console)
             pair_scores = await judge_reward_models(config, prepared, cluster, judged, console)
     finally:
         cluster.close()
-    return Measured(answers[POLICY], answers.get(BASE), logprobs, pair_scores, judgements)
+    return Measured(answers[POLICY], answers.get(BASE), logprobs, pair_scores, judgements, of_people)
 
 
 async def _sample(
@@ -151,12 +156,13 @@ async def _score(
     # Every try of a function, and as long again for the groups before it.
     deadline_s = 2 * workers.timeout_s * (workers.num_retries + 1) + 60.0
     models = {f"reward_models.{i}": model for i, model in enumerate(config.reward_models)}
+    judges = {f"judges.{i}": judge for i, judge in enumerate(config.judges)}
     started = time.perf_counter()
     async with cluster.stage(roles) as groups:
         scorer = MixedScorer(
             [
-                RewardPool(group, deadline_s)
-                if name == FUNCTIONS
+                RewardPool(group, judges[name].deadline_s if name in judges else deadline_s)
+                if name in judges or name == FUNCTIONS
                 else RewardModelPool(group, models[name].deadline_s, models[name].token_budget)
                 for name, group in groups.items()
             ]

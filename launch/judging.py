@@ -1,53 +1,81 @@
-"""A language model as judge of two answers, asked in both orders; what labelling and evaluation share of it.
+"""Language models that are asked something: checked before the start, and made into respondents and judges.
 
-May import: actors.{model_folders, modeling}, cluster.transport, trainers.*, launch.{label_config, model_facts}.
+May import: actors.{endpoint, judge_settings, model_folders, modeling, respondents}, trainers.*,
+launch.{label_config, model_facts}.
 """
 
 from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
 
+from actors.endpoint import EndpointRespondent, read_key
+from actors.judge_settings import EndpointSettings, JudgeRewardSettings, LanguageModelSettings
 from actors.model_folders import resolve_model
-from cluster.transport import fetch
+from actors.respondents import EngineRespondent
 from launch.label_config import JudgeSettings
 from launch.model_facts import ModelFacts, check_model_folder
-from trainers.errors import InputError
-from trainers.experience import Prompt, decode_group
-from trainers.labellers import fill_template
+from trainers.asking import Respondent
+from trainers.errors import EndpointError, InputError
+from trainers.judge import PairJudge
 from trainers.prompt_format import PromptFormat
-from trainers.protocols import Generator, GroupRequest
+from trainers.protocols import Generator
 
-PAYLOAD_DEADLINE_S = 120.0
+REPLIES = "replies"  # folder of an endpoint's replies, in the run's
+ENDPOINT = "endpoint"  # what stands for a model's folder where others serve it
 
 
 @dataclass(frozen=True, slots=True)
 class PreparedJudge:
-    """Where the judge is, checked."""
+    """Where a language model is, checked."""
 
-    path: str
-    max_length: int  # prompt + verdict, tokens
+    path: str  # ENDPOINT where it is served by others
+    max_length: int  # question + reply, tokens; 0 behind an endpoint, which knows itself
 
 
-def prepare_judge(settings: JudgeSettings, field: str, policy_path: str, policy_max_length: int) -> PreparedJudge:
-    """Check the judge's folder, lengths and template.  Without a path of its own the policy judges.
+def prepare_judge(
+    settings: LanguageModelSettings, field: str, policy_path: str, policy_max_length: int, max_tokens: int,
+    template: str = "",
+) -> PreparedJudge:  # fmt: skip
+    """Check the model's folder, lengths and template, or ask its endpoint once.  Without either the policy is it.
 
     Raises:
         InputError: of ``field`` (``label.judge``), in one line.
     """
     from actors.modeling import load_tokenizer
 
+    if settings.endpoint is not None:
+        probe_endpoint(settings.endpoint, f"{field}.endpoint")
+        return PreparedJudge(ENDPOINT, 0)
     path, max_length = policy_path, policy_max_length
     if settings.path is not None:
         path = resolve_model(settings.path)
         max_length = longest(settings.max_length, check_model_folder(path, f"{field}.path"), f"{field}.max_length")
-    if settings.max_tokens >= max_length:
-        raise InputError(f"{field}.max_tokens", settings.max_tokens, f"leaves no room in {max_length} tokens",
+    if max_tokens >= max_length:
+        raise InputError(f"{field}.max_tokens", max_tokens, f"leaves no room in {max_length} tokens",
                          f"use less than {max_length}")  # fmt: skip
     # A chat template that is missing, or refuses a system message, says so here.
-    PromptFormat(system=settings.system, chat=settings.chat).render(settings.template, load_tokenizer(path), field)
+    PromptFormat(system=settings.system, chat=settings.chat).render(template, load_tokenizer(path), field)
     return PreparedJudge(path, max_length)
+
+
+def probe_endpoint(settings: EndpointSettings, field: str) -> None:
+    """Ask it once.  Not to be called from a running event loop.
+
+    Raises:
+        InputError: the key is not there, or the endpoint is down, slow, busy, or answers nonsense.
+    """
+    read_key(settings, field)
+
+    async def probe() -> None:
+        # The cache is not touched: a start that is refused leaves nothing behind.
+        await EndpointRespondent(settings, Path(REPLIES), field).probe()
+
+    try:
+        asyncio.run(probe())
+    except EndpointError as error:
+        raise InputError(f"{field}.base_url", error.url, f"({error.status}) {error.reason}", error.remedy) from error
 
 
 def longest(setting: int | None, facts: ModelFacts, field: str) -> int:
@@ -58,43 +86,30 @@ def longest(setting: int | None, facts: ModelFacts, field: str) -> int:
     return setting or facts.max_length
 
 
-class PairJudge:
-    """Asks ``generator`` which of two answers is better.  ``max_length``: of question and verdict, tokens."""
-
-    def __init__(
-        self, settings: JudgeSettings, generator: Generator, tokenizer: Any, max_length: int, field: str
-    ) -> None:
-        self._settings, self._generator, self._tokenizer, self._field = settings, generator, tokenizer, field
-        self._room = max_length - settings.max_tokens
-        self._form = PromptFormat(system=settings.system, chat=settings.chat)
-
-    async def ask(self, prompt: Prompt, a: str, b: str, name: str) -> tuple[str, str] | None:
-        """What it said when it was shown (a, b), and when it was shown (b, a); None: that does not fit.
-
-        ``name`` is of this comparison alone, among all that are asked at the same time.
-        """
-        shown, questions = conversation_text(prompt), []
-        for number, (first, second) in enumerate(((a, b), (b, a))):
-            text = fill_template(self._settings.template, prompt=shown, a=first, b=second)
-            rendered, ids = self._form.render(text, self._tokenizer, self._field)
-            if len(ids) > self._room:
-                return None
-            questions.append(Prompt(f"judge-{name}-{number}", ids, rendered))
-        shown_ab, shown_ba = await asyncio.gather(*(self._answer(question) for question in questions))
-        return shown_ab, shown_ba
-
-    async def _answer(self, question: Prompt) -> str:
-        answered = await self._generator.generate(
-            GroupRequest(question.prompt_id, question, 1, (0,), 1.0, self._settings.max_tokens, greedy=True)
-        )
-        return decode_group(fetch(answered.payload, PAYLOAD_DEADLINE_S)).trajectories[0].text
+def reply_folder(settings: EndpointSettings, run_folder: Path) -> Path:
+    """Where an endpoint's replies are kept: absolute, because workers have other working directories."""
+    return (run_folder / REPLIES if settings.cache is None else Path(settings.cache).expanduser()).absolute()
 
 
-def conversation_text(prompt: Prompt) -> str:
-    """What a judge is shown of a prompt: its text, or its only message, or all messages with their roles."""
-    source = prompt.source
-    if isinstance(source, str):
-        return source
-    if len(source) == 1:
-        return str(source[0]["content"])
-    return "\n\n".join(f"{message['role']}: {message['content']}" for message in source)
+def make_respondent(
+    settings: LanguageModelSettings, prepared: PreparedJudge, field: str, run_folder: Path, generator: Generator | None
+) -> Respondent:
+    """Who answers: the endpoint, or ``generator``'s engines."""
+    if settings.endpoint is not None:
+        cache = reply_folder(settings.endpoint, run_folder)
+        return EndpointRespondent(settings.endpoint, cache, f"{field}.endpoint", run_folder / REPLIES)
+    from actors.modeling import load_tokenizer
+
+    assert generator is not None
+    return EngineRespondent(generator, load_tokenizer(prepared.path), prepared.max_length, settings.chat, field)
+
+
+def pair_judge(settings: JudgeSettings, respondent: Respondent, template: str | None = None) -> PairJudge:
+    """A judge of two answers; ``template`` in the place of that of ``settings``."""
+    return PairJudge(respondent, template or settings.template, settings.max_tokens, settings.system)
+
+
+def prepare_judges(judges: tuple[JudgeRewardSettings, ...], policy_path: str) -> None:
+    """Check every judge that is a reward.  InputError as of :func:`prepare_judge`."""
+    for index, judge in enumerate(judges):
+        prepare_judge(judge, f"judges.{index}", policy_path, 0, judge.max_tokens, judge.rubric.template)

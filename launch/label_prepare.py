@@ -16,10 +16,12 @@ from typing import Any
 from actors.model_folders import resolve_model
 from actors.reward_model import check_reward_model
 from actors.settings import RewardModelSettings
+from launch.constitution_files import load_constitution
 from launch.judging import PreparedJudge, longest, prepare_judge
 from launch.label_config import LabelConfig
 from launch.model_facts import ModelFacts, check_model_folder
 from launch.prompts import PromptStream, load_prompts
+from trainers.constitution import Principle
 from trainers.errors import InputError
 from trainers.experience import Prompt
 from trainers.pair_function import load_pair_function, probe_pair_function, source_of
@@ -40,6 +42,7 @@ class PreparedLabel:
     max_length: int
     prompts: list[Prompt]
     judge: PreparedJudge | None
+    principles: tuple[Principle, ...]  # that a judge prefers by
     identity: Mapping[str, str]  # what must be the same for a run to be continued
 
 
@@ -100,22 +103,35 @@ def prepare_label(config: LabelConfig) -> PreparedLabel:
     labeller = _labeller_source(config, prompts)
     if config.label.reward_model is not None:
         labeller = _reward_model_digest(config.label.reward_model, tokenizer, max_length)
-    judge = None
+    judge, principles = None, tuple[Principle, ...]()
     if config.label.judge is not None:
-        judge = prepare_judge(config.label.judge, "label.judge", path, max_length)
-        if config.label.judge.path is not None:
-            labeller = folder_digest(judge.path)
+        asked = config.label.judge
+        if asked.constitution is not None:
+            principles = load_constitution(asked.constitution, "label.judge.constitution").principles
+        judge = prepare_judge(asked, "label.judge", path, max_length, asked.max_tokens, asked.pair_template)
+        labeller = digest_of([principle.model_dump() for principle in principles]) if principles else ""
+        if asked.path is not None:
+            labeller += folder_digest(judge.path)
     identity = {
         "run.seed": str(config.run.seed),
         "model.path": folder_digest(path),
         "model.dtype": config.model.dtype,
         "prompts": str(PromptStream(prompts, config.run.seed, config.prompts.shuffle).identity()["digest"]),
-        "sampling": _digest(config.sampling.model_dump(mode="json")),
-        "label": _digest([config.label.model_dump(mode="json"), labeller]),
+        "sampling": digest_of(config.sampling.model_dump(mode="json")),
+        "label": digest_of([_label_identity(config), labeller]),
         "keep.drop_identical": str(config.keep.drop_identical),
         "keep.pairs": "random" if config.keep.pairs == "random" else "all",  # which ones are compared
     }
-    return PreparedLabel(path, facts, max_length, prompts, judge, identity)
+    return PreparedLabel(path, facts, max_length, prompts, judge, principles, identity)
+
+
+def _label_identity(config: LabelConfig) -> dict[str, Any]:
+    """What decides about labels: of an endpoint not how it is reached, how fast, or how much may be spent."""
+    found = config.label.model_dump(mode="json")
+    if config.label.judge is not None and config.label.judge.endpoint is not None:
+        endpoint = config.label.judge.endpoint
+        found["judge"]["endpoint"] = {"model": endpoint.model, "parameters": endpoint.parameters}
+    return found
 
 
 def _labeller_source(config: LabelConfig, prompts: list[Prompt]) -> str:
@@ -140,9 +156,9 @@ def _reward_model_digest(settings: RewardModelSettings, tokenizer: Any, max_leng
     return " ".join(folder_digest(resolve_model(path)) for path in settings.paths)
 
 
-def check_identity(folder: Path, identity: Mapping[str, str]) -> None:
+def check_identity(folder: Path, identity: Mapping[str, str], manifest: str = MANIFEST) -> None:
     """InputError where the run in ``folder`` was started with something else: its records would not be of one kind."""
-    before = json.loads((folder / MANIFEST).read_text())["identity"]
+    before = json.loads((folder / manifest).read_text())["identity"]
     for name, value in identity.items():
         if before.get(name) != value:
             raise InputError(name, value, f"the run was started with another one ({before.get(name)})",
@@ -160,5 +176,6 @@ def folder_digest(path: str) -> str:
     return digest.hexdigest()
 
 
-def _digest(value: Any) -> str:
+def digest_of(value: Any) -> str:
+    """16 hexadecimal digits of a JSON value, whatever the order of its keys."""
     return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=8).hexdigest()

@@ -2,7 +2,7 @@
 
 The records (``labelled.jsonl``) hold everything that was sampled and said, in the order of arrival; the preferences
 are made from them in the order of the prompt stream, so they do not depend on who was faster, or on a kill between.
-May import: pyarrow, numpy, trainers.{experience, labellers}, launch.label_config.
+May import: pyarrow, numpy, trainers.{experience, labellers}, launch.{judge_counts, label_config}.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from launch.judge_counts import JudgeCounts
 from launch.label_config import LabelConfig
 from trainers.experience import TrajectoryGroup
 from trainers.labellers import Labels, Outcome, label_seed, rank, select
@@ -109,6 +110,7 @@ class Summary:
     num_truncated: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
     masked: Counter[str] = field(default_factory=Counter)  # comparisons without a value
+    judge: JudgeCounts = field(default_factory=JudgeCounts)
     _sums: dict[str, float] = field(default_factory=dict)
 
     def sampled(self, candidates: Sequence[Mapping[str, Any]], labels: Labels) -> None:
@@ -133,6 +135,7 @@ class Summary:
             "num_prompts": self.num_prompts, "num_candidates": self.num_candidates, "num_rows": self.num_rows,
             "num_identical": self.num_identical, "num_truncated": self.num_truncated,
             "dropped": dict(self.dropped.most_common()), "masked": dict(self.masked.most_common()),
+            **self.judge.to_dict(),
             **{f"mean_{name}": total / self.num_rows for name, total in self._sums.items()},
         }  # fmt: skip
 
@@ -145,6 +148,7 @@ def preferences(
         raw = record["labels"]
         labels = Labels(tuple(raw["scores"]), tuple(Outcome(*o) for o in raw["outcomes"]), raw["dropped"])
         summary.sampled(record["candidates"], labels)
+        summary.judge.add(record.get("notes", {}), labels)
         if config.output.rows == "pairs":
             yield from _pair_rows(record, labels, config, constants, summary)
         else:
@@ -170,7 +174,7 @@ def _pair_rows(
         row["is_tie"] = pair.is_tie
         best, worst = record["candidates"][pair.chosen], record["candidates"][pair.rejected]
         summary.kept(best, row["chosen_score"], worst, row["rejected_score"])
-        yield row | _common(record, constants)
+        yield row | _common(record, constants, (pair.chosen, pair.rejected))
 
 
 def _ranking_rows(
@@ -196,7 +200,7 @@ def _ranking_rows(
         row[f"completion_{plural}"] = [candidates[index][name] for index in order]
     assert scores[0] is not None and scores[-1] is not None  # rank() leaves out what has none
     summary.kept(candidates[order[0]], scores[0], candidates[order[-1]], scores[-1])
-    yield row | _common(record, constants)
+    yield row | _common(record, constants, order)
 
 
 def _answer(record: Mapping[str, Any], index: int) -> Any:
@@ -205,8 +209,13 @@ def _answer(record: Mapping[str, Any], index: int) -> Any:
     return text if isinstance(record["prompt"], str) else [{"role": "assistant", "content": text}]
 
 
-def _common(record: Mapping[str, Any], constants: Mapping[str, Any]) -> dict[str, Any]:
+def _common(record: Mapping[str, Any], constants: Mapping[str, Any], indices: Sequence[int]) -> dict[str, Any]:
+    """What rows of both forms have; ``indices``: the candidates of the row, in its order."""
     own = {name: record[name] for name in ("prompt_id", "position", "turn")}
+    notes = record.get("notes", {})
+    own["principle"] = notes.get("principle")
+    parts = {name: [values[i] for i in indices] for name, values in notes.get("parts", {}).items()}
+    own["parts"] = json.dumps(parts) if parts else None
     return {**own, "columns": json.dumps(record["columns"]), **constants}
 
 
@@ -230,7 +239,8 @@ def schema(conversational: bool, rows: str, constants: Iterable[str], metadata: 
         fields += [("completion_ids", pa.list_(_IDS)), ("completion_scores", pa.list_(pa.float64()))]
         fields.append(("completion_indices", _IDS))
         fields += [(f"completion_{name}s", pa.list_(kind)) for name, kind in of_one]
-    fields += [("prompt_id", pa.string()), ("position", pa.int64()), ("turn", pa.int64()), ("columns", pa.string())]
+    fields += [("prompt_id", pa.string()), ("position", pa.int64()), ("turn", pa.int64())]
+    fields += [("principle", pa.string()), ("parts", pa.string()), ("columns", pa.string())]
     fields += [(name, pa.string()) for name in constants]
     return pa.schema(fields, metadata={METADATA_KEY: json.dumps(metadata).encode()})
 

@@ -1,6 +1,6 @@
 """Labellers at work: a group of candidates in, Labels out.  Scores by functions, a function of pairs, a judge.
 
-May import: actors.{dispatch, fleet}, cluster.{transport, worker_group}, trainers.*, launch.{judging, label_config}.
+May import: actors.{dispatch, fleet}, cluster.{transport, worker_group}, trainers.*, launch.label_config.
 """
 
 from __future__ import annotations
@@ -8,28 +8,28 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from actors.dispatch import Dispatcher
 from cluster.transport import put
 from cluster.worker_group import WorkerGroup
-from launch.judging import PairJudge
-from launch.label_config import JudgeSettings, LabelConfig
+from launch.label_config import LabelConfig
+from trainers.constitution import Principle
 from trainers.experience import RewardFailure, TrajectoryGroup, encode_group, summarize
+from trainers.judge import PairJudge
 from trainers.labellers import (
     Labels,
     Outcome,
     Pair,
     candidate_masks,
-    combine_verdicts,
     from_outcomes,
     from_scores,
     label_seed,
     pairs_to_compare,
-    parse_verdict,
 )
-from trainers.protocols import GeneratedGroup, Generator, Scorer
+from trainers.protocols import GeneratedGroup, Scorer
+from trainers.verdicts import Judgement, combine
 
 Notes = Mapping[str, Any]
 
@@ -113,28 +113,41 @@ class PairLabeller(_Compares):
 
 
 class JudgeLabeller(_Compares):
-    """By a language model that is asked in both orders."""
+    """By a language model that is asked in both orders; where it changes its mind with the order the pair is masked.
 
-    def __init__(
-        self, config: LabelConfig, judge: JudgeSettings, generator: Generator, tokenizer: Any, max_length: int
-    ) -> None:
+    Args:
+        principles: one of them, drawn by seed and prompt, is what the pairs of a prompt are judged by
+            (arXiv:2212.08073, section 4); none: the template alone.
+    """
+
+    def __init__(self, config: LabelConfig, judge: PairJudge, principles: Sequence[Principle] = ()) -> None:
         super().__init__(config)
-        self._judge = PairJudge(judge, generator, tokenizer, max_length, "label.judge")
+        self._judge, self._principles = judge, tuple(principles)
 
     async def label(self, group: TrajectoryGroup, turn: int) -> tuple[Labels, Notes]:
         _, pairs, dropped = self.pairs(group, turn)
-        judged = await asyncio.gather(*(self._compare(group, i, j) for i, j in pairs))
+        principle = self._principle(group, turn)
+        asked = "" if principle is None else principle.judge
+        judged = await asyncio.gather(*(self._compare(group, i, j, asked) for i, j in pairs))
         labels = from_outcomes(len(group.trajectories), [outcome for outcome, _ in judged], dropped)
-        said = [[o.first, o.second, *texts] for o, texts in judged if texts is not None]
-        return labels, {"verdicts": said} if said else {}
+        notes: dict[str, Any] = {} if principle is None else {"principle": principle.judge}
+        if said := [[o.first, o.second, *j.said] for o, j in judged if j.said is not None]:
+            notes["verdicts"] = said
+        if unread := [[o.first, o.second, *j.failures] for o, j in judged if j.failures != (None, None)]:
+            notes["unread"] = unread
+        return labels, notes
 
-    async def _compare(self, group: TrajectoryGroup, i: int, j: int) -> tuple[Outcome, tuple[str, str] | None]:
+    def _principle(self, group: TrajectoryGroup, turn: int) -> Principle | None:
+        if not self._principles:
+            return None
+        number = label_seed(self.seed, group.prompt.prompt_id, turn, "principle")
+        return self._principles[number % len(self._principles)]
+
+    async def _compare(self, group: TrajectoryGroup, i: int, j: int, principle: str) -> tuple[Outcome, Judgement]:
         a, b = group.trajectories[i].text, group.trajectories[j].text
-        texts = await self._judge.ask(group.prompt, a, b, f"{group.group_id}-{i}-{j}")
-        if texts is None:
-            return Outcome(i, j, None, "too_long"), None
-        value, reason = combine_verdicts(*(parse_verdict(text) for text in texts))
-        return Outcome(i, j, value, reason), texts
+        judgement = await self._judge.judge(group.prompt, a, b, principle)
+        value, reason = combine(*judgement.verdicts, "masked")
+        return Outcome(i, j, value, judgement.why or reason), judgement
 
 
 def merge(groups: list[tuple[list[int], TrajectoryGroup]], group_id: str, num_candidates: int) -> TrajectoryGroup:

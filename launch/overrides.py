@@ -1,12 +1,13 @@
 """From a recipe and ``dotted.key=value`` overrides to a checked configuration that knows where each value came from.
 
-    recipe file -> raw mapping -> overrides applied -> RunConfig, TuningConfig, LabelConfig or EvalConfig
+    recipe file -> raw mapping -> overrides applied -> RunConfig, TuningConfig, LabelConfig, EvalConfig, ReviseConfig
                                                    \\-> origins: default | preset NAME | recipe FILE | command line
 
 What ``algorithm.name`` brings along (trainers/presets.py) has the origin ``preset NAME``.
 
-A recipe with a section ``label`` labels, one with ``eval`` evaluates; else ``algorithm.name`` says which it is: runs
-that sample (the default) have other sections than those that learn from files.
+A recipe with a section ``label`` labels, one with ``eval`` evaluates, one with ``revise`` revises; else
+``algorithm.name`` says which it is: runs that sample (the default) have other sections than those that learn from
+files.
 Whatever is wrong leaves as one InputError that names the key, the value, the reason and the remedy.
 May import: pydantic, yaml, rich, trainers.errors, launch.config and the other configuration files of this room.
 """
@@ -29,9 +30,12 @@ from launch.eval_config import EvalConfig
 from launch.label_config import LabelConfig
 from launch.preset_values import with_preset
 from launch.recipe_files import locate_recipe, parse_yaml
+from launch.revise_config import ReviseConfig
 from launch.tuning_config import TUNING, TuningConfig
 from trainers.errors import InputError
 
+# A recipe that has this section is of this kind.
+SECTION_KINDS: dict[str, type[BaseModel]] = {"label": LabelConfig, "eval": EvalConfig, "revise": ReviseConfig}
 DEFAULT, PRESET, COMMAND_LINE = "default", "preset", "command line"
 COMMENT_COLUMN = 56  # where the origin starts in a listing, unless the value is longer
 
@@ -75,9 +79,10 @@ def load_config(recipe: str, overrides: Sequence[str] = ()) -> ResolvedConfig:
 
 
 def _model_of(raw: Mapping[Any, Any], overrides: Sequence[str]) -> type[BaseModel]:
-    """The configuration that a section ``label`` or ``eval``, or ``algorithm.name`` asks for."""
-    if "label" in raw or "eval" in raw:
-        return LabelConfig if "label" in raw else EvalConfig
+    """The configuration that a section ``label``, ``eval`` or ``revise``, or ``algorithm.name`` asks for."""
+    for own, kind in SECTION_KINDS.items():
+        if own in raw:
+            return kind
     section = raw.get("algorithm")
     name = section.get("name") if isinstance(section, dict) else None
     for key, _, value in (override.partition("=") for override in overrides):

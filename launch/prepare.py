@@ -13,6 +13,7 @@ from typing import Any
 
 from actors.model_folders import resolve_model
 from launch.config import RunConfig
+from launch.judging import prepare_judges
 from launch.model_facts import ModelFacts, check_model_folder
 from launch.prompts import DatasetReport, load_prompts
 from launch.tuning_data import load_examples
@@ -101,6 +102,7 @@ def prepare(config: RunConfig) -> Prepared:
         same_tokenizer(tokenizer, reference, "reference.path", config.reference.path)
     for model in config.reward_models:
         check_reward_model(model, tokenizer, max_prompt + max_tokens)
+    prepare_judges(config.judges, path)
     critic = _critic_path(config, path, tokenizer) if config.algorithm.needs_critic else None
     train, held_out, report = load_prompts(config.prompts, tokenizer, max_prompt, config.run.seed)
     probe_rewards(rewards, train, PROBE_TIMEOUT_S)

@@ -45,6 +45,9 @@ def newest_checkpoint(config: RunConfig, folder: Path) -> Checkpoint | None:
 def made_with(config: RunConfig) -> str:
     """Digest of the settings that shape a finished group, and of those that say when it must be trained on."""
     run = config.run
+    # Where a judge is served, how fast and for how much it is asked does not change what it says.
+    asked = [(judge.endpoint.model, judge.endpoint.parameters) for judge in config.judges if judge.endpoint is not None]
+    judges = [judge.model_dump(mode="json", exclude={"endpoint", "deadline_s", "generator"}) for judge in config.judges]
     shape = [
         config.model_dump(mode="json", include={"model", "rewards", "reward_models"}),
         config.generator.sampling.model_dump(mode="json"),
@@ -52,6 +55,7 @@ def made_with(config: RunConfig) -> str:
     ]
     if config.algorithm.needs_greedy:
         shape.append("greedy")
+    shape += [judges, asked] if judges else []
     return hashlib.blake2b(json.dumps(shape, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 

@@ -21,7 +21,9 @@ from launch.config_keys import slot_at
 from launch.config_reference import BEGIN, END, KINDS, PAGE, entries, renewed
 from launch.eval_config import EvalConfig
 from launch.label_config import LabelConfig
+from launch.overrides import SECTION_KINDS
 from launch.recipe_files import list_recipes, parse_yaml, read_recipe
+from launch.revise_config import ReviseConfig
 from launch.tuning_config import TUNING, TuningConfig
 from trainers.examples import encode_example
 from trainers.experience import Prompt
@@ -148,12 +150,14 @@ def test_every_configuration_key_that_is_mentioned_exists(page: Path) -> None:
 
 
 EXAMPLES = {TuningConfig: "cpu-sft", LabelConfig: "cpu-pipeline-label", EvalConfig: "cpu-eval"}
+EXAMPLES |= {ReviseConfig: "cpu-revise"}
 
 
 def kind_of(block: dict[str, Any]) -> type[Any]:
     """Whose configuration a block is a part of."""
-    if "label" in block or "eval" in block:
-        return LabelConfig if "label" in block else EvalConfig
+    for section, kind in SECTION_KINDS.items():
+        if section in block:
+            return kind
     is_tuning = "data" in block or block.get("algorithm", {}).get("name") in TUNING
     return TuningConfig if is_tuning else RunConfig
 

@@ -17,13 +17,14 @@ from transformers import AutoModelForCausalLM
 
 from actors.model_folders import resolve_model
 from actors.modeling import load_tokenizer
+from actors.respondents import EngineRespondent
 from launch.eval_config import EvalConfig
 from launch.eval_files import write_results
-from launch.eval_judge import judge_pairs, judge_report
+from launch.eval_judge import judge_pairs
 from launch.eval_prepare import PreparedEval, prepare_eval
 from launch.eval_report import Answers, Measured, build_report
 from launch.evaluate import evaluate_models
-from launch.judging import PairJudge
+from launch.judging import pair_judge
 from launch.label_config import JudgeSettings
 from trainers.errors import InputError
 from trainers.experience import (
@@ -36,6 +37,7 @@ from trainers.experience import (
     summarize,
 )
 from trainers.protocols import GeneratedGroup, GroupRequest
+from trainers.verdicts import judge_report
 
 TINY = "builtin:tiny-llama"
 JUDGE = {"path": TINY, "template": "Q {prompt} first<{a}> second<{b}>", "max_tokens": 4, "chat": False}
@@ -84,7 +86,8 @@ def judged(
 ) -> tuple[Measured, FakeJudge]:
     fake = FakeJudge(says)
     tokenizer = load_tokenizer(resolve_model(TINY))
-    judge = PairJudge(JudgeSettings.model_validate(JUDGE), fake, tokenizer, max_length, "eval.judge")
+    respondent = EngineRespondent(fake, tokenizer, max_length, False, "eval.judge")
+    judge = pair_judge(JudgeSettings.model_validate(JUDGE), respondent)
     policy, base = ([group(i, text) for i, text in enumerate(texts)] for texts in (ours, theirs))
     found = asyncio.run(judge_pairs(judge, policy, base, 4))
     return Measured(Answers(policy, {}), Answers(base, {}), judgements=found), fake

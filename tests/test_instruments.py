@@ -23,7 +23,8 @@ from trainers.calibration import (
     wilson_interval,
 )
 from trainers.length_bias import length_bias, pearson
-from trainers.win_rate import Comparison, Verdict, compare, judged_outcome, length_controlled_win_rate, win_rate
+from trainers.verdicts import Verdict, combine
+from trainers.win_rate import Comparison, compare, length_controlled_win_rate, win_rate
 
 
 def covers(estimate: Estimate, truth: float) -> bool:
@@ -253,7 +254,7 @@ def test_comparisons_of_one_prompt_do_not_count_as_many() -> None:
 def test_a_judge_is_believed_where_both_orders_agree(
     ab: Verdict | None, ba: Verdict | None, outcome: float | None
 ) -> None:
-    assert judged_outcome(ab, ba) == outcome
+    assert combine(ab, ba, "tie").value == outcome
 
 
 def test_unreadable_verdicts_and_failed_scores_are_counted_and_left_out() -> None:

@@ -23,6 +23,8 @@ from rich.console import Console
 
 from actors.model_folders import resolve_model
 from actors.modeling import load_tokenizer
+from actors.respondents import EngineRespondent
+from launch.judging import pair_judge
 from launch.label import label
 from launch.label_config import LabelConfig
 from launch.label_records import METADATA_KEY, RecordFile
@@ -44,12 +46,9 @@ from trainers.labellers import (
     Labels,
     Outcome,
     candidate_masks,
-    combine_verdicts,
-    fill_template,
     from_outcomes,
     from_scores,
     pairs_to_compare,
-    parse_verdict,
     rank,
     select,
 )
@@ -225,36 +224,6 @@ def test_ranks_say_what_the_scores_said() -> None:
 # --- judges ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("text", "verdict"),
-    [
-        ("[[A]]", "a"), ("I prefer the second.\n\n[[ b ]]", "b"), ("[[C]]", "tie"), ("both fine: [[Tie]]", "tie"),
-        ("A", "a"), (" b. ", "b"), ("**A**", "a"), ("tie", "tie"),
-        ("Reasons...\nVerdict: B", "b"), ("Final verdict: **A**.", "a"),
-        ("[[A]] at first, but then [[B]]", None), ("[[A]], I say [[A]]", "a"), ("Verdict: A\n[[B]]", "b"),
-        ("Verdict: A\nVerdict: B", None),
-        ("", None), ("A good answer.", None), ("Answer A is not better", None), ("[[D]]", None), ("AB", None),
-    ],
-)  # fmt: skip
-def test_a_verdict_is_read_only_where_there_is_one(text: str, verdict: str | None) -> None:
-    assert parse_verdict(text) == verdict
-
-
-def test_a_preference_counts_only_where_it_survives_the_swap() -> None:
-    consistent = {("a", "b"): 1.0, ("b", "a"): 0.0, ("tie", "tie"): 0.5}
-    for first, second in itertools.product(("a", "b", "tie", None), repeat=2):
-        value, reason = combine_verdicts(first, second)  # type: ignore[arg-type]
-        assert value == consistent.get((first, second))  # type: ignore[arg-type]
-        unread = None in (first, second)
-        assert reason == ("unparsed" if unread else None if value is not None else "inconsistent")
-        other_way, _ = combine_verdicts(second, first)  # type: ignore[arg-type]
-        assert other_way == (None if value is None else 1.0 - value)
-
-
-def test_an_answer_that_looks_like_a_place_in_the_template_stays_as_it_is() -> None:
-    assert fill_template("{prompt}: {a} or {b}?", prompt="{a}", a="{b}", b="x") == "{a}: {b} or x?"
-
-
 class FakeJudge:
     """A generator that answers what ``says`` makes of the question."""
 
@@ -277,7 +246,8 @@ def judged(says: Callable[[str], str], *texts: str, max_length: int = 1000) -> t
     assert config.label.judge is not None
     fake = FakeJudge(says)
     tokenizer = load_tokenizer(resolve_model("builtin:tiny-llama"))
-    labeller = JudgeLabeller(config, config.label.judge, fake, tokenizer, max_length)
+    respondent = EngineRespondent(fake, tokenizer, max_length, config.label.judge.chat, "label.judge")
+    labeller = JudgeLabeller(config, pair_judge(config.label.judge, respondent))
     labels, notes = asyncio.run(labeller.label(group_of(*texts), 0))
     return labels, notes, fake
 

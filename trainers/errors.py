@@ -2,6 +2,9 @@
 
     BurnishError
     |- InputError          bad configuration, data, model folder or reward function (exit code 2)
+    |- EndpointError       a model behind an endpoint that nobody is answered by any more (exit code 1)
+    |   |- EndpointDownError, EndpointSlowError, RateLimitedError, EndpointBrokenError, EndpointRejectedError,
+    |   `- NonsenseError, BudgetSpentError
     |- VerificationError   two things that must be equal are not (fingerprints, checksums, probes)
     `- GroupFailedError    a prompt group that no generator could sample
         `- NoGeneratorError    there is no generator any more, nor will there be one
@@ -31,6 +34,48 @@ class InputError(BurnishError):
             shown = shown[:157] + "..."
         line = f"{self.field} = {shown}: {self.reason}; {self.remedy}"
         return " ".join(line.split())
+
+
+class EndpointError(BurnishError):
+    """A model behind an endpoint cannot be asked any more; the run ends, and goes on from there once it is mended.
+
+    ``status`` is the last HTTP status, or what there was in its place.
+    """
+
+    def __init__(self, url: str, status: str, reason: str, remedy: str) -> None:
+        self.url, self.status, self.reason, self.remedy = url, status, reason, remedy
+        super().__init__(url, status, reason, remedy)
+
+    def __str__(self) -> str:
+        return " ".join(f"{self.url} ({self.status}): {self.reason}; {self.remedy}".split())
+
+
+class EndpointDownError(EndpointError):
+    """Nobody takes the connection."""
+
+
+class EndpointSlowError(EndpointError):
+    """It takes the connection and does not answer in time."""
+
+
+class RateLimitedError(EndpointError):
+    """It wants to be left alone for longer than the run waits."""
+
+
+class EndpointBrokenError(EndpointError):
+    """It answers with errors of its own (5xx)."""
+
+
+class EndpointRejectedError(EndpointError):
+    """It takes no question of ours: key, model, address or parameters are wrong."""
+
+
+class NonsenseError(EndpointError):
+    """It answers, and not as chat completions are answered."""
+
+
+class BudgetSpentError(EndpointError):
+    """The run has asked as much as it may."""
 
 
 class VerificationError(BurnishError):

@@ -99,12 +99,20 @@ class GroupSummary:
         return len(self.num_completion_tokens)
 
 
+FailureKind = Literal[
+    "raised", "timeout", "nan", "wrong_count", "not_a_number", "abstained",
+    # a judge that is not answered (trainers/asking.py), or whose reply cannot be read (trainers/rubric.py)
+    "too_long", "refused", "unavailable", "nonsense",
+    "empty", "cut_off", "missing", "no_number", "out_of_range", "contradictory",
+]  # fmt: skip
+
+
 @dataclass(frozen=True, slots=True)
 class RewardFailure:
     """A reward that could not be had.  It masks its sample; it never becomes the number 0."""
 
     reward: str  # name of the reward function
-    kind: Literal["raised", "timeout", "nan", "wrong_count", "not_a_number", "abstained"]
+    kind: FailureKind
     detail: str
 
 

@@ -4,7 +4,7 @@
     outcomes of pairs     --from_outcomes-->          --rank---->  ranks, 1 the best
 
 What cannot be labelled is masked with a reason and counted; it never becomes a tie or a loss.
-Axes: K candidates of one prompt.  May import: numpy.
+Axes: K candidates of one prompt.  May import: numpy, trainers.verdicts.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,10 +19,10 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-Verdict = Literal["a", "b", "tie"]
+from trainers.verdicts import LOSS, TIE, WIN
+
 Keep = Literal["best_worst", "all", "random"]
 Pair = tuple[int, int]
-WIN, TIE, LOSS = 1.0, 0.5, 0.0
 
 
 class Outcome(NamedTuple):
@@ -180,44 +179,3 @@ def rank(labels: Labels, texts: Sequence[str]) -> tuple[list[tuple[int, int]], d
         return [], {reasons.most_common(1)[0][0] if reasons else "unlabelled": 1}
     ranked = [(i, levels.index(score) + 1) for i, score in scored]
     return sorted(ranked, key=lambda pair: pair[1]), {}
-
-
-# --- judges -------------------------------------------------------------------------------------
-
-_MARK = re.compile(r"\[\[\s*(a|b|c|tie)\s*\]\]", re.IGNORECASE)
-_LINE = re.compile(r"^\W*(?:final\s+)?(?:verdict|winner|better|answer)\W*:\W*(a|b|c|tie)\W*$", re.IGNORECASE | re.M)
-_BARE = re.compile(r"\W*(a|b|c|tie)\W*", re.IGNORECASE)
-_MEANING: dict[str, Verdict] = {"a": "a", "b": "b", "c": "tie", "tie": "tie"}
-
-
-def parse_verdict(text: str) -> Verdict | None:
-    """Which of the two answers it was shown a judge prefers: the first one is ``a``.
-
-    Read are, in this order: marks such as ``[[A]]``, ``[[B]]``, ``[[C]]`` or ``[[tie]]``; lines such as
-    ``Verdict: A``; a text that is nothing but ``A``.  None where there is none or they contradict each other.
-    """
-    for said in (_MARK.findall(text), _LINE.findall(text)):
-        if said:
-            meanings = {_MEANING[word.lower()] for word in said}
-            return meanings.pop() if len(meanings) == 1 else None
-    bare = _BARE.fullmatch(text.strip())
-    return _MEANING[bare.group(1).lower()] if bare else None
-
-
-def combine_verdicts(shown_ab: Verdict | None, shown_ba: Verdict | None) -> tuple[float | None, str | None]:
-    """(value for a, reason why there is none) of both orders; the second judge was shown b first.
-
-    Judges favour a place, so a preference counts only where it survives the swap: else ``inconsistent``.
-    ``unparsed`` where either verdict cannot be read: one order alone would bring the bias of its place back.
-    """
-    if shown_ab is None or shown_ba is None:
-        return None, "unparsed"
-    swapped: dict[Verdict, Verdict] = {"a": "b", "b": "a", "tie": "tie"}
-    if shown_ab != swapped[shown_ba]:
-        return None, "inconsistent"
-    return {"a": WIN, "b": LOSS, "tie": TIE}[shown_ab], None
-
-
-def fill_template(template: str, **values: str) -> str:
-    """``template`` with each ``{name}`` replaced at once: a value that contains ``{b}`` is not filled in again."""
-    return re.sub(r"\{(" + "|".join(values) + r")\}", lambda match: values[match.group(1)], template)

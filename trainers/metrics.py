@@ -88,6 +88,9 @@ _ROWS: tuple[Metric, ...] = (
            "(algorithm.baseline=greedy)", "reward", "groups whose greedy completion has a reward", "mean over groups"),
     Metric("failures/num_reward", "reward calls without a value: raised, timed out, NaN, wrong count, no number",
            "count", "all calls of all reward parts", SUM),
+    Metric("failures/kind/<name>", "rewards without a value of kind <name>: raised, timeout, nan, ...; of a judge what "
+           "could not be read (missing, contradictory, ...) or why it was silent (docs/ai_feedback.md)", "count",
+           "all calls of all reward parts", SUM),
     Metric("failures/num_samples_masked", "samples left out of the update because they have no valid reward",
            "samples", COMPLETIONS, SUM),
     Metric("failures/masked_fraction", "share of samples left out of the update because they have no valid reward",

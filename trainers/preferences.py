@@ -78,6 +78,16 @@ def read_comparison(
     )
 
 
+def read_texts(row: Row, where: str) -> tuple[Text, list[tuple[Text, Text]]]:
+    """(prompt, (better, worse) of every pair) of a row, still in words: what a judge is shown.
+
+    Raises:
+        InputError: as of :func:`read_comparison`, but for what tokens alone can tell.
+    """
+    judged = _judge(row, where, None)
+    return judged.prompt, [(judged.answers[better], judged.answers[worse]) for better, worse in judged.pairs]
+
+
 def read_sample(row: Row, where: str, tokenizer: Any, form: PromptFormat) -> Comparison:
     """A row of ``prompt`` and ``completion`` that is only to be scored: one answer, no pairs.
 

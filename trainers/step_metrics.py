@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -53,6 +54,8 @@ def group_metrics(
         metrics["baseline/greedy_reward"] = _mean(np.array(greedy))
     if dropped is not None:
         metrics["groups/reward_generated"] = _mean(np.concatenate([r.totals for r in scored]))
+    kinds = Counter(failure.kind for g in groups for _, failure in g.rewards.failures)
+    metrics |= {f"failures/kind/{kind}": float(count) for kind, count in sorted(kinds.items())}
     by_length = np.array_split(sample_lags[np.argsort(lengths, kind="stable")], NUM_LENGTH_PARTS)
     metrics |= {f"staleness/length_quartile_{i + 1}": float(p.mean()) for i, p in enumerate(by_length) if p.size}
     for name in groups[0].rewards.parts:

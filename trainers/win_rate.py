@@ -1,7 +1,7 @@
 """How often policy a is preferred to policy b: by score or by a judge, raw and at equal length.
 
 Outcomes are 1 (a wins), 0.5 (tie), 0 (b wins) or None (not judged: counted and left out).
-May import: numpy, trainers.calibration.
+May import: numpy, trainers.{calibration, verdicts}.
 """
 
 from __future__ import annotations
@@ -9,13 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
 from trainers.calibration import CONFIDENCE, Estimate, wilson_interval
+from trainers.verdicts import Verdict, combine
 
-Verdict = Literal["first", "second", "tie"]
 NUM_RESAMPLES = 1000
 RIDGE = 0.01  # of the logistic fit: a normal prior of variance 100, felt only where the data separate
 MAX_NEWTON_STEPS = 60
@@ -40,7 +39,7 @@ class Comparison:
     def outcome(self) -> float | None:
         """1, 0.5, 0, or None where a score is not finite or a verdict was not parsed."""
         if self.verdicts is not None:
-            return judged_outcome(*self.verdicts)
+            return combine(*self.verdicts, "tie").value
         assert self.scores is not None
         a, b = self.scores
         if not (math.isfinite(a) and math.isfinite(b)):
@@ -72,19 +71,6 @@ def compare(comparisons: Sequence[Comparison], confidence: float = CONFIDENCE, s
         num_left_out=len(outcomes) - len(counted),
         mean_length_difference=float(np.mean(counted)) if counted else math.nan,
     )
-
-
-def judged_outcome(verdict_ab: Verdict | None, verdict_ba: Verdict | None) -> float | None:
-    """Both orders of one comparison as one outcome for a.
-
-    Judges favour a place, so a wins only where it wins in both orders; disagreement is a tie.  None where
-    either verdict could not be read: one order alone would bring the bias of its place back.
-    """
-    if verdict_ab is None or verdict_ba is None:
-        return None
-    if (verdict_ab, verdict_ba) == ("first", "second"):
-        return 1.0
-    return 0.0 if (verdict_ab, verdict_ba) == ("second", "first") else 0.5
 
 
 def win_rate(

@@ -1,0 +1,121 @@
+"""Whom judges, critics and revisers are: a model in engines of our own, or one behind an endpoint.
+
+May import: pydantic, actors.settings, trainers.{rubric, settings}.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Self
+from urllib.parse import urlsplit
+
+from pydantic import Field, model_validator
+
+from actors.settings import GeneratorSettings, SamplingSettings
+from trainers.rubric import RubricSettings
+from trainers.settings import Settings
+
+Positive = Annotated[int, Field(ge=1)]
+OWN = ("model", "messages", "stream", "n")  # what a request says, and no parameter may
+SAID = ("temperature", "max_tokens", "seed")  # what it says unless a parameter takes it out
+
+
+class EndpointSettings(Settings):
+    """An OpenAI-compatible endpoint: chat completions over HTTP."""
+
+    base_url: str = Field(description="up to and without /chat/completions, for instance https://host/v1")
+    model: str = Field(min_length=1, description="the model's name there; replies are cached under it")
+    api_key_env: str | None = Field(
+        None, pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", description="environment variable that holds the key; default: none"
+    )
+    parameters: dict[str, Any] = Field(
+        default_factory=dict,
+        description="sent with every request as they are, for instance {top_p: 0.9}; null takes seed, temperature or "
+        "max_tokens out, for a server that refuses it",
+    )
+    deadline_s: float = Field(60.0, gt=0, description="for one request")
+    num_retries: int = Field(4, ge=0, description="of a question, before it is given up or the endpoint is checked")
+    patience_s: float = Field(300.0, gt=0, description="how long nobody may be answered before the run ends")
+    num_at_once: Positive = Field(16, description="requests in flight")
+    requests_per_minute: Positive | None = Field(None, description="no 60 s see more; default: no limit")
+    tokens_per_minute: Positive | None = Field(None, description="of questions and replies; default: no limit")
+    num_requests: Positive | None = Field(None, description="budget of the run, resumed or not; default: no limit")
+    num_tokens: Positive | None = Field(None, description="the same of tokens, as the endpoint counts them")
+    cache: str | None = Field(
+        None, description="folder of replies that runs may share; default: the folder replies of the run"
+    )
+
+    @model_validator(mode="after")
+    def _can_be_asked(self) -> Self:
+        parts = urlsplit(self.base_url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError("base_url: is no address of a server; give for instance https://host/v1")
+        if parts.username is not None or parts.password is not None:
+            raise ValueError("base_url: a key does not belong into it; name a variable in api_key_env")
+        if parts.query or parts.fragment or parts.path.endswith("/chat/completions"):
+            raise ValueError("base_url: must end before /chat/completions, without ? and #; cut it there")
+        taken = {name for name in SAID if self.parameters.get(name) is not None} | {*OWN} & self.parameters.keys()
+        if taken:
+            raise ValueError(f"parameters: {', '.join(sorted(taken))} is set by what is asked; leave it out")
+        return self
+
+    @property
+    def url(self) -> str:
+        """Where questions go."""
+        return f"{self.base_url.rstrip('/')}/chat/completions"
+
+
+class LanguageModelSettings(Settings):
+    """A language model that is asked something."""
+
+    path: str | None = Field(None, description="its folder, for engines of our own; default: the policy itself")
+    endpoint: EndpointSettings | None = Field(None, description="instead of path: it is served by others")
+    system: str | None = Field(None, description="system message before each question")
+    chat: bool = Field(True, description="apply its chat template; an endpoint always does")
+    max_length: Positive | None = Field(None, description="question + reply, tokens; default: the model's own")
+    generator: GeneratorSettings = Field(GeneratorSettings(), description="its engines, where path is given")
+
+    @model_validator(mode="after")
+    def _one_place(self) -> Self:
+        if self.endpoint is None:
+            return self
+        if self.path is not None:
+            raise ValueError(f"path={self.path}: an endpoint is given too; keep one of them")
+        for name in ("chat", "max_length", "generator"):
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name}: is the server's affair with an endpoint; leave it out")
+        return self
+
+
+class JudgeRewardSettings(LanguageModelSettings):
+    """A language model that marks every sample by a rubric; each axis is a part of the reward."""
+
+    name: str = Field("judge", pattern=r"^[^/<>]+$", description="parts are NAME_AXIS, in metrics and errors")
+    weight: float = Field(1.0, allow_inf_nan=False, description="of the mean over axes, in the sum of all rewards")
+    rubric: RubricSettings = Field(RubricSettings(), description="what is marked")
+    max_tokens: Positive = Field(64, description="longest reply; it is decoded greedily")
+    gpus_per_worker: float | None = Field(None, ge=0, description="of an engine; default: as its generator says")
+    deadline_s: float = Field(900.0, gt=0, description="for one group, waiting for rate limits included")
+
+    @model_validator(mode="after")
+    def _whose_engines(self) -> Self:
+        if self.path is None and self.endpoint is None:
+            raise ValueError("path: nobody marks himself; give path or endpoint")
+        if self.endpoint is not None and self.endpoint.patience_s >= self.deadline_s:
+            raise ValueError(
+                f"deadline_s={self.deadline_s:g}: must be above endpoint.patience_s={self.endpoint.patience_s:g}, or a "
+                "worker is taken for dead while it waits; raise it"
+            )
+        return self
+
+    @property
+    def part_names(self) -> list[str]:
+        """Parts of the reward, in order."""
+        return [f"{self.name}_{axis.name}" for axis in self.rubric.axes]
+
+
+def check_judges(judges: tuple[JudgeRewardSettings, ...]) -> None:
+    """ValueError where a judge's engines are told to sample: marks are decoded greedily."""
+    for index, judge in enumerate(judges):
+        if judge.generator.sampling != SamplingSettings():
+            name = f"judges.{index}.generator.sampling"
+            raise ValueError(f"{name}: marks are decoded greedily, up to judges.{index}.max_tokens; leave it out")
