@@ -253,7 +253,8 @@ class RunConfig(Settings):
             raise ValueError(
                 f"rewards: all of {names} have weight 0, so they are measured and nothing is learned; weigh one of them"
             )
-        parts = [*(r.name for r in self.rewards), *(part for m in self.reward_models for part in m.part_names)]
+        parts = [*(r.name for r in self.rewards), *(part for m in self.reward_models for part in m.part_names),
+                 *(part for judge in self.judges for part in judge.part_names)]  # fmt: skip
         if len(set(parts)) != len(parts):
             raise ValueError(f"rewards: names must differ, got {parts}; give each a name")
         if self.evaluation.reward is not None and self.evaluation.reward not in names:

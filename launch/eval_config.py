@@ -113,7 +113,7 @@ class EvalConfig(Settings):
         names = self.reward_names
         check_judges(self.judges)
         parts = [*(r.name for r in self.rewards), *(part for m in self.reward_models for part in m.part_names),
-                 *(part for j in self.judges for part in j.part_names)]
+                 *(part for j in self.judges for part in j.part_names)]  # fmt: skip
         if len({*parts, TOTAL, JUDGE}) != len(parts) + 2:
             raise ValueError(f"rewards: names must differ and none may be {TOTAL} or {JUDGE}, got {parts}; rename one")
         if not self.winners and self.base.path is not None:
