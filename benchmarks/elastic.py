@@ -12,6 +12,7 @@ May import: benchmarks.*, cluster.host, launch.scale.
 from __future__ import annotations
 
 import argparse
+import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -181,10 +182,12 @@ def compare_scaled(quick: bool) -> dict[str, Any]:
 
 def rescale(run: LiveRun, num_generators: int) -> int:
     """Ask for a fleet of that size and wait for it; the first step that it samples for from the start on."""
+    asked = time.time()  # on the way up the fleet had had other sizes
     scale(run.folder, ScaleRequest(generators=num_generators))
     changes = ("generator_joined", "generator_left")
     done = run.until(
-        "events.jsonl", lambda e: e["kind"] in changes and e["num_generators"] == num_generators,
+        "events.jsonl",
+        lambda e: e["time_unix"] > asked and e["kind"] in changes and e["num_generators"] == num_generators,
         f"a fleet of {num_generators}", DEADLINE_S,
     )  # fmt: skip
     return int(done["step"]) + 1

@@ -3,7 +3,7 @@
     python -m benchmarks.staleness_curves [--study letters] [--seeds 0,1,2] [--directory runs/staleness] [--quick]
 
     letters      a tiny random model at a high learning rate: seven runs a seed, a minute each
-    arithmetic   the recipe cpu-demo: seven runs a seed, each somewhat longer than `make demo`, 45 minutes in all
+    arithmetic   the recipe cpu-demo: seven runs a seed, each somewhat longer than `make demo`, 45 minutes a seed
 
 A run that has ended is not run again, so a study can be stopped and gone on with.  Writes the figure
 docs/figures/staleness-STUDY.svg and the section ``staleness-STUDY`` of docs/benchmarks.md; with ``--quick`` everything
@@ -63,7 +63,7 @@ STUDIES = {
             "learner.optimizer.lr=3e-3", "run.samples_per_prompt=8", "generator.max_num_seqs=64",
             "learner.token_budget=224",  # small packs are slow ones: what was sampled waits for the learner
         ),
-        "A tiny random model that is to write the letters a to k",
+        "A tiny random model, half of whose characters are to be letters from a to k",
     ),
     "arithmetic": Study("cpu-demo", 32, (), "SmolLM2-135M-Instruct, the recipe `cpu-demo`"),
 }  # fmt: skip

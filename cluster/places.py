@@ -83,7 +83,7 @@ class Places:
         in them end by themselves.
         """
         for index, growing in self._growing.items():
-            if self._adopted[index] == node_id:
+            if self._adopted.get(index) == node_id:
                 growing.cancel()
         self._adopted = {index: node for index, node in self._adopted.items() if node != node_id}
         self._free = [slot for slot in self._free if slot.index in self._planned or slot.index in self._adopted]

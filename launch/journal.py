@@ -62,6 +62,7 @@ class Journal:
         size = os.fstat(self._fd).st_size
         self._torn = size > 0 and os.pread(self._fd, 1, size - 1) != b"\n"
         self._held: deque[bytes] = deque()
+        self._is_refused = False
 
     def append(self, row: Mapping[str, Any]) -> bool:
         """Write one row and those held; False (and a line in the log for the first) when the disk refuses it."""
@@ -78,15 +79,22 @@ class Journal:
             try:
                 written = os.write(self._fd, data)
             except OSError as error:
-                if len(self._held) == 1:
-                    LOGGER.error("rows of %s wait for room on the disk: %s", self._path, error)
+                self._say_once(str(error))
                 return False
             if written:
                 self._torn = written not in (len(prefix), len(data))
             if written < len(data) - 1:  # a row that lacks its end of line only is whole, and must not come twice
+                self._say_once(f"{written} of {len(data)} bytes fitted")
                 return False
             self._held.popleft()
+        self._is_refused = False
         return True
+
+    def _say_once(self, reason: str) -> None:
+        """Until all rows are written again."""
+        if not self._is_refused:
+            LOGGER.error("rows of %s wait for room on the disk: %s", self._path, reason)
+        self._is_refused = True
 
     def close(self) -> None:
         """Write what is held, if there is room now."""

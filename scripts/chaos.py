@@ -137,6 +137,8 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="one run, ten kinds of faults once each")
     parser.add_argument("--short", action="store_true", help="one run, two faults: what `make test` has time for")
     arguments = parser.parse_args()
+    if arguments.faults < 1:
+        parser.error(f"--faults {arguments.faults}: there is nothing to inject; give at least 1")
     if arguments.families and (arguments.quick or arguments.short):
         parser.error("--families chooses runs of the long schedule; leave it out, or --quick and --short")
     families, left_out = arguments.families or list(known), ""

@@ -174,6 +174,8 @@ def test_what_a_disk_that_stays_full_loses_is_told(tmp_path: Path, caplog: pytes
     lost = [e["file"] for e in read_rows(tmp_path / "events.jsonl") if e["kind"] == "record_lost"]
     assert lost == ["step-000002.parquet"]
     assert "are lost: the disk is still full" in caplog.text
+    waits = [r for r in caplog.records if "metrics.jsonl wait for room" in r.getMessage()]
+    assert len(waits) == 1, "said once"
 
 
 def test_a_table_that_waits_for_room_goes_with_the_lineage_that_is_left(tmp_path: Path) -> None:
