@@ -22,7 +22,12 @@ from trainers.protocols import GeneratedGroup, GroupRequest, Payload
 
 
 class GeneratorFleet(Membership):
-    """``workers`` are ready, or will be before the first call; ``event`` hears of every change."""
+    """``workers`` are ready, or will be before the first call; ``event`` hears of every change.
+
+    Args:
+        num_seats: samples that one generator decodes at once.  It is given twice as many, so that the next ones are
+            there when these are done; what is more waits here, in its order, for whoever is free first.
+    """
 
     def __init__(
         self,
@@ -30,9 +35,11 @@ class GeneratorFleet(Membership):
         group_deadline_s: float,
         health: HealthSettings | None = None,
         event: Event = no_event,
+        num_seats: int | None = None,
     ) -> None:
-        super().__init__(workers, health, event)
+        super().__init__(workers, health, event, None if num_seats is None else 2 * num_seats)
         self.group_deadline_s = group_deadline_s
+        self._line = asyncio.Lock()  # whose head is who waits for room
 
     async def generate(self, request: GroupRequest) -> GeneratedGroup:
         """Sample one group, on another generator when one dies over it.
@@ -44,7 +51,7 @@ class GeneratorFleet(Membership):
         cost = int(request.prompt.token_ids.shape[0]) + request.num_samples * request.max_tokens
         reasons: list[str] = []
         while len(reasons) < self.health.max_attempts:
-            member = await self._next(cost, request.prompt.prompt_id, request.group_id, reasons)
+            member = await self._next(cost, request, reasons)
             try:
                 return await self._sample(member, request)
             except MemberGoneError as gone:
@@ -54,7 +61,8 @@ class GeneratorFleet(Membership):
                     reason=gone.reason,
                 )  # fmt: skip
             finally:
-                self._dispatcher.done(member.index, cost)
+                self._dispatcher.done(member.index, cost, request.num_samples)
+                self._opened.set()
                 member.num_running -= 1
                 if not member.num_running:
                     member.idle.set()
@@ -72,16 +80,19 @@ class GeneratorFleet(Membership):
 
         await asyncio.gather(*(one(member) for member in self.roster.members))
 
-    async def _next(self, cost: int, affinity: str, group_id: str, reasons: list[str]) -> Member:
-        """The member that takes a job now; waits while all are suspect or being replaced."""
-        while self._failure is not None or not self._dispatcher.open:
-            if self._failure is not None:
-                reasons.append(f"no generator is left: {self._failure}")
-                raise NoGeneratorError(group_id, tuple(reasons)) from self._failure
-            self._opened.clear()
-            # Ends: a suspect recovers or dies, and a fleet without members starts one or fails.
-            await self._opened.wait()
-        member = self._members[self._dispatcher.assign(cost, affinity)]
+    async def _next(self, cost: int, request: GroupRequest, reasons: list[str]) -> Member:
+        """The member that takes a job now; waits while all are full, suspect or being replaced."""
+        size = request.num_samples
+        async with self._line:
+            while self._failure is not None or not self._dispatcher.with_room(size):
+                if self._failure is not None:
+                    reasons.append(f"no generator is left: {self._failure}")
+                    raise NoGeneratorError(request.group_id, tuple(reasons)) from self._failure
+                self._opened.clear()
+                # Ends: a group ends by its deadline, a suspect recovers or dies, and a fleet without members starts
+                # one or fails.
+                await self._opened.wait()
+            member = self._members[self._dispatcher.assign(cost, request.prompt.prompt_id, size)]
         member.num_running += 1
         member.idle.clear()
         return member

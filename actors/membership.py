@@ -45,14 +45,19 @@ class Recruiting:
 
 
 class Membership:
-    """``workers`` are ready, or will be before their first call; ``event`` hears of every change."""
+    """``workers`` are ready, or will be before their first call; ``event`` hears of every change.
 
-    def __init__(self, workers: WorkerGroup, health: HealthSettings | None, event: Event) -> None:
+    ``room``: samples that one may have at a time; None: any number.
+    """
+
+    def __init__(
+        self, workers: WorkerGroup, health: HealthSettings | None, event: Event, room: int | None = None
+    ) -> None:
         self.workers, self.event = workers, event
         self.health = health or HealthSettings()
         self.roster = Roster()
         self.roster.on_expel = self._expelled
-        self._dispatcher = Dispatcher()
+        self._dispatcher = Dispatcher(room=room)
         self._members: dict[int, Member] = {}  # those that start too
         self._leaving: set[int] = set()
         self._opened = asyncio.Event()  # somebody may take work, or nobody ever will

@@ -9,8 +9,11 @@ Each side is a `burnish train` of the recipe cpu-demo on two cores, looked at fr
     sync, shared cores    every phase has both cores
 
 Rates are completion tokens trained on, of the tokens that were sampled meanwhile where these are fewer, a second.
-The pipeline's limit is the slower of the synchronous run's own phases, sampling and update, on a core each.  Work is
-balanced by ``generator.max_num_seqs``: few samples at once are slow samples.
+The pipeline's limit is the slower of two phases, sampling and update, on a core each: those of the synchronous run,
+and those of the asynchronous run itself.  The first knows whether the phases disturb each other; the second is of the
+same minutes, and a machine that is shared with others may be a third slower in one minute than in the next.  That is
+also why the modes take turns, in ``NUM_ROUNDS`` rounds.  Work is balanced by ``generator.max_num_seqs``: few samples at
+once are slow samples.
 May import: benchmarks.*, cluster.host, launch.accountant.
 """
 
@@ -18,7 +21,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +38,7 @@ SEATS = 6  # samples decoded at once, to begin with
 SEATS_BOUNDS = (1, 64)
 BALANCED = 0.75  # the shorter phase over the longer one
 MAX_TRIES = 3
+NUM_ROUNDS = 2
 JOB = Job(num_prompts=4, num_samples=8, max_tokens=32, beta=0.0)  # without KL: a reference would need a core as well
 
 
@@ -54,7 +58,7 @@ STALE = (Mode("async 1", 1, True, 3), Mode("async 4", 4, True, 3))
 
 @dataclass(frozen=True)
 class Pace:
-    """What a run did between the rows of two steps; phases in s a token, NaN where a run has none."""
+    """What a run did between the rows of two steps; phases in s a token."""
 
     tokens_per_s: float
     generate_s: float  # a token
@@ -81,14 +85,21 @@ def pace(rows: Sequence[Row], first: int, last: int, num_samples: int) -> Pace:
     num_trained = sum(row["groups/num_trained"] for row in counted)
     num_tokens = sum(num_samples * row["groups/num_trained"] * row["completions/mean_length"] for row in counted)
     # What a run trains on out of a store that it does not fill again is not its pace.
-    sampled = min(1.0, sum(row["groups/num_generated"] for row in counted) / num_trained)
+    generated = sum(row["groups/num_generated"] for row in counted) / num_trained
     return Pace(
-        tokens_per_s=sampled * num_tokens / seconds,
-        generate_s=sum(row.get("time/generate_s", float("nan")) for row in counted) / num_tokens,
+        tokens_per_s=min(1.0, generated) * num_tokens / seconds,
+        generate_s=sum(sampling_s(by_step[row["step"] - 1], row) for row in counted) / (generated * num_tokens),
         learn_s=sum(row["time/learn_s"] for row in counted) / num_tokens,
         push_s=median([row["time/push_s"] for row in counted]),
         lag=sum(row["staleness/mean"] for row in counted) / len(counted),
     )
+
+
+def sampling_s(before: Row, row: Row) -> float:
+    """Of one step: a phase of a synchronous run, elsewhere how long the generator had something to sample."""
+    if "time/generate_s" in row:
+        return float(row["time/generate_s"])
+    return float(row["accounting/generator/generate_fraction"] * (row["time_unix"] - before["time_unix"]))
 
 
 def balanced_seats(balance: float, seats: int) -> int:
@@ -100,9 +111,26 @@ def balanced_seats(balance: float, seats: int) -> int:
 
 
 def ratios(sync: Pace, stale: Pace, shared: Pace | None) -> dict[str, float]:
-    """An asynchronous pace over what it is compared with."""
-    found = {"sync": stale.tokens_per_s / sync.tokens_per_s, "limit": stale.tokens_per_s / sync.limit}
+    """An asynchronous pace over what it is compared with; ``own``: the limit by its own phases."""
+    found = {
+        "sync": stale.tokens_per_s / sync.tokens_per_s,
+        "limit": stale.tokens_per_s / sync.limit,
+        "own": stale.tokens_per_s / stale.limit,
+    }
     return found if shared is None else found | {"shared": stale.tokens_per_s / shared.tokens_per_s}
+
+
+def over_rounds(rounds: Sequence[Mapping[str, Pace]], mode: str, shared: Pace | None) -> dict[str, Any]:
+    """Medians of the :func:`ratios` of each round, and ``rounds``: those to the synchronous run, one by one."""
+    each = [ratios(paces[SYNC.name], paces[mode], shared) for paces in rounds]
+    return {name: median([found[name] for found in each]) for name in each[0]} | {
+        "rounds": [found["sync"] for found in each]
+    }
+
+
+def middle(paces: Sequence[Pace]) -> Pace:
+    """Each number's median."""
+    return Pace(**{f.name: median([getattr(pace, f.name) for pace in paces]) for f in fields(Pace)})
 
 
 def run_overrides(job: Job, mode: Mode, seats: int) -> list[str]:
@@ -144,17 +172,25 @@ def compare(job: Job, quick: bool) -> dict[str, Any]:
     if num_cpus() < NUM_CORES:
         raise MeasurementError(f"generator and learner need a core each, and there are {num_cpus()}")
     seats, sync, bubbles = balanced_sync(job, SEATS, 1 if quick else MAX_TRIES)
-    paces, tables = {SYNC.name: sync}, {SYNC.name: bubbles}
-    for mode in [replace(STALE[0], num_steps=2)] if quick else [*STALE, SHARED]:
-        paces[mode.name], tables[mode.name] = measure(job, mode, seats)
-    stale = [mode.name for mode in STALE if mode.name in paces]
+    rounds, tables = [{SYNC.name: sync}], {SYNC.name: bubbles}
+    stale = [replace(STALE[0], num_steps=2)] if quick else [*STALE]
+    for number in range(1 if quick else NUM_ROUNDS):
+        if number:
+            rounds.append({SYNC.name: measure(job, SYNC, seats)[0]})
+        for mode in stale:
+            rounds[-1][mode.name], tables[mode.name] = measure(job, mode, seats)
+    paces = {name: middle([paces[name] for paces in rounds]) for name in rounds[0]}
+    shared = None
+    if not quick:
+        shared, tables[SHARED.name] = measure(job, SHARED, seats)
+        paces[SHARED.name] = shared
     return {
         "paces": {name: vars(found) for name, found in paces.items()},
-        "limit": sync.limit,
-        "balance": sync.balance,
+        "limits": {name: found.limit for name, found in paces.items()},
+        "balance": paces[SYNC.name].balance,
         "seats": seats,
         "bubbles": tables,
-        "ratio": {name: ratios(sync, paces[name], paces.get(SHARED.name)) for name in stale},
+        "ratio": {mode.name: over_rounds(rounds, mode.name, shared) for mode in stale},
     }
 
 

@@ -181,7 +181,10 @@ def compare_scaled(quick: bool) -> dict[str, Any]:
 
 
 def rescale(run: LiveRun, num_generators: int) -> int:
-    """Ask for a fleet of that size and wait for it; the first step that it samples for from the start on."""
+    """Ask for a fleet of that size and wait for it; the first step all of whose groups it was given.
+
+    Groups that wait in a generator stay with it when another one comes: as many steps as may be under way.
+    """
     asked = time.time()  # on the way up the fleet had had other sizes
     scale(run.folder, ScaleRequest(generators=num_generators))
     changes = ("generator_joined", "generator_left")
@@ -190,7 +193,7 @@ def rescale(run: LiveRun, num_generators: int) -> int:
         lambda e: e["time_unix"] > asked and e["kind"] in changes and e["num_generators"] == num_generators,
         f"a fleet of {num_generators}", DEADLINE_S,
     )  # fmt: skip
-    return int(done["step"]) + 1
+    return int(done["step"]) + 1 + MAX_STALENESS
 
 
 def compare_replacement(quick: bool) -> dict[str, Any]:

@@ -16,7 +16,8 @@ from cluster.host import num_cpus
 from launch.accountant import BUBBLE_COLUMNS
 
 ASYNC = "asynchronous over synchronous"
-LIMIT = "asynchronous over the pipeline's limit"
+LIMIT = "asynchronous over the slower phase of the synchronous run"
+OWN = "asynchronous over the slower of its own phases, the pipeline's limit"
 SHARED = "asynchronous over synchronous with both cores in every phase"
 ROLLOUTS = "rollouts/s of two generators (of one)"
 PAUSE = "a push pauses a generator of an asynchronous run (plain load and check)"
@@ -34,10 +35,16 @@ def asynchrony_rows(found: Mapping[str, Any]) -> list[Row]:
     for mode, ratios in found["ratio"].items():
         k = mode.removeprefix("async ")
         own, sync = (paces[name]["tokens_per_s"] for name in (mode, "sync"))
-        note = asynchrony.explained(found)
+        each = ", ".join(f"{ratio:.2f}" for ratio in ratios["rounds"])
+        note = f"rounds {each}; {asynchrony.explained(found)}"
         rows.append(Row(named(ASYNC, k), f"{own:.1f}", f"{sync:.1f}", ratios["sync"], "asynchrony", note))
         lag = f"lag {paces[mode]['lag']:.1f} steps, a push takes {paces[mode]['push_s']:.2f} s"
-        rows.append(Row(named(LIMIT, k), f"{own:.1f}", f"{found['limit']:.1f}", ratios["limit"], "pipeline", lag))
+        limits = found["limits"]
+        rows.append(Row(named(OWN, k), f"{own:.1f}", f"{limits[mode]:.1f}", ratios["own"], "pipeline", lag))
+        slower = (f"{name} {paces[mode][key] / paces['sync'][key]:.2f} times as long a token"
+                  for name, key in (("sampling", "generate_s"), ("the update", "learn_s")))  # fmt: skip
+        rows.append(Row(named(LIMIT, k), f"{own:.1f}", f"{limits['sync']:.1f}", ratios["limit"], "pipeline",
+                        f"beside each other {', '.join(slower)}"))  # fmt: skip
         if "shared" in ratios:
             shared = paces["shared"]["tokens_per_s"]
             rows.append(Row(named(SHARED, k), f"{own:.1f}", f"{shared:.1f}", ratios["shared"]))

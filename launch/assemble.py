@@ -220,7 +220,9 @@ async def assemble(
     reference = None if references is None else ReferencePool(
         references, config.reference.deadline_s, config.reference.token_budget, config.health, event
     )  # fmt: skip
-    generator = GeneratorFleet(generators, config.generator.group_deadline_s, config.health, event)
+    generator = GeneratorFleet(
+        generators, config.generator.group_deadline_s, config.health, event, config.generator.max_num_seqs
+    )
     fleet = Fleet(
         generators=generators,
         trained=trained,

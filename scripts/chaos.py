@@ -3,6 +3,7 @@
     python -m scripts.chaos [--directory runs/chaos] [--seed 0] [--faults 100] [--families hosts] [--quick | --short]
 
     schedule --> deal --> runs under faults, and the same runs without --> prompts counted --> report.md, report.json
+Stopped, it goes on with the run in which it was when it is called again with the same schedule and directory.
 May import: rich, scripts.*, launch.{cli, journal}.
 """
 
@@ -11,10 +12,10 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import signal
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
@@ -22,35 +23,24 @@ from rich.console import Console
 
 from launch.cli import REFUSED
 from launch.journal import read_rows
+from scripts.chaos_folder import FolderError, Planned, clear, open_folder, read_outcome, write_outcome
 from scripts.chaos_report import Asked, markdown, report
 from scripts.chaos_run import ChaosRun, RunOutcome
 from scripts.chaos_runs import EPOCH, EPOCH_STEPS, FAMILIES, SAVE_EVERY, commands, environment, make_reward_model
 from scripts.count_prompts import Count, count_prompts
 from scripts.disk import Disk, open_disk
-from scripts.faults import KINDS, Fault, deal, schedule
+from scripts.faults import KINDS, deal, schedule
 from scripts.hosts import HostsError, lacking
 from scripts.sites import OneMachine, open_hosts
 
 NUM_SEEDS = 3
 LONG = {f"async-{i}": ("async", i) for i in range(NUM_SEEDS)} | {name: (name, 0) for name in ("ppo", "beside", "hosts")}
-NUM_STEPS = 40 * EPOCH_STEPS
+NUM_STEPS = 16 * EPOCH_STEPS
 HOST_STEPS = 4 * EPOCH_STEPS  # for each lost host: more than come before it is back
-COMPARED_STEPS = 10 * EPOCH_STEPS  # the last ones, whose mean reward is compared
-MORE_STEPS = 24 * EPOCH_STEPS  # when a run ends before its faults are through: more than any recovery takes
+MORE_STEPS = 16 * EPOCH_STEPS  # when a run ends before its faults are through: more than any recovery takes
 QUICK_STEPS, SHORT_STEPS = 12 * EPOCH_STEPS, 4 * EPOCH_STEPS
 QUICK = ("kill_generator", "stall_push", "pause_generator", "slow_generator", "kill_reward_worker", "kill_reference",
          "kill_learner", "fill_disk", "terminate_driver", "kill_everything")  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Planned:
-    """One run."""
-
-    name: str
-    family: str
-    seed: int
-    num_steps: int
-    faults: tuple[Fault, ...] = ()
 
 
 def plan(seed: int, num_faults: int, families: Sequence[str]) -> list[Planned]:
@@ -72,34 +62,41 @@ def brief(seed: int, family: str, num_steps: int, kinds: Sequence[str]) -> list[
     return [Planned(family, family, seed, num_steps, schedule(seed, len(kinds), kinds))]
 
 
-def last_reward(folder: Path, num_steps: int) -> float:
-    """Mean reward of the last ``COMPARED_STEPS`` planned steps; those that were added for faults do not count."""
-    steps = range(num_steps - COMPARED_STEPS + 1, num_steps + 1)
-    return fmean(float(row["reward"]) for row in read_rows(folder / "metrics.jsonl") if row["step"] in steps)
+def mean_reward(folder: Path, num_steps: int) -> float:
+    """Over the planned steps, learning included; those that were added for faults do not count."""
+    rows = read_rows(folder / "metrics.jsonl")
+    return fmean(float(row["reward"]) for row in rows if row["step"] <= num_steps)
+
+
+def run_one(p: Planned, directory: Path, disk: Disk, console: Console) -> RunOutcome:
+    """Leaves its folder, its output and what became of it in ``directory``."""
+    clear(directory, p.name)
+    clear(disk.folder, p.name)
+    model = make_reward_model(directory / "reward-model") if p.family == "ppo" else None
+    folder, two = disk.folder / p.name, p.family == "hosts"
+    try:
+        with open_hosts(environment(), directory / f"{p.name}-ray") if two else nullcontext(OneMachine()) as site:
+            command = commands(p.family, p.name, disk.folder, p.seed, model, site.overrides)
+            outcome = ChaosRun(
+                p.name, folder, command, p.faults, p.num_steps, MORE_STEPS, SAVE_EVERY, disk,
+                directory / f"{p.name}.log", environment(), console.print, site,
+            ).go()  # fmt: skip
+    except HostsError as error:  # before there was a run, or at the end of its hosts
+        outcome = RunOutcome(p.name, p.num_steps, problem=str(error))
+    if disk.folder != directory and folder.exists():
+        shutil.move(folder, directory / p.name)
+    write_outcome(directory, outcome)
+    return outcome
 
 
 def run_all(
     planned: Sequence[Planned], directory: Path, disk: Disk, console: Console
 ) -> tuple[list[RunOutcome], dict[str, Count]]:
-    """One run after the other; each leaves its folder and its output in ``directory``."""
+    """One run after the other; those that are over are not run again."""
     outcomes, counts = [], {}
-    needs_model = any(p.family == "ppo" for p in planned)
-    model = make_reward_model(directory / "reward-model") if needs_model else None
     for p in planned:
         console.rule(f"{p.name}: {len(p.faults)} faults")
-        folder = disk.folder / p.name
-        two = p.family == "hosts"
-        try:
-            with open_hosts(environment(), directory / f"{p.name}-ray") if two else nullcontext(OneMachine()) as site:
-                command = commands(p.family, p.name, disk.folder, p.seed, model, site.overrides)
-                outcome = ChaosRun(
-                    p.name, folder, command, p.faults, p.num_steps, MORE_STEPS, SAVE_EVERY, disk,
-                    directory / f"{p.name}.log", environment(), console.print, site,
-                ).go()  # fmt: skip
-        except HostsError as error:  # before there was a run, or at the end of its hosts
-            outcome = RunOutcome(p.name, p.num_steps, problem=str(error))
-        if disk.folder != directory and folder.exists():
-            shutil.move(folder, directory / p.name)
+        outcome = read_outcome(directory, p.name) or run_one(p, directory, disk, console)
         outcomes.append(outcome)
         if (directory / p.name / "metrics.jsonl").exists():
             counts[p.name] = count_prompts(directory / p.name, EPOCH)
@@ -120,16 +117,17 @@ def rewards_of(planned: Sequence[Planned], outcomes: Sequence[RunOutcome], direc
     """Of the runs of the family ``async`` that reached their planned end."""
     whole = {outcome.name for outcome in outcomes if outcome.problem is None}
     return {
-        p.name: last_reward(directory / p.name, p.num_steps)
+        p.name: mean_reward(directory / p.name, p.num_steps)
         for p in planned
-        if p.family == "async" and p.name in whole and p.num_steps >= COMPARED_STEPS
+        if p.family == "async" and p.name in whole
     }
 
 
 def main() -> int:
     """Exit code 1 when something did not pass."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # runs, hosts and disk go with it
     parser = argparse.ArgumentParser(prog="chaos", description=__doc__.partition("\n")[0])
-    parser.add_argument("--directory", type=Path, default=Path("runs/chaos"), help="must not exist")
+    parser.add_argument("--directory", type=Path, default=Path("runs/chaos"), help="a new one, or one to go on with")
     parser.add_argument("--seed", type=int, default=0, help="of the schedule")
     parser.add_argument("--faults", type=int, default=100, help="of the long schedule")
     known = tuple(dict.fromkeys(family for family, _ in LONG.values()))
@@ -150,18 +148,17 @@ def main() -> int:
         if not families:
             return REFUSED
     directory, console = arguments.directory.absolute(), Console(highlight=False)
-    try:
-        directory.mkdir(parents=True)
-    except FileExistsError:
-        reason = f"{directory} exists already; remove it or give another --directory"
-        print(f"chaos: {reason}", file=sys.stderr)  # noqa: T201 - the command's answer
-        return REFUSED
     if arguments.short:
         planned = brief(arguments.seed, "small", SHORT_STEPS, FAMILIES["small"].kinds)
     elif arguments.quick:
         planned = brief(arguments.seed, "async", QUICK_STEPS, QUICK)
     else:
         planned = plan(arguments.seed, arguments.faults, families)
+    try:
+        open_folder(directory, planned)
+    except FolderError as error:
+        print(f"chaos: {error}", file=sys.stderr)  # noqa: T201 - the command's answer
+        return REFUSED
     disk = open_disk(directory / "disk")
     console.print(f"the disk is full by {disk.how}")
     try:

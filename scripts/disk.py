@@ -46,6 +46,8 @@ class SmallDisk:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        if folder.is_mount():  # of one that was killed
+            _command("umount", "--lazy", str(folder))
         folder.mkdir(parents=True, exist_ok=True)
         _command("mount", "-t", "tmpfs", "-o", f"size={SIZE_BYTES},mode=0700", "burnish-chaos", str(folder))
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from random import Random
 
-NUM_COSTLY = 5  # times at most for each kind of target ``host``, which takes a minute or two, where others are cheaper
+NUM_COSTLY = 5  # times for each kind that takes a minute or two, where others are cheaper and have room for the rest
 MAX_GAP = 6  # rows of metrics between the end of one fault and the next one
 
 
@@ -58,6 +58,12 @@ class Kind:
     phases: tuple[Phase, ...]
     ends: Ends
 
+    @property
+    def is_costly(self) -> bool:
+        """Whether it takes an engine, a group of ranks or the whole run to start again: half a minute or more."""
+        restarts = self.ends in (Ends.RESTARTED, Ends.RESUMED, Ends.ADOPTED)
+        return restarts or (self.ends is Ends.REPLACED and self.target in ("generator", "engine"))
+
 
 _ANY = (Phase.SAMPLING, Phase.PUSHING, Phase.SAVING)
 _EARLY = (Phase.SAMPLING,)
@@ -98,16 +104,25 @@ class Fault:
 def schedule(seed: int, num_faults: int, kinds: Sequence[str]) -> tuple[Fault, ...]:
     """``num_faults`` faults in random order; each of ``kinds`` comes as often as any other, or once more.
 
-    Beside cheaper kinds those of hosts come ``NUM_COSTLY`` times at most; the others share the rest.
+    In a schedule long enough for ``NUM_COSTLY`` of each, kinds that end in a new engine or a new start of the run come
+    that often, or half as often as cheap ones; those of hosts come ``NUM_COSTLY`` times at most beside others.
 
     Raises:
         KeyError: an unknown kind.
     """
     random = Random(f"{seed} {num_faults} {' '.join(kinds)}")
-    cheap = [kind for kind in kinds if KINDS[kind].target != "host"] or [*kinds]
-    costly = [kind for kind in kinds if kind not in cheap] * min(NUM_COSTLY, num_faults // len(kinds))
-    each, more = divmod(num_faults - len(costly), len(cheap))
-    names = [*costly, *cheap * each, *random.sample(cheap, more)]
+    each = num_faults // len(kinds)
+    hosts = [kind for kind in kinds if KINDS[kind].target == "host"]
+    costly = [kind for kind in kinds if KINDS[kind].is_costly and kind not in hosts]
+    times = dict.fromkeys(hosts, min(NUM_COSTLY, each))
+    if each >= NUM_COSTLY:
+        times |= dict.fromkeys(costly, max(NUM_COSTLY, each // 2))
+    rest = [kind for kind in kinds if kind not in times]
+    if not rest:  # nothing is cheaper
+        times, rest = {}, [*kinds]
+    names = [kind for kind, num in times.items() for _ in range(num)]
+    num_each, more = divmod(num_faults - len(names), len(rest))
+    names += [*rest * num_each, *random.sample(rest, more)]
     random.shuffle(names)
     return tuple(
         Fault(number, name, random.choice(KINDS[name].phases), random.random(), random.randint(1, MAX_GAP))

@@ -37,15 +37,16 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 @pytest.mark.parametrize(("num_faults", "num_each"), [(100, NUM_COSTLY), (1000, NUM_COSTLY), (40, 2), (10, 0)])
-def test_kinds_that_take_minutes_come_five_times_at_most_and_the_others_share_the_rest(
+def test_the_loss_of_a_host_comes_five_times_at_most_and_other_kinds_share_the_rest(
     num_faults: int, num_each: int
 ) -> None:
     for seed in range(5):
         counts = Counter(fault.kind for fault in schedule(seed, num_faults, tuple(KINDS)))
         assert counts.total() == num_faults
         assert all(counts[kind] == num_each for kind in OF_HOSTS)
-        others = [counts[kind] for kind in KINDS if kind not in OF_HOSTS]
-        assert max(others) - min(others) <= 1 and (num_faults < 100 or min(others) >= 5)
+        for costly in (True, False):
+            others = [counts[kind] for kind in KINDS if kind not in OF_HOSTS and KINDS[kind].is_costly is costly]
+            assert max(others) - min(others) <= 1 and (num_faults < 100 or min(others) >= 5)
     alone = Counter(fault.kind for fault in schedule(0, 15, OF_HOSTS))
     assert sorted(alone.values()) == [7, 8], "alone they are asked for"
 

@@ -38,6 +38,11 @@ def row(step: int, at: float, **values: float) -> dict[str, Any]:
     return found | {name.replace("__", "/"): value for name, value in values.items()}
 
 
+def busy(step: int, at: float, **values: float) -> dict[str, Any]:
+    """Of an asynchronous run, which has no phase of sampling: its generator works all the time."""
+    return row(step, at, **{"accounting__generator__generate_fraction": 1.0} | values)
+
+
 # --- arithmetic -----------------------------------------------------------------------------------
 
 
@@ -51,18 +56,35 @@ def test_a_pace_counts_tokens_between_two_rows_and_phases_by_the_token() -> None
 
 
 def test_what_is_trained_on_out_of_a_store_is_not_a_pace() -> None:
-    rows = [row(1, 0.0), row(2, 10.0, groups__num_generated=0.0), row(3, 20.0, groups__num_generated=1.0)]
+    rows = [row(1, 0.0), busy(2, 10.0, groups__num_generated=0.0), busy(3, 20.0, groups__num_generated=1.0)]
     assert asynchrony.pace(rows, 1, 3, SAMPLES).tokens_per_s == pytest.approx(8 / 4)
-    eager = [row(1, 0.0), row(2, 10.0, groups__num_generated=9.0)]
+    eager = [row(1, 0.0), busy(2, 10.0, groups__num_generated=9.0)]
     assert asynchrony.pace(eager, 1, 2, SAMPLES).tokens_per_s == pytest.approx(8), "nor is what nobody trains on"
 
 
 def test_an_overlap_without_loss_is_twice_the_synchronous_pace_and_all_of_the_limit() -> None:
     sync = asynchrony.pace([row(s, 8.0 * s, time__generate_s=4.0, time__learn_s=4.0) for s in (1, 2)], 1, 2, SAMPLES)
-    stale = asynchrony.pace([row(s, 4.0 * s, time__learn_s=4.0) for s in (1, 2)], 1, 2, SAMPLES)
-    assert math.isnan(stale.generate_s), "an asynchronous run has no such phase"
-    assert asynchrony.ratios(sync, stale, None) == pytest.approx({"sync": 2.0, "limit": 1.0})
+    stale = asynchrony.pace([busy(s, 4.0 * s, time__learn_s=4.0) for s in (1, 2)], 1, 2, SAMPLES)
+    assert asynchrony.ratios(sync, stale, None) == pytest.approx({"sync": 2.0, "limit": 1.0, "own": 1.0})
     assert asynchrony.ratios(sync, stale, stale)["shared"] == pytest.approx(1.0)
+
+
+def test_on_a_machine_that_has_become_slower_the_own_limit_is_still_reached_and_the_other_is_not() -> None:
+    sync = asynchrony.pace([row(s, 8.0 * s, time__generate_s=4.0, time__learn_s=4.0) for s in (1, 2)], 1, 2, SAMPLES)
+    stale = asynchrony.pace([busy(s, 5.0 * s, time__learn_s=5.0) for s in (1, 2)], 1, 2, SAMPLES)
+    assert asynchrony.ratios(sync, stale, None) == pytest.approx({"sync": 1.6, "limit": 0.8, "own": 1.0})
+    idle = [busy(s, 8.0 * s, time__learn_s=4.0, accounting__generator__generate_fraction=0.5) for s in (1, 2)]
+    waiting = asynchrony.pace(idle, 1, 2, SAMPLES)
+    assert asynchrony.ratios(sync, waiting, None)["own"] == pytest.approx(0.5), "who waits is below its own limit"
+
+
+def test_rounds_are_compared_one_by_one_and_their_median_counts() -> None:
+    paces = [asynchrony.Pace(rate, 1 / 20, 1 / 20, 0.0, 0.0) for rate in (10.0, 16.0, 18.0, 5.0, 9.0)]
+    rounds = [{"sync": paces[0], "async 1": paces[n]} for n in (1, 2)] + [{"sync": paces[3], "async 1": paces[4]}]
+    found = asynchrony.over_rounds(rounds, "async 1", None)
+    assert found["rounds"] == pytest.approx([1.6, 1.8, 1.8]) and found["sync"] == pytest.approx(1.8)
+    assert "shared" not in found and found["own"] == pytest.approx(0.8)
+    assert asynchrony.middle(paces).tokens_per_s == 10.0
 
 
 def test_seats_are_doubled_while_sampling_is_slow_and_halved_while_it_is_fast() -> None:
@@ -157,10 +179,11 @@ def test_the_figure_of_curves_is_the_same_every_time(tmp_path: Path) -> None:
 
 def every_row() -> list[page.Row]:
     pace = vars(asynchrony.Pace(1.0, 1.0, 1.0, 1.0, 1.0))
-    ratio = {"sync": 1.7, "limit": 0.95, "shared": 1.1}
+    ratio = {"sync": 1.7, "limit": 0.85, "own": 0.95, "shared": 1.1, "rounds": [1.7, 1.7]}
     found = {
-        "paces": dict.fromkeys(("sync", "async 1", "async 4", "shared"), pace), "limit": 1.0, "balance": 1.0,
-        "seats": 8, "ratio": {"async 1": ratio, "async 4": ratio},
+        "paces": dict.fromkeys(("sync", "async 1", "async 4", "shared"), pace), "balance": 1.0,
+        "limits": dict.fromkeys(("sync", "async 1", "async 4", "shared"), 1.0), "seats": 8,
+        "ratio": {"async 1": ratio, "async 4": ratio},
     }  # fmt: skip
     lost = {"num_generators": 3, "num_samples": 8, "lost_s": 4.0, "start_s": 10.0, "ratio": 0.4, "survivors": 1.0,
             "meanwhile": 1.0, "share": 1.0, "is_real": False}  # fmt: skip
