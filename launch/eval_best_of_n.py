@@ -71,8 +71,8 @@ def section(found: Mapping[str, Any], gold: str | None) -> Section:
     """A table with a row for each n and reward, and the win rates over the bound on the KL."""
     text = (
         f"Of n samples of the policy the one with the highest {found['scorer']} is taken, estimated without bias from "
-        f"all subsets of {found['num_samples']} samples a prompt; win rate: over one sample of the {found['against']} to "
-        "the same prompt, ties as half. The KL from the policy that is sampled is at most ln n - (n - 1) / n "
+        f"all subsets of {found['num_samples']} samples a prompt; win rate: over one sample of the {found['against']} "
+        "to the same prompt, ties as half. The KL from the policy that is sampled is at most ln n - (n - 1) / n "
         "(arXiv:2401.01879)."
     )
     sizes, shown = found["sizes"], _shown(found, gold)

@@ -119,9 +119,9 @@ async def _sample(
     """One model's completions of every prompt, and its greedy answers to the suites; of the policy its pool besides."""
     num_samples, settings, asked = config.eval.num_samples, config.generator, config.eval.best_of_n
     requests = _requests(config, prepared.prompts, "eval", range(num_samples))
-    if who == POLICY and asked is not None:  # streams of its own: no opponent of the best is among those it is taken of
-        streams = range(num_samples, num_samples + max(asked.n))
-        requests += _requests(config, prepared.prompts, POOL, streams)
+    # Streams of its own: no opponent of the best is among those that it is taken of.
+    pool = range(num_samples, num_samples + max(asked.n)) if who == POLICY and asked is not None else range(0)
+    drawn = _requests(config, prepared.prompts, POOL, pool) if pool else []
     questions = [
         GroupRequest(f"{suite.name}-{i}", prompt, 1, (0,), 1.0, config.eval.suite_max_tokens, greedy=True)
         for suite in prepared.suites
@@ -138,16 +138,14 @@ async def _sample(
             return decode_group(fetch(generated.payload, PAYLOAD_DEADLINE_S))
 
         found = await in_lanes(-(-OVERSUPPLY * places // num_samples), [*requests, *questions], answer)
+        pooled = await in_lanes(-(-OVERSUPPLY * places // len(pool)), drawn, answer) if drawn else []
     took = time.perf_counter() - ready
-    num_tokens = sum(t.num_tokens for group in found for t in group.trajectories)
+    num_tokens = sum(t.num_tokens for group in [*found, *pooled] for t in group.trajectories)
     _say(console, f"{who}: {num_tokens} tokens in {took:.1f} s ({num_tokens / took:.0f}/s), "
                   f"engines ready in {ready - started:.1f} s")  # fmt: skip
     texts = iter(group.trajectories[0].text for group in found[len(requests) :])
-    count = len(prepared.prompts)
-    told = {who: Answers(found[:count], {s.name: [next(texts) for _ in s.items] for s in prepared.suites})}
-    if len(requests) > count:
-        told[POOL] = Answers(found[count : len(requests)], {})
-    return told
+    suites = {suite.name: [next(texts) for _ in suite.items] for suite in prepared.suites}
+    return {who: Answers(found[: len(requests)], suites)} | ({POOL: Answers(pooled, {})} if pooled else {})
 
 
 def _requests(config: EvalConfig, prompts: Sequence[Prompt], name: str, streams: range) -> list[GroupRequest]:

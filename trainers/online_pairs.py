@@ -91,9 +91,9 @@ def sampled_pairs(totals: Sequence[np.ndarray], kept: Sequence[np.ndarray]) -> S
         else:
             num_ties += 1
         start += rewards.size
-    columns = [np.array([row[k] for row in rows], dtype=np.int64) for k in range(3)]
+    groups, chosen, rejected = (np.array([row[k] for row in rows], dtype=np.int64) for k in range(3))
     margins = np.array([row[3] for row in rows], dtype=np.float64)
-    return SampledPairs(*columns, margins, num_ties, num_single)
+    return SampledPairs(groups, chosen, rejected, margins, num_ties, num_single)
 
 
 def pair_gradients(
