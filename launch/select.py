@@ -68,16 +68,20 @@ def answer_one(config: SelectConfig, prompt: str, console: Console, resume: bool
     """
     if resume:
         raise InputError("--resume", prompt, "one prompt leaves no run to go on with", "leave out --resume")
-    train = DatasetSettings(function="launch.given_prompts:rows", args={"prompts": [prompt]})
     with tempfile.TemporaryDirectory(prefix="burnish-answer-") as folder:
-        run = config.run.model_copy(update={"directory": folder, "num_prompts": 1})
-        own = config.model_copy(update={"run": run, "prompts": config.prompts.model_copy(update={"train": train})})
-        _, (row,) = _answer(own, console, False)
+        _, (row,) = _answer(of_one_prompt(config, prompt, folder), console, False)
     said = row["completion"]
     console.print("none of the candidates may be kept" if said is None else said, markup=False, highlight=False)
     shown = ", ".join("none" if score is None else f"{score:.4g}" for score in row["scores"])
     console.print(f"candidate {row['candidate']}; scores: {shown}", markup=False, highlight=False, soft_wrap=True)
     return row
+
+
+def of_one_prompt(config: SelectConfig, prompt: str, folder: str) -> SelectConfig:
+    """``config`` with ``prompt`` in place of its dataset, run below ``folder``."""
+    train = DatasetSettings(function="launch.given_prompts:rows", args={"prompts": [prompt]})
+    run = config.run.model_copy(update={"directory": folder, "num_prompts": 1})
+    return config.model_copy(update={"run": run, "prompts": config.prompts.model_copy(update={"train": train})})
 
 
 def _answer(config: SelectConfig, console: Console, resume: bool) -> tuple[Selection, list[dict[str, Any]]]:

@@ -251,6 +251,15 @@ def test_more_than_the_best_answer_is_no_answer(tmp_path: Path) -> None:
         select.answer_one(config(tmp_path), "2 + 2?", Console(quiet=True), resume=True)
 
 
+def test_one_prompt_is_a_dataset_and_a_verifier_without_its_column_is_refused(tmp_path: Path) -> None:
+    one = select.of_one_prompt(config(tmp_path), "2 + 2?", str(tmp_path / "scratch"))
+    (prompt,) = labelling.prepare_label(one.labelling("answers")).prompts
+    assert prompt.source == "2 + 2?" and one.target("answers").parent.parent == tmp_path / "scratch"
+    needs_entry = select.of_one_prompt(load_config("cpu-rejection", [f"model.path={TINY}"]).config, "2 + 2?", "x")
+    with pytest.raises(InputError, match="entry"):
+        labelling.prepare_label(needs_entry.labelling("answers"))
+
+
 # --- with engines ---------------------------------------------------------------------------------
 
 LETTERS = "def letters(completions):\n    return [float(sum(c.isalpha() for c in text)) for text in completions]\n"
