@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from actors.batch_rank import BatchRank, Share
 from actors.experience_batch import ExperienceBatch, contributing
 from actors.modeling import load_policy
 from actors.objective import TokenTerms, pack_loss
+from actors.online_pairs import OnlinePairs
 from actors.packing import Pack
 from actors.parameter_change import ParameterChange
 from actors.pretraining import PretrainingTerm
@@ -45,6 +46,14 @@ class _Fixed:
     advantages: np.ndarray  # float64 [samples], NaN where masked; the mean over a sample's tokens where they differ
     token_advantages: Sequence[np.ndarray] | None  # float32 [T] a sample; None: one for all tokens of a sample
     proximal: Sequence[np.ndarray] | None  # float32 [T] a sample; None: the policy itself, in its only update
+    pairs: OnlinePairs | None = None  # online DPO: weights and advantages are of one optimizer step
+    sample_weights: np.ndarray | None = None  # float64 [samples], of each token; None: the batch's own
+
+    def weights(self, members: Sequence[int]) -> np.ndarray:
+        """Token weights of one minibatch, float64 [members]."""
+        if self.sample_weights is not None:
+            return self.sample_weights[list(members)]
+        return self.batch.weights(members, self.trainable)
 
     def chosen(self, members: Sequence[int], weights: np.ndarray) -> list[int]:
         """The members whose gradient can be nonzero."""
@@ -139,7 +148,7 @@ class DeepSpeedLearner(BatchRank):
         """
         started = time.perf_counter()
         fixed = self._before_update(groups, targets, kl_coef)
-        batch, advantages = fixed.batch, fixed.advantages
+        batch = fixed.batch
         lr = self.learning_rate(step)
         totals = UpdateTotals(self.device)
         norms: list[float] = []
@@ -158,6 +167,10 @@ class DeepSpeedLearner(BatchRank):
         ):
             if not measured:
                 metrics.pop(name, None)  # not measured is not 0
+        advantages = fixed.advantages
+        if fixed.pairs is not None:
+            advantages = fixed.pairs.advantages
+            metrics |= fixed.pairs.metrics()  # its loss too: that of the pack is only made to have its gradient
         if self.pretraining is not None:
             metrics["pretrain_loss"] = totals.pretrain_loss() / len(norms)
         scored = advantages[np.isfinite(advantages)]
@@ -205,6 +218,10 @@ class DeepSpeedLearner(BatchRank):
     ) -> _Fixed:
         algorithm = self.algorithm if kl_coef is None else self.algorithm.model_copy(update={"kl_coef": kl_coef})
         batch = ExperienceBatch(groups, algorithm, self.sampling.max_tokens)
+        if algorithm.learns_from_pairs:
+            pairs = OnlinePairs(batch, algorithm, self.payload_deadline_s)
+            plain = algorithm.model_copy(update={"kl_coef": 0.0})  # the reference is in the loss of the pairs
+            return _Fixed(batch, plain, pairs.is_paired, pairs.advantages, None, None, pairs)
         trainable = batch.trainable()
         if targets is not None:
             rows = decode_targets(fetch(targets[0], self.payload_deadline_s))
@@ -223,7 +240,9 @@ class DeepSpeedLearner(BatchRank):
 
     def _accumulate(self, fixed: _Fixed, members: Sequence[int], totals: UpdateTotals, step: int, index: int) -> None:
         """Backward of everything that goes into the ``index``-th optimizer step on the batch of ``step``."""
-        weights = fixed.batch.weights(members, fixed.trainable)
+        if fixed.pairs is not None:
+            fixed = self._paired(fixed, fixed.pairs, members)
+        weights = fixed.weights(members)
         weight_of = dict(zip(members, weights, strict=True))
         for share in self.shares(fixed.batch, members, fixed.chosen(members, weights)):
             terms = self._terms(fixed, share, weight_of)
@@ -255,11 +274,20 @@ class DeepSpeedLearner(BatchRank):
 
     # --- log-probs before the update ------------------------------------------------------------
 
+    def _paired(self, fixed: _Fixed, pairs: OnlinePairs, members: Sequence[int]) -> _Fixed:
+        """What the pairs among ``members`` ask of their samples under the present weights; a collective."""
+        weights, advantages = pairs.step(members, lambda samples: self._logprobs_of(fixed.batch, samples))
+        return replace(fixed, sample_weights=weights, advantages=advantages)
+
     def _proximal(self, batch: ExperienceBatch) -> list[np.ndarray]:
         """Log-probs of every sample under the weights before this batch's first step."""
-        tokens = [batch.tokens(i, self.payload_deadline_s) for i in range(batch.num_samples)]
+        return self._logprobs_of(batch, range(batch.num_samples))
+
+    def _logprobs_of(self, batch: ExperienceBatch, samples: Sequence[int]) -> list[np.ndarray]:
+        """float32 [T] of each of ``samples`` under the present weights, on every rank; a collective."""
+        tokens = [batch.tokens(i, self.payload_deadline_s) for i in samples]
         prompts, completions = [t.prompt_ids for t in tokens], [t.completion_ids for t in tokens]
-        return self.score_everything(self._score, prompts, completions, [s.group for s in batch.shapes])
+        return self.score_everything(self._score, prompts, completions, [batch.shapes[i].group for i in samples])
 
     def _score(self, pack: Pack) -> torch.Tensor:
         logprobs: torch.Tensor = self.engine.forward(pack, self.sampling.temperature, with_entropy=False)[0]

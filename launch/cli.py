@@ -71,6 +71,17 @@ def _parser() -> argparse.ArgumentParser:
     label.add_argument("--resume", action="store_true", help="go on with the run of this name where it was")
     label.set_defaults(command=_label)
 
+    selection = commands.add_parser("select", help="sample n answers a prompt and keep the best ones as an SFT set")
+    _recipe_arguments(selection)
+    selection.add_argument("--resume", action="store_true", help="go on with the run of this name where it was")
+    selection.set_defaults(command=_select)
+
+    answering = commands.add_parser("answer", help="answer prompts with the best of n samples")
+    _recipe_arguments(answering)
+    answering.add_argument("--prompt", help="answer this one; default: every prompt of prompts.train")
+    answering.add_argument("--resume", action="store_true", help="go on with the run of this name where it was")
+    answering.set_defaults(command=_answer)
+
     revision = commands.add_parser("revise", help="have answers criticised and revised by a constitution")
     _recipe_arguments(revision)
     revision.add_argument("--resume", action="store_true", help="go on with the run of this name where it was")
@@ -171,12 +182,13 @@ def _expect(config: object, command: str, recipe: str) -> None:
     from launch.eval_config import EvalConfig
     from launch.label_config import LabelConfig
     from launch.revise_config import ReviseConfig
+    from launch.select_config import SelectConfig
     from trainers.errors import InputError
 
-    kinds = {"label": LabelConfig, "eval": EvalConfig, "revise": ReviseConfig}
+    kinds = {"label": LabelConfig, "eval": EvalConfig, "revise": ReviseConfig, "select": SelectConfig}
     own = next((name for name, kind in kinds.items() if isinstance(config, kind)), "train")
-    if own != command:
-        what = {"label": "labels", "eval": "evaluates", "revise": "revises", "train": "trains"}
+    if own != command and (own, command) != ("select", "answer"):
+        what = {"label": "labels", "eval": "evaluates", "revise": "revises", "select": "selects", "train": "trains"}
         raise InputError("recipe", recipe, f"{what[own]}, and `burnish {command}` does not", f"use `burnish {own}`")
 
 
@@ -188,6 +200,31 @@ def _label(arguments: argparse.Namespace) -> int:
     from launch.label import label
 
     label(resolved.config, _console(), arguments.resume)
+    return 0
+
+
+def _select(arguments: argparse.Namespace) -> int:
+    resolved = _resolved(arguments)
+    if resolved is None:
+        return 0
+    _expect(resolved.config, "select", arguments.recipe)
+    from launch.select import select_answers
+
+    select_answers(resolved.config, _console(), arguments.resume)
+    return 0
+
+
+def _answer(arguments: argparse.Namespace) -> int:
+    resolved = _resolved(arguments)
+    if resolved is None:
+        return 0
+    _expect(resolved.config, "answer", arguments.recipe)
+    from launch.select import answer_one, answer_prompts
+
+    if arguments.prompt is None:
+        answer_prompts(resolved.config, _console(), arguments.resume)
+    else:
+        answer_one(resolved.config, arguments.prompt, _console(), arguments.resume)
     return 0
 
 
@@ -223,11 +260,13 @@ def _validate(arguments: argparse.Namespace) -> int:
     from launch.eval_config import EvalConfig
     from launch.label_config import LabelConfig
     from launch.revise_config import ReviseConfig
+    from launch.select_config import SelectConfig
 
-    if isinstance(resolved.config, LabelConfig):
+    if isinstance(resolved.config, LabelConfig | SelectConfig):
         from launch.label_prepare import prepare_label
 
-        prepare_label(resolved.config)
+        own = resolved.config
+        prepare_label(own if isinstance(own, LabelConfig) else own.labelling("sft"))
     elif isinstance(resolved.config, EvalConfig):
         from launch.eval_prepare import prepare_eval
 

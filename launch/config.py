@@ -177,6 +177,18 @@ class RunConfig(Settings):
         """The values that algorithm.name has for sections and keys that are not set."""
         return with_preset(data) if isinstance(data, Mapping) else data
 
+    @model_validator(mode="before")
+    @classmethod
+    def _pairs_are_sampled(cls, data: Any) -> Any:
+        """Rows for algorithm.name=dpo, in the section that offline learning has, under another name."""
+        algorithm = data.get("algorithm") if isinstance(data, Mapping) else None
+        if isinstance(algorithm, Mapping) and algorithm.get("name") == "online_dpo" and "data" in data:
+            raise ValueError(
+                "algorithm.name=online_dpo: data is for what learns from written preferences, and online_dpo samples "
+                "its own pairs; give prompts and rewards in its place, or use algorithm.name=dpo"
+            )
+        return data
+
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:
         run, alg = self.run, self.algorithm
@@ -192,9 +204,8 @@ class RunConfig(Settings):
                 "head; leave it out, or set critic.optimizer.head_lr_factor"
             )
         if run.samples_per_prompt < 2 and alg.needs_group:
-            raise ValueError(
-                f"run.samples_per_prompt={run.samples_per_prompt}: a group-relative advantage needs at least 2 samples"
-            )
+            what = "a pair of samples" if alg.learns_from_pairs else "a group-relative advantage"
+            raise ValueError(f"run.samples_per_prompt={run.samples_per_prompt}: {what} needs at least 2 samples")
         if self.filtering.zero_variance and not alg.needs_group:
             how = "the critic" if alg.needs_critic else f"algorithm.baseline={alg.baseline}"
             raise ValueError(

@@ -1,7 +1,7 @@
 """The reference table of every configuration key, made from the models themselves.
 
 ``python -m launch.config_reference`` rewrites the table in docs/configuration.md; a test compares them.
-May import: pydantic, launch.config_keys, and the five files of this room that define a configuration.
+May import: pydantic, launch.config_keys, and the six files of this room that define a configuration.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from launch.config_keys import Slot, expected, models_of, slot_at
 from launch.eval_config import EvalConfig
 from launch.label_config import LabelConfig
 from launch.revise_config import ReviseConfig
+from launch.select_config import SelectConfig
 from launch.tuning_config import TuningConfig
 
 PAGE = "docs/configuration.md"
@@ -32,6 +33,7 @@ KINDS: dict[type[BaseModel], str] = {
     LabelConfig: "label",
     EvalConfig: "eval",
     ReviseConfig: "revise",
+    SelectConfig: "select",
 }
 
 

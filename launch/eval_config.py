@@ -51,6 +51,23 @@ class BaseSettings(ReferenceSettings):
     logprob_chunk: Positive = Field(1024, description="response positions scored at once")
 
 
+class BestOfNSettings(Settings):
+    """Best-of-n of the policy, from samples of their own."""
+
+    n: tuple[Positive, ...] = Field(
+        min_length=1, description="how many samples the best is taken of; the largest is how many are sampled a prompt"
+    )
+    scorer: str | None = Field(
+        None, description="the reward that chooses the best: a reward's name or total; default: eval.win_by, or total"
+    )
+
+    @model_validator(mode="after")
+    def _sizes_differ(self) -> Self:
+        if len(set(self.n)) != len(self.n):
+            raise ValueError(f"n: each size once, got {list(self.n)}; leave the repetition out")
+        return self
+
+
 class EvalSettings(Settings):
     """The instruments."""
 
@@ -67,6 +84,9 @@ class EvalSettings(Settings):
     )
     correct: str | None = Field(
         None, description="the reward that says, from 0 to 1, whether an answer is right; calibrates the policy"
+    )
+    best_of_n: BestOfNSettings | None = Field(
+        None, description="choose the best of n samples of the policy by one reward, and measure it by all of them"
     )
     suites: tuple[str, ...] = Field((), description="capability, refusal, over_refusal, sycophancy, red_team; or JSONL")
     suite_max_tokens: Positive = Field(128, description="longest answer to a suite's question; decoded greedily")
@@ -127,6 +147,7 @@ class EvalConfig(Settings):
                 near = difflib.get_close_matches(value, known, n=1, cutoff=0.0)
                 hint = f"did you mean {near[0]}?" if near else "give rewards"
                 raise ValueError(f"eval.{key}={value!r}: is none of the rewards {known}; {hint}")
+        self._check_best_of_n(names)
         if self.eval.preferences is not None and not self.reward_models and self.eval.judge is None:
             raise ValueError(
                 "eval.preferences: there is no reward model to judge; give reward_models or eval.judge, or leave it out"
@@ -138,6 +159,26 @@ class EvalConfig(Settings):
                 f"{self.eval.suite_max_tokens} leaves no room for a prompt in model.max_length={longest}; use less"
             )
         return self
+
+    def _check_best_of_n(self, names: list[str]) -> None:
+        asked = self.eval.best_of_n
+        if asked is None:
+            return
+        if not names:
+            raise ValueError("eval.best_of_n: nothing says which sample is best; give rewards, reward_models or judges")
+        if asked.scorer is not None and asked.scorer not in (*names, TOTAL):
+            near = difflib.get_close_matches(asked.scorer, [*names, TOTAL], n=1, cutoff=0.0)[0]
+            raise ValueError(
+                f"eval.best_of_n.scorer={asked.scorer!r}: is none of the rewards {[*names, TOTAL]}; did you mean "
+                f"{near}?"
+            )
+
+    @property
+    def best_of_n_scorer(self) -> str:
+        """The reward that chooses the best of n."""
+        asked = self.eval.best_of_n
+        own = None if asked is None else asked.scorer
+        return own or (TOTAL if self.eval.win_by in (None, JUDGE) else str(self.eval.win_by))
 
     @property
     def winners(self) -> list[str]:

@@ -23,7 +23,7 @@ from launch.eval_config import EvalConfig
 from launch.eval_judge import judge_rows
 from launch.eval_page import write_page
 from launch.eval_prepare import PAGE, REPORT, SAMPLES, VERDICTS, PreparedEval
-from launch.eval_report import BASE, POLICY, Measured, flat, plain
+from launch.eval_report import BASE, POLICY, POOL, Measured, flat, plain
 from launch.eval_sections import Row, page_sections, summary_rows
 from launch.label_prepare import folder_digest
 from launch.redaction import redact, wandb_key_is_there
@@ -69,7 +69,7 @@ def write_results(
 def samples_table(measured: Measured) -> pa.Table:
     """A row a sample of either model; the columns of a training run's trajectories, and ``model``."""
     tables = []
-    for who, side in ((POLICY, measured.policy), (BASE, measured.base)):
+    for who, side in ((POLICY, measured.policy), (BASE, measured.base), (POOL, measured.pool)):
         if side is None:
             continue
         empty = [GroupRewards(g.group_id, np.full(len(g.trajectories), np.nan), {}) for g in side.groups]

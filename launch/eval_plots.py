@@ -41,6 +41,18 @@ def win_plot(rates: Mapping[str, WinRate]) -> str:
     return figure_svg(figure)
 
 
+def best_of_n_plot(bounds: Sequence[float], rates: Mapping[str, Sequence[Estimate]]) -> str:
+    """Win rate of the best of n by each of ``rates`` over the bound on its KL, ``bounds``, nats."""
+    figure, axes = _figure(6.4, 3.6)
+    axes.axhline(0.5, color=GREY, linewidth=1, linestyle="--")
+    for (name, found), colour in zip(rates.items(), COLOURS, strict=False):
+        values = [rate.value for rate in found]
+        axes.errorbar(bounds, values, yerr=_reach(found), color=colour, marker="o", capsize=3, label=name)
+    axes.set(ylim=(0, 1), xlabel="KL from the policy, nats, at most", ylabel="win rate, ties as half")
+    axes.legend(frameon=False, fontsize=8)
+    return figure_svg(figure)
+
+
 def length_plot(sides: Mapping[str, tuple[np.ndarray, np.ndarray]], reward: str) -> str:
     """Reward against length of every sample; ``sides``: model -> (lengths, rewards)."""
     figure, axes = _figure(6.4, 3.6)

@@ -1,7 +1,7 @@
 """From what two models said to every number of an evaluation, each with its interval and its n.  Pure.
 
 Axes: prompts [N], G samples of each; rows [N * G] hold the samples of a prompt side by side.
-May import: numpy, trainers.*, launch.{eval_config, eval_prepare, journal, judge_agreement}.
+May import: numpy, trainers.*, launch.{eval_best_of_n, eval_config, eval_prepare, journal, judge_agreement}.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from launch.eval_best_of_n import best_of_n_report
 from launch.eval_config import JUDGE, TOTAL, EvalConfig
 from launch.eval_prepare import PreparedEval, Suite
 from launch.journal import strict
@@ -31,6 +32,7 @@ from trainers.verdicts import Judgement, judge_report
 from trainers.win_rate import Comparison, compare
 
 POLICY, BASE = "policy", "base"
+POOL = "best_of_n"  # samples of the policy to choose from
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +68,7 @@ class Measured:
     logprobs: tuple[list[np.ndarray], list[np.ndarray]] | None = None  # of the policy's samples, by policy and by base
     pair_scores: Mapping[str, list[np.ndarray]] = dataclasses.field(default_factory=dict)  # reward model -> [C] of [K]
     judgements: Sequence[Judgement] = ()  # [N * G], with a judge
+    pool: Answers | None = None  # with eval.best_of_n
     of_people: Sequence[Judgement] = ()  # of the pairs that people labelled, with a judge and eval.preferences
 
 
@@ -75,9 +78,10 @@ def build_report(config: EvalConfig, prepared: PreparedEval, measured: Measured)
     report: dict[str, Any] = {
         "prompts": {"stream": prepared.stream, "num": len(prepared.prompts), "num_samples": config.eval.num_samples},
         "models": {who: _model(config, prepared.suites, answers) for who, answers in sides.items()},
+        "gold": config.eval.gold,
     }
     if measured.base is not None:
-        report["win_by"], report["gold"] = config.win_by, config.eval.gold
+        report["win_by"] = config.win_by
         report["win_rate"] = {
             name: compare(_comparisons(measured, measured.base, name), seed=config.run.seed)
             for name in sorted(config.winners, key=lambda name: _rank(config, name))
@@ -88,6 +92,9 @@ def build_report(config: EvalConfig, prepared: PreparedEval, measured: Measured)
         report["agreement"] = agreement_report(prepared.labelled, measured.of_people, config.run.seed)
     if measured.logprobs is not None:
         report["kl_from_base"] = _kl(measured, config.generator.sampling.temperature)
+    if measured.pool is not None:
+        against = (measured.policy, POLICY) if measured.base is None else (measured.base, BASE)
+        report["best_of_n"] = best_of_n_report(config, measured.pool, *against)
     report["reward_models"] = {
         name: _reward_model(prepared.pairs[name], scores) for name, scores in measured.pair_scores.items()
     }

@@ -1,6 +1,6 @@
 """What the page of an evaluation shows: its tables, plots and samples, from the report.
 
-May import: numpy, launch.{eval_config, eval_page, eval_plots, eval_report}.
+May import: numpy, launch.{eval_best_of_n, eval_config, eval_page, eval_plots, eval_report}.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from launch import eval_best_of_n
 from launch.eval_config import JUDGE, TOTAL, EvalConfig
 from launch.eval_page import Cell, Sample, Section, Table
 from launch.eval_plots import calibration_plot, length_plot, reward_model_plots, suite_plot, win_plot
@@ -40,6 +41,8 @@ def summary_rows(report: Mapping[str, Any]) -> list[Row]:
         rows.append(("KL from base, nats a sequence (k1)", kl["sequence"], None))
         rows.append(("KL from base, nats a sequence (k3)", kl["sequence_k3"], None))
         rows.append(("KL from base, nats a token", kl["token"], None))
+    if "best_of_n" in report:
+        rows += eval_best_of_n.summary_rows(report["best_of_n"], report["gold"])
     models = report["models"]
     ours, theirs = models[POLICY], models.get(BASE)
 
@@ -93,6 +96,8 @@ def page_sections(
         sections.append(_wins(report))
     if kl := report.get("kl_from_base"):
         sections.append(_kl(kl))
+    if "best_of_n" in report:
+        sections.append(eval_best_of_n.section(report["best_of_n"], report["gold"]))
     if measured.policy.rewards:
         sections.append(_rewards(config, report, sides))
     if report["models"][POLICY]["suites"]:

@@ -28,7 +28,7 @@ from launch.eval_files import write_results
 from launch.eval_fleet import FUNCTIONS, GENERATOR, LOGPROBS, EvalCluster, Role
 from launch.eval_judge import judge_pairs, judge_role, open_judge
 from launch.eval_prepare import REPORT, PreparedEval, check_eval_folder, prepare_eval
-from launch.eval_report import BASE, POLICY, Answers, Measured, build_report
+from launch.eval_report import BASE, POLICY, POOL, Answers, Measured, build_report
 from launch.judge_agreement import judge_labelled
 from launch.lanes import in_lanes
 from trainers.comparisons import Comparison
@@ -84,7 +84,9 @@ async def _measure(config: EvalConfig, prepared: PreparedEval, console: Console)
         first = [engines[POLICY]], scorers, [cluster.logprobs(prepared.model_path)], [] if judge is None else [judge]
         for stage in first:
             cluster.layout(stage)  # a shortfall is said now, not after an hour of sampling
-        answers = {who: await _sample(config, prepared, cluster, role, who, console) for who, role in engines.items()}
+        answers: dict[str, Answers] = {}
+        for who, role in engines.items():
+            answers |= await _sample(config, prepared, cluster, role, who, console)
         if scorers:
             answers = await _score(config, cluster, scorers, answers, console)
         judgements: list[Judgement] = []
@@ -106,22 +108,20 @@ async def _measure(config: EvalConfig, prepared: PreparedEval, console: Console)
             pair_scores = await judge_reward_models(config, prepared, cluster, judged, console)
     finally:
         cluster.close()
-    return Measured(answers[POLICY], answers.get(BASE), logprobs, pair_scores, judgements, of_people)
+    return Measured(
+        answers[POLICY], answers.get(BASE), logprobs, pair_scores, judgements, answers.get(POOL), of_people
+    )
 
 
 async def _sample(
     config: EvalConfig, prepared: PreparedEval, cluster: EvalCluster, role: Role, who: str, console: Console
-) -> Answers:
-    """One model's completions of every prompt, and its greedy answers to the suites."""
-    sampling, num_samples, settings = config.generator.sampling, config.eval.num_samples, config.generator
-    requests = [
-        GroupRequest(
-            group_id=f"eval-{i}", prompt=prompt, num_samples=num_samples,
-            seeds=tuple(sample_seed(config.run.seed, prompt.prompt_id, s, HELD_OUT) for s in range(num_samples)),
-            temperature=sampling.temperature, max_tokens=sampling.max_tokens,
-        )
-        for i, prompt in enumerate(prepared.prompts)
-    ]  # fmt: skip
+) -> dict[str, Answers]:
+    """One model's completions of every prompt, and its greedy answers to the suites; of the policy its pool besides."""
+    num_samples, settings, asked = config.eval.num_samples, config.generator, config.eval.best_of_n
+    requests = _requests(config, prepared.prompts, "eval", range(num_samples))
+    # Streams of its own: no opponent of the best is among those that it is taken of.
+    pool = range(num_samples, num_samples + max(asked.n)) if who == POLICY and asked is not None else range(0)
+    drawn = _requests(config, prepared.prompts, POOL, pool) if pool else []
     questions = [
         GroupRequest(f"{suite.name}-{i}", prompt, 1, (0,), 1.0, config.eval.suite_max_tokens, greedy=True)
         for suite in prepared.suites
@@ -138,14 +138,27 @@ async def _sample(
             return decode_group(fetch(generated.payload, PAYLOAD_DEADLINE_S))
 
         found = await in_lanes(-(-OVERSUPPLY * places // num_samples), [*requests, *questions], answer)
+        pooled = await in_lanes(-(-OVERSUPPLY * places // len(pool)), drawn, answer) if drawn else []
     took = time.perf_counter() - ready
-    num_tokens = sum(t.num_tokens for group in found for t in group.trajectories)
+    num_tokens = sum(t.num_tokens for group in [*found, *pooled] for t in group.trajectories)
     _say(console, f"{who}: {num_tokens} tokens in {took:.1f} s ({num_tokens / took:.0f}/s), "
                   f"engines ready in {ready - started:.1f} s")  # fmt: skip
     texts = iter(group.trajectories[0].text for group in found[len(requests) :])
-    return Answers(
-        found[: len(requests)], {suite.name: [next(texts) for _ in suite.items] for suite in prepared.suites}
-    )
+    suites = {suite.name: [next(texts) for _ in suite.items] for suite in prepared.suites}
+    return {who: Answers(found[: len(requests)], suites)} | ({POOL: Answers(pooled, {})} if pooled else {})
+
+
+def _requests(config: EvalConfig, prompts: Sequence[Prompt], name: str, streams: range) -> list[GroupRequest]:
+    """One group a prompt, a sample for each of the random ``streams``."""
+    sampling = config.generator.sampling
+    return [
+        GroupRequest(
+            group_id=f"{name}-{i}", prompt=prompt, num_samples=len(streams),
+            seeds=tuple(sample_seed(config.run.seed, prompt.prompt_id, s, HELD_OUT) for s in streams),
+            temperature=sampling.temperature, max_tokens=sampling.max_tokens,
+        )
+        for i, prompt in enumerate(prompts)
+    ]  # fmt: skip
 
 
 async def _score(

@@ -14,7 +14,8 @@ import asyncio
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -57,13 +58,41 @@ def label(config: LabelConfig, console: Console, resume: bool = False) -> Path:
     Raises:
         InputError: something in the configuration, the model, the data or the labeller cannot be used.
     """
+    with labelled(config, config.model_dump(mode="json"), console, resume) as found:
+        target, summary = _write(config, found.prepared, found.records, found.total)
+    write_summary(found, summary)
+    console.print(summary_table(summary))
+    console.print(f"preferences: {target}", soft_wrap=True)
+    return target
+
+
+@dataclass(frozen=True, slots=True)
+class Labelled:
+    """A run whose prompts are all labelled."""
+
+    folder: Path
+    prepared: PreparedLabel
+    records: RecordFile
+    total: int  # prompts; a file of an earlier, longer run may have more records
+    provenance: Mapping[str, Any]
+    usage: Usage | None
+
+
+@contextmanager
+def labelled(config: LabelConfig, shown: Mapping[str, Any], console: Console, resume: bool) -> Iterator[Labelled]:
+    """Sample and label until every prompt is done; the records are open inside the block.
+
+    Args:
+        shown: the configuration as the user gave it, for the run's files.
+    """
     folder = check_label_folder(config, resume)
     prepared = prepare_label(config)
     if resume:
         check_identity(folder, prepared.identity)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
-    (folder / MANIFEST).write_text(json.dumps(_provenance(config, prepared), indent=2) + "\n")
+    (folder / "config.yaml").write_text(yaml.safe_dump(dict(shown), sort_keys=False))
+    provenance = _provenance(shown, prepared)
+    (folder / MANIFEST).write_text(json.dumps(provenance, indent=2) + "\n")
     stream = PromptStream(prepared.prompts, config.run.seed, config.prompts.shuffle)
     total = config.run.num_prompts or len(stream)
     records = RecordFile(folder / RECORDS)
@@ -71,14 +100,15 @@ def label(config: LabelConfig, console: Console, resume: bool = False) -> Path:
         left = [position for position in range(total) if position not in records.positions]
         console.print(f"{config.run.name}: {total} prompts, {total - len(left)} of them labelled already")
         usage = asyncio.run(_label_all(config, prepared, stream, left, records, console)) if left else None
-        target, summary = _write(config, prepared, records, total)
+        yield Labelled(folder, prepared, records, total, provenance, usage)
     finally:
         records.close()
-    asked = {} if usage is None else {"usage": asdict(usage)}
-    (folder / "summary.json").write_text(json.dumps({**summary, **asked}, indent=2) + "\n")
-    console.print(summary_table(summary))
-    console.print(f"preferences: {target}", soft_wrap=True)
-    return target
+
+
+def write_summary(found: Labelled, summary: Mapping[str, Any]) -> None:
+    """``summary.json``, with what an endpoint was asked."""
+    asked = {} if found.usage is None else {"usage": asdict(found.usage)}
+    (found.folder / "summary.json").write_text(json.dumps({**summary, **asked}, indent=2) + "\n")
 
 
 async def _label_all(
@@ -141,12 +171,12 @@ async def _sample(
 # --- results ------------------------------------------------------------------------------------
 
 
-def _provenance(config: LabelConfig, prepared: PreparedLabel) -> dict[str, Any]:
-    """What these preferences are: enough to make them again."""
+def _provenance(shown: Mapping[str, Any], prepared: PreparedLabel) -> dict[str, Any]:
+    """What these preferences are: enough to make them again.  ``shown``: the configuration."""
     return {
         "identity": dict(prepared.identity),
         "policy": prepared.model_path,
-        "config": config.model_dump(mode="json"),
+        "config": dict(shown),
         "versions": versions(),
     }
 
@@ -173,7 +203,8 @@ def _write(
         "label_version": prepared.identity["label"],
     }
     conversational = not isinstance(prepared.prompts[0].source, str)
-    shape = schema(conversational, config.output.rows, constants, _provenance(config, prepared))
+    provenance = _provenance(config.model_dump(mode="json"), prepared)
+    shape = schema(conversational, config.output.rows, constants, provenance)
     summary, target = Summary(), output_path(config)
     labelled = (record for record in records if record["position"] < total)
     rows: Iterator[dict[str, Any]] = preferences(labelled, config, constants, summary)

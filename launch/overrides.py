@@ -1,11 +1,12 @@
 """From a recipe and ``dotted.key=value`` overrides to a checked configuration that knows where each value came from.
 
-    recipe file -> raw mapping -> overrides applied -> RunConfig, TuningConfig, LabelConfig, EvalConfig, ReviseConfig
+    recipe file -> raw mapping -> overrides applied -> RunConfig, TuningConfig, SelectConfig, LabelConfig, ...
                                                    \\-> origins: default | preset NAME | recipe FILE | command line
 
 What ``algorithm.name`` brings along (trainers/presets.py) has the origin ``preset NAME``.
 
-A recipe with a section ``label`` labels, one with ``eval`` evaluates, one with ``revise`` revises; else
+A recipe with a section ``select`` samples and chooses, one with ``label`` labels, with ``eval`` evaluates, with
+``revise`` revises; else
 ``algorithm.name`` says which it is: runs that sample (the default) have other sections than those that learn from
 files.
 Whatever is wrong leaves as one InputError that names the key, the value, the reason and the remedy.
@@ -31,11 +32,14 @@ from launch.label_config import LabelConfig
 from launch.preset_values import with_preset
 from launch.recipe_files import locate_recipe, parse_yaml
 from launch.revise_config import ReviseConfig
+from launch.select_config import SelectConfig
 from launch.tuning_config import TUNING, TuningConfig
 from trainers.errors import InputError
 
-# A recipe that has this section is of this kind.
-SECTION_KINDS: dict[str, type[BaseModel]] = {"label": LabelConfig, "eval": EvalConfig, "revise": ReviseConfig}
+# A recipe that has this section is of this kind, the first of them if it has several.
+SECTION_KINDS: dict[str, type[BaseModel]] = {
+    "select": SelectConfig, "label": LabelConfig, "eval": EvalConfig, "revise": ReviseConfig,
+}  # fmt: skip
 DEFAULT, PRESET, COMMAND_LINE = "default", "preset", "command line"
 COMMENT_COLUMN = 56  # where the origin starts in a listing, unless the value is longer
 
@@ -44,7 +48,7 @@ COMMENT_COLUMN = 56  # where the origin starts in a listing, unless the value is
 class ResolvedConfig:
     """A checked configuration, the origin of each of its leaves, and the recipe's text as it was read."""
 
-    config: Any  # RunConfig, TuningConfig, LabelConfig or EvalConfig
+    config: Any  # RunConfig, TuningConfig, or one of SECTION_KINDS
     origins: Mapping[str, str] = field(default_factory=dict)  # dotted key of a leaf -> where it came from
     source_text: str = ""
 
@@ -79,7 +83,7 @@ def load_config(recipe: str, overrides: Sequence[str] = ()) -> ResolvedConfig:
 
 
 def _model_of(raw: Mapping[Any, Any], overrides: Sequence[str]) -> type[BaseModel]:
-    """The configuration that a section ``label``, ``eval`` or ``revise``, or ``algorithm.name`` asks for."""
+    """The configuration that a section of SECTION_KINDS, or ``algorithm.name`` asks for."""
     for own, kind in SECTION_KINDS.items():
         if own in raw:
             return kind

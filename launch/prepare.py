@@ -105,9 +105,21 @@ def prepare(config: RunConfig) -> Prepared:
     prepare_judges(config.judges, path)
     critic = _critic_path(config, path, tokenizer) if config.algorithm.needs_critic else None
     train, held_out, report = load_prompts(config.prompts, tokenizer, max_prompt, config.run.seed)
+    if config.algorithm.learns_from_pairs:
+        _refuse_preferences(train)
     probe_rewards(rewards, train, PROBE_TIMEOUT_S)
     texts = _pretraining(config, tokenizer, min(max_length, config.learner.token_budget))
     return Prepared(path, facts, max_length, train, held_out, report, critic, texts)
+
+
+def _refuse_preferences(prompts: list[Prompt]) -> None:
+    """InputError where rows of preferences stand for prompts: their answers would be left unread."""
+    written = {"chosen", "rejected"}
+    if any(written <= set(prompt.columns) for prompt in prompts):
+        raise InputError(
+            "prompts.train", sorted(written), "are written preferences, and online_dpo samples its own pairs",
+            "use algorithm.name=dpo, or leave these columns out",
+        )  # fmt: skip
 
 
 def _pretraining(config: RunConfig, tokenizer: Any, max_length: int) -> tuple[Example, ...]:

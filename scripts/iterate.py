@@ -139,16 +139,16 @@ def table_rows(rounds: Sequence[Round]) -> list[dict[str, Any]]:
             {
                 "round": one.number,
                 "num_pairs": models["before"].get("report", {}).get("num_comparisons"),
-                "accuracy_before": _of(models["before"], "report", "accuracy"),
-                "accuracy_after": _of(models["proxy"], "report", "accuracy"),
-                "win_rate_by_gold": _of(report, "win_rate", "gold", "raw"),
-                "kl": _of(report, "kl_from_base", "sequence"),
+                "accuracy_before": estimate_at(models["before"], "report", "accuracy"),
+                "accuracy_after": estimate_at(models["proxy"], "report", "accuracy"),
+                "win_rate_by_gold": estimate_at(report, "win_rate", "gold", "raw"),
+                "kl": estimate_at(report, "kl_from_base", "sequence"),
             }
         )
     return rows
 
 
-def _of(report: Mapping[str, Any], *keys: str) -> dict[str, float] | None:
+def estimate_at(report: Mapping[str, Any], *keys: str) -> dict[str, float] | None:
     """The estimate below ``keys``; None where it is not there."""
     found: Any = report
     for key in keys:
@@ -156,7 +156,7 @@ def _of(report: Mapping[str, Any], *keys: str) -> dict[str, float] | None:
     return found if isinstance(found, dict) and "value" in found else None
 
 
-def _shown(value: Any) -> str:
+def shown_estimate(value: Any) -> str:
     if not isinstance(value, dict):
         return "" if value is None else str(value)
     numbers = (value.get(key) for key in ("value", "low", "high"))
@@ -185,7 +185,7 @@ def main() -> int:
     for column in ("round", "pairs", "accuracy before", "accuracy after", "win rate over SFT by gold", "KL, nats"):
         table.add_column(column)
     for row in rows:
-        table.add_row(*(_shown(value) for value in row.values()))
+        table.add_row(*(shown_estimate(value) for value in row.values()))
     console.print(table)
     console.print(f"numbers: {directory / 'iterate.json'}")
     return 0

@@ -24,6 +24,7 @@ from launch.label_config import LabelConfig
 from launch.overrides import SECTION_KINDS
 from launch.recipe_files import list_recipes, parse_yaml, read_recipe
 from launch.revise_config import ReviseConfig
+from launch.select_config import SelectConfig
 from launch.tuning_config import TUNING, TuningConfig
 from trainers.examples import encode_example
 from trainers.experience import Prompt
@@ -150,7 +151,7 @@ def test_every_configuration_key_that_is_mentioned_exists(page: Path) -> None:
 
 
 EXAMPLES = {TuningConfig: "cpu-sft", LabelConfig: "cpu-pipeline-label", EvalConfig: "cpu-eval"}
-EXAMPLES |= {ReviseConfig: "cpu-revise"}
+EXAMPLES |= {ReviseConfig: "cpu-revise", SelectConfig: "cpu-rejection"}
 
 
 def kind_of(block: dict[str, Any]) -> type[Any]:

@@ -211,7 +211,7 @@ def test_the_table_has_a_row_a_round_and_a_hole_where_a_number_is_missing(tmp_pa
     file.write_text(json.dumps(report))
     (row,) = iterate.table_rows([iterate.Round(1, tmp_path, tmp_path, tmp_path, file)])
     assert row["accuracy_before"] == estimate and row["accuracy_after"] is None and row["num_pairs"] == 9
-    assert [iterate._shown(v) for v in row.values()] == [
+    assert [iterate.shown_estimate(v) for v in row.values()] == [
         "1", "9", "0.7 [0.6, 0.8]", "", "0.7 [0.6, 0.8]", "0.7 [?, 0.8]"
     ]  # fmt: skip
 

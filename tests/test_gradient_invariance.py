@@ -63,6 +63,7 @@ ALGORITHMS = {
     ),
     "sequence-mask": AlgorithmSettings(correction=CorrectionSettings(kind="sequence_mask", high=2.0)),
     "cispo": AlgorithmSettings(aggregation="token", correction=CorrectionSettings(kind="cispo", cap=1.2)),
+    "online-dpo": AlgorithmSettings.model_validate({"name": "online_dpo"}),
 }
 SEVERAL_UPDATES = AlgorithmSettings(num_minibatches=2, num_epochs=2, kl_coef=0.1)
 WEIGHTS: dict[str, list[float]] = {}  # by kind of correction: those of the naive loss
@@ -263,10 +264,20 @@ def naive_correction(logp: torch.Tensor, behavior: np.ndarray, correction: Corre
     return [1.0] * len(ratios)
 
 
+def naive_dpo_loss(totals: np.ndarray, kept: np.ndarray, ratios: Sequence[torch.Tensor], beta: float) -> Any:
+    """Of the best and the worst sample of a group; None where all are worth the same."""
+    order = sorted(np.flatnonzero(kept), key=lambda i: totals[i])
+    best, worst = max(order, key=lambda i: (totals[i], -i)), order[0]
+    if totals[best] == totals[worst]:
+        return None
+    return -torch.nn.functional.logsigmoid(beta * (ratios[best] - ratios[worst]))
+
+
 def naive_gradient(groups: Sequence[LearnerGroup], algorithm: AlgorithmSettings) -> dict[str, torch.Tensor]:
     """Sample by sample, float64, with transformers' own model and attention."""
     from transformers import AutoModelForCausalLM
 
+    pair_losses = []
     model = AutoModelForCausalLM.from_pretrained(resolve_model(MODEL), dtype=torch.float64)
     lengths = [t for g in groups for t in g.summary.num_completion_tokens]
     whole = [[r != "abort" for r in g.summary.finish_reasons] & g.rewards.valid for g in groups]
@@ -282,6 +293,12 @@ def naive_gradient(groups: Sequence[LearnerGroup], algorithm: AlgorithmSettings)
             logits = model(ids[None]).logits[0, len(prompt) - 1 : -1] / TEMPERATURE
             logp = logits.log_softmax(-1)
             scored.append((logp.gather(1, ids[len(prompt) :, None])[:, 0], -(logp.exp() * logp).sum(-1)))
+        if algorithm.learns_from_pairs:
+            kept = np.array(included) & (np.array(group.summary.num_completion_tokens) > 0)
+            ratios = [lp.sum() - float(r.sum(dtype=np.float64)) for (lp, _), r in zip(scored, references)]
+            loss = naive_dpo_loss(group.rewards.totals, kept, ratios, algorithm.kl_coef)
+            pair_losses += [] if loss is None else [loss]
+            continue
         rewards = group.rewards.totals
         if algorithm.kl_coef and algorithm.kl_placement == "reward":
             rewards = rewards - [
@@ -304,6 +321,8 @@ def naive_gradient(groups: Sequence[LearnerGroup], algorithm: AlgorithmSettings)
             WEIGHTS.setdefault(algorithm.correction.kind, []).extend(corrected)
             loss = loss * torch.tensor(corrected)
             (weight * loss.sum()).backward()
+    if pair_losses:
+        torch.stack(pair_losses).mean().backward()
     return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 

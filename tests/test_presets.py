@@ -95,8 +95,8 @@ def test_a_run_has_the_values_of_its_algorithm_and_says_where_they_are_from(name
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_no_name_starts_a_reference_by_itself(name: str) -> None:
-    assert not config(name).algorithm.needs_reference
+def test_no_name_starts_a_reference_by_itself_but_the_one_whose_loss_is_made_of_it(name: str) -> None:
+    assert config(name).algorithm.needs_reference == (name == "online_dpo")
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -256,6 +256,9 @@ def test_the_table_shows_what_a_run_would_have(name: str) -> None:
     (row,) = [line for line in (ROOT / PAGE).read_text(encoding="utf-8").splitlines()
               if line.startswith(f"| `{name}` |") and "arxiv" not in line]  # fmt: skip
     chosen = config(name).algorithm
+    if chosen.learns_from_pairs:
+        assert f"beta {chosen.kl_coef:g}" in row and "pairs" in row
+        return
     if chosen.correction.kind == "cispo":
         assert f"weight at most {chosen.correction.cap:g}" in row
     else:

@@ -16,6 +16,7 @@ from launch.label_config import LabelConfig
 from launch.overrides import load_config
 from launch.recipe_files import copy_recipe, describe_recipe, list_recipes, read_recipe
 from launch.revise_config import ReviseConfig
+from launch.select_config import SelectConfig
 from launch.tuning_config import TuningConfig
 from launch.tuning_place import demands
 from trainers.errors import InputError
@@ -33,7 +34,8 @@ def has_its_prompts(name: str) -> bool:
 @pytest.mark.parametrize("name", list_recipes())
 def test_every_shipped_recipe_is_complete_and_says_what_it_is_for(name: str) -> None:
     resolved = load_config(name)
-    assert isinstance(resolved.config, RunConfig | TuningConfig | LabelConfig | EvalConfig | ReviseConfig)
+    kinds = RunConfig | TuningConfig | LabelConfig | EvalConfig | ReviseConfig | SelectConfig
+    assert isinstance(resolved.config, kinds)
     assert resolved.config.run.name == name.removeprefix(PIPELINE)
     assert (resolved.config.run.directory == "runs/pipeline") == name.startswith(PIPELINE)
     assert len(describe_recipe(name)) > 20
@@ -59,7 +61,7 @@ def test_the_format_trap_is_the_demo_with_one_more_reward() -> None:
     assert trap.model_copy(update=same) == demo
 
 
-@pytest.mark.parametrize("kind", [RunConfig, TuningConfig, LabelConfig, EvalConfig, ReviseConfig])
+@pytest.mark.parametrize("kind", [RunConfig, TuningConfig, LabelConfig, EvalConfig, ReviseConfig, SelectConfig])
 def test_every_kind_of_run_has_a_recipe_for_a_machine_without_a_gpu(kind: type) -> None:
     assert any(isinstance(load_config(name).config, kind) for name in list_recipes() if name.startswith("cpu-"))
 
@@ -70,6 +72,7 @@ def test_every_kind_of_run_has_a_recipe_for_a_machine_without_a_gpu(kind: type) 
         ("gpu-1x-grpo", 1),
         ("gpu-8x-grpo", 8),
         ("gpu-8x-dapo", 8),
+        ("gpu-8x-online-dpo", 8),
         ("gpu-8x-ppo", 8),
         ("gpu-8x-sft", 8),
         ("gpu-8x-reward", 8),

@@ -320,8 +320,8 @@ _RULES: tuple[AlarmRule, ...] = (
               _falling_likelihood, "above", "Kendall's tau", 2,
               "the margin between chosen and rejected answers grows while both become less likely: what they lose goes "
               "to answers that nobody judged",
-              "lower learner.optimizer.lr or stop earlier; raise algorithm.beta; use algorithm.loss=orpo, which keeps "
-              "the chosen answers likely, or fine-tune on them first"),
+              "lower learner.optimizer.lr or stop earlier; raise algorithm.beta (online_dpo: algorithm.kl_coef); use "
+              "algorithm.loss=orpo, which keeps the chosen answers likely, or fine-tune on them first"),
 )  # fmt: skip
 
 ALARMS: dict[str, AlarmRule] = {rule.name: rule for rule in _RULES}

@@ -47,6 +47,11 @@ def _row(name: str, chosen: AlgorithmSettings, preset: Preset) -> tuple[str, ...
         sampling.append("groups without a spread are replaced")
     if preset.overlong_share:
         sampling.append(f"punished over the last {preset.overlong_share:.0%} of max_tokens")
+    if chosen.learns_from_pairs:
+        kl = f"in the loss, by the reference: beta {chosen.kl_coef:g}"
+        sampling.append("best and worst of each group")
+        aggregation = "mean over pairs of whole answers"
+        return (f"`{name}`", "the other sample", "none", "none", "none", aggregation, kl, ", ".join(sampling))
     return (
         f"`{name}`",
         "critic (GAE)" if chosen.needs_critic else BASELINES[chosen.baseline],

@@ -3,6 +3,8 @@
 What sets the algorithms apart is a handful of choices: what a reward is compared with (``baseline``), its ``scale``,
 the ``ratio`` and its clip, how token terms are averaged (``aggregation``), where the KL goes.  ``name`` picks the
 values that belong together (trainers/presets.py); keys that are set win over them.  The defaults are GRPO's.
+Online DPO has none of these choices but ``loss`` and beta: it learns from the best and the worst sample of each prompt
+(trainers/online_pairs.py).
 
 Asymmetric clip: Yu et al. 2025 (arXiv:2503.14476).  PPO as RLHF uses it: Ouyang et al. 2022 (arXiv:2203.02155).
 
@@ -24,6 +26,7 @@ from trainers.settings import Settings
 NonNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 OF_GROUP = ("group_mean", "leave_one_out")  # baselines that compare the samples of a prompt with each other
+NOT_OF_PAIRS = ("baseline", "scale", "ratio", "aggregation", "clip_low", "clip_high", "kl_placement", "entropy_coef")
 
 
 class PPOSettings(Settings):
@@ -59,7 +62,11 @@ class AlgorithmSettings(Settings):
 
     name: Name = Field(
         "grpo", description="the values that keys of this section (dapo: of filtering and rewards too) have where they "
-        "are not set: see docs/algorithms.md; ppo: advantages from a critic"
+        "are not set: see docs/algorithms.md; ppo: advantages from a critic; online_dpo: pairs of samples"
+    )  # fmt: skip
+    loss: Literal["sigmoid", "ipo"] = Field(
+        "sigmoid", description="online_dpo: of a pair of samples; sigmoid: DPO (arXiv:2305.18290), or ipo "
+        "(arXiv:2310.12036)"
     )  # fmt: skip
     baseline: Literal["group_mean", "leave_one_out", "greedy", "none"] = Field(
         "group_mean", description="what is subtracted from a sample's reward; greedy: the reward of the prompt's "
@@ -80,7 +87,9 @@ class AlgorithmSettings(Settings):
     )
     clip_low: NonNegative = Field(0.2, lt=1, description="ratio is clipped below at 1 - clip_low")
     clip_high: NonNegative = Field(0.2, description="ratio is clipped above at 1 + clip_high")
-    kl_coef: NonNegative = Field(0.0, description="beta; 0 needs no reference and starts none")
+    kl_coef: NonNegative = Field(
+        0.0, description="beta; 0 needs no reference and starts none; online_dpo: that of the loss (ipo: tau), 0.1"
+    )
     measure_kl: bool = Field(False, description="start the reference with kl_coef 0 too, only to measure the KL")
     kl_estimator: Literal["k1", "k2", "k3"] = Field(
         "k3", description="k3 in the loss is the usual GRPO form; its fixed point is not that of k1/k2"
@@ -104,7 +113,8 @@ class AlgorithmSettings(Settings):
 
     @model_validator(mode="after")
     def _kl_in_loss_needs_a_gradient(self) -> Self:
-        if self.kl_coef > 0 and self.kl_placement == "loss" and self.kl_estimator == "k1":
+        in_loss = self.kl_coef > 0 and self.kl_placement == "loss" and not self.learns_from_pairs
+        if in_loss and self.kl_estimator == "k1":
             raise ValueError(
                 "k1 in the loss has an expected gradient of zero; use kl_estimator=k2 or k3, or kl_placement=reward"
             )
@@ -118,6 +128,33 @@ class AlgorithmSettings(Settings):
                     f"{field}={getattr(self, field)} does nothing with correction.kind=cispo, which clips the weight "
                     "at correction.cap; leave it out"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _pairs_have_a_loss_of_their_own(self) -> Self:
+        if not self.learns_from_pairs:
+            if self._is_set("loss"):
+                raise ValueError(
+                    f"loss={self.loss} does nothing with name={self.name}, which has no pairs; leave it out or set "
+                    "name=online_dpo"
+                )
+            return self
+        if self.kl_coef == 0:
+            raise ValueError(
+                "kl_coef=0.0: name=online_dpo compares the policy with a reference, and kl_coef is the beta of its "
+                "loss; give it one above 0, or leave it out for 0.1"
+            )
+        for field in NOT_OF_PAIRS:
+            if self._is_set(field):
+                raise ValueError(
+                    f"{field}={getattr(self, field)} does nothing with name=online_dpo, whose loss is that of pairs; "
+                    "leave it out"
+                )
+        if self.correction.kind != "none":
+            raise ValueError(
+                f"correction.kind={self.correction.kind} does nothing with name=online_dpo: a preference holds whoever "
+                "sampled its answers; leave it out"
+            )
         return self
 
     @model_validator(mode="after")
@@ -162,6 +199,11 @@ class AlgorithmSettings(Settings):
     @property
     def needs_critic(self) -> bool:
         return self.name == "ppo"
+
+    @property
+    def learns_from_pairs(self) -> bool:
+        """From the best and the worst sample of a prompt, as from a written preference."""
+        return self.name == "online_dpo"
 
     @property
     def needs_group(self) -> bool:

@@ -303,6 +303,16 @@ _ROWS: tuple[Metric, ...] = (
            CONTROLLER),
     Metric("time/learn_critic_s", "all updates of the critic on this batch", "s", RUN, CONTROLLER),
     Metric("time/learn_overlap_s", "time in which policy and critic were updating both", "s", RUN, CONTROLLER),
+    # --- online DPO ---------------------------------------------------------------------------
+    # loss, rewards/... and logps/... are those of preference learning below, means over the pairs of all updates.
+    Metric("pairs/num", "pairs of a best and a worst sample that were trained on, one a group at most", "pairs", RUN,
+           SUM),
+    Metric("pairs/num_ties", "groups without a pair: all their samples have one reward", "groups",
+           "all trained groups", SUM),
+    Metric("pairs/num_single", "groups without a pair: fewer than two of their samples may be trained on", "groups",
+           "all trained groups", SUM),
+    Metric("objective/scores_margin", "total reward of the chosen minus that of the rejected sample", "reward", PAIRS,
+           "mean over pairs, then over updates of the step"),
     # --- reward model -------------------------------------------------------------------------
     # loss is the Bradley-Terry loss with its options (algorithm.label_smoothing, margin_column, centering_coef).
     Metric("accuracy", "pairs whose better answer has the higher score, before the update; ties count half", "fraction",

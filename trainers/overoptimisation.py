@@ -6,7 +6,8 @@ Gao, Schulman and Hilton 2022 (arXiv:2210.10760, section 3.1) are
     best-of-n   R = d (alpha - beta d)
     RL          R = d (alpha - beta ln d)
 
-Both are linear in (alpha, beta), so least squares has a closed form.  May import: numpy, trainers.errors.
+Both are linear in (alpha, beta), so least squares has a closed form.
+May import: numpy, trainers.{best_of_n, errors, kl_from_base}.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from trainers.best_of_n import by_rank, subset_weights
 from trainers.errors import InputError
+from trainers.kl_from_base import best_of_n_kl
 
 BEST_OF_N, RL = "best-of-n", "RL"
 CURVES: dict[str, Callable[[NDArray[np.float64]], NDArray[np.float64]]] = {
@@ -124,17 +127,9 @@ def bon_estimate(scores: ArrayLike, gold: ArrayLike, ns: Sequence[int]) -> list[
     if outside:
         raise InputError("ns", outside, f"there are {num} samples a prompt", f"choose n from 1 to {num}")
     ranked = np.sort(proxy, axis=1)
-    ranked_gold = np.stack([_by_rank(s, g) for s, g in zip(proxy, true, strict=True)])
+    ranked_gold = np.stack([by_rank(s, g) for s, g in zip(proxy, true, strict=True)])
     estimates = []
     for n in ns:
-        weights = np.array([math.comb(r - 1, n - 1) / math.comb(num, n) for r in range(1, num + 1)])
-        kl = math.log(n) - (n - 1) / n
+        weights, kl = subset_weights(num, n), best_of_n_kl(n)
         estimates.append(BestOf(n, kl, float((ranked @ weights).mean()), float((ranked_gold @ weights).mean())))
     return estimates
-
-
-def _by_rank(scores: NDArray[np.float64], gold: NDArray[np.float64]) -> NDArray[np.float64]:
-    """``gold`` [N] in ascending order of ``scores``; equal scores share the mean of their gold."""
-    _, place, count = np.unique(scores, return_inverse=True, return_counts=True)
-    mean = np.bincount(place, gold) / count
-    return np.asarray(np.repeat(mean, count))

@@ -2,8 +2,9 @@
 
 An algorithm is a choice of parts, so it is data and not a class: the keys of ``algorithm`` and, for DAPO, of two
 more sections.  A preset holds what differs from the defaults, which are GRPO's; a key that the recipe sets itself
-wins.  No preset has a ``kl_coef``: beta fits the scale of the reward, and above 0 it starts a reference.  What a
-preset says of the KL is where it goes and by which estimator once the recipe gives a beta.
+wins.  But for online DPO no preset has a ``kl_coef``: beta fits the scale of the reward, and above 0 it starts a
+reference.  What a preset says of the KL is where it goes and by which estimator once the recipe gives a beta.  Online
+DPO only looks at which reward is higher, and its loss is made of the reference, so it has a beta of its own.
 docs/algorithms.md sets the resolved values side by side (trainers/algorithm_table.py writes it).
 May import: the standard library.
 """
@@ -17,7 +18,7 @@ from typing import Any, Literal
 
 Name = Literal[
     "grpo", "dr_grpo", "rloo", "reinforce_plus_plus", "reinforce_plus_plus_baseline", "remax", "dapo", "gspo", "cispo",
-    "ppo",
+    "ppo", "online_dpo",
 ]  # fmt: skip
 
 RatioKind = Literal["token", "sequence", "sequence_token"]  # trainers/sequence_ratio.py has the definitions
@@ -89,6 +90,11 @@ PRESETS: Mapping[str, Preset] = MappingProxyType({
         "PPO", "1707.06347",
         "A_t from a critic by GAE, to mean 0 and deviation 1 over all tokens; PPO's clipped ratio of each token",
         {"aggregation": "token", "kl_placement": "reward", "kl_estimator": "k1"},
+    ),
+    "online_dpo": Preset(
+        "Online DPO", "2402.04792",
+        "A = -N dL/d log pi(y) of the DPO loss L over the N prompts' best and worst samples; 0 for the others",
+        {"kl_coef": 0.1, "correction": {"kind": "none"}},
     ),
 })  # fmt: skip
 
