@@ -264,4 +264,7 @@ def empty_like(model: Any, dtype: torch.dtype) -> Any:
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     with torch.device("meta"):
-        return type(model)(config).to(dtype)
+        empty = type(model)(config).to(dtype)
+    if hasattr(model, "generation_config"):
+        empty.generation_config = model.generation_config
+    return empty

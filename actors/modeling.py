@@ -26,6 +26,11 @@ def compute_dtype(setting: Literal["auto", "float32", "bfloat16"], native_bfloat
     return cast(torch.dtype, getattr(torch, setting))
 
 
+def trained_dtype(compute: str, lora: LoRAPlan | None) -> torch.dtype:
+    """Of the weights that a trained rank loads: float32 masters, but a frozen base is held as it is computed with."""
+    return torch.float32 if lora is None else cast(torch.dtype, getattr(torch, compute))
+
+
 class ScoringHead(nn.Module):
     """Holds the output embedding and scores targets in chunks.
 

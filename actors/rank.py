@@ -42,6 +42,8 @@ class EngineRank:
         tokenizer_path: folder whose tokenizer goes into an export.
     """
 
+    adapter: Adapter | None = None
+
     def __init__(
         self,
         rank: int,
@@ -66,7 +68,7 @@ class EngineRank:
             raise ValueError(f"rank {rank} of {rendezvous.world_size}: this process is rank {there} already")
         model = load().to(self.device).train()
         self.dtype = cast(torch.dtype, getattr(torch, dtype))
-        self.adapter: Adapter | None = getattr(model, "adapter", None)
+        self.adapter = cast("Adapter | None", getattr(model, "adapter", None))
         self.engine = TrainingEngine(model, settings, self.dtype, self.device)
         self.weights = weight_source(self.engine, self.adapter)
         self._writer = StateWriter()
@@ -147,7 +149,10 @@ class EngineRank:
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Inside, dropout is off."""
+        """Inside, an adapter's dropout is off."""
+        if self.adapter is None:
+            yield
+            return
         module = cast(nn.Module, self.engine.engine.module)
         module.eval()
         try:
