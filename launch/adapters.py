@@ -76,7 +76,7 @@ def check_policy(model: TrainedModelSettings, with_head: bool = False, served_fr
         _check_names(path, names)
     num = num_adapter_params(model.lora, targets) + with_head * facts.hidden
     bytes_of_base = _quantized_bytes(model, linears) if model.quantization is not None else None
-    return PolicyFolder(path, start, replace(facts, num_adapter_params=num, base_bytes=bytes_of_base))
+    return PolicyFolder(path, start, replace(facts, num_adapter_params=num, quantized=bytes_of_base))
 
 
 def _model_names(path: str) -> tuple[dict[str, tuple[int, int]], dict[str, tuple[int, ...]]]:

@@ -107,7 +107,7 @@ def estimates(config: RunConfig, facts: ModelFacts, on_gpu: bool, compute_bytes:
             offload_optimizer=settings.offload_optimizer != "none",
             offload_param=settings.offload_param != "none",
             adapter_params=facts.num_adapter_params if with_adapter else 0,
-            quantized=facts.base_bytes if with_adapter else None,
+            quantized=facts.quantized if with_adapter else None,
             **shape,
         )
 

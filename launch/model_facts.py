@@ -33,7 +33,7 @@ class ModelFacts:
     intermediate: int = 0
     head_dim: int = 0
     num_adapter_params: int = 0  # trained ones, where an adapter is trained; 0: all are
-    base_bytes: tuple[int, int] | None = None  # (parameters of the base that are quantised, their bytes)
+    quantized: tuple[int, int] | None = None  # (parameters of the base that are quantised, their bytes)
 
 
 def check_model_folder(path: str | Path, field: str = FIELD) -> ModelFacts:

@@ -132,7 +132,12 @@ class TuningConfig(Settings):
         check_lora("learner", self.model.lora, self.learner)
         if self.model.lora is None and not self.checkpoint.export_merged:
             raise ValueError("checkpoint.export_merged=false: model.lora is not set, so there is no adapter; leave it out")
-        _ = self.has_reference_workers
+        alg = self.algorithm
+        if self.own_reference and isinstance(alg, PreferenceSettings) and alg.reference_cache is not None:
+            raise ValueError(
+                f"algorithm.reference_cache={alg.reference_cache}: with model.lora the ranks compute the reference's "
+                "log-probs themselves and keep none; leave it out, or set reference.source=actor"
+            )
         longest = self.model.max_length
         if longest is not None and self.learner.token_budget < longest:
             raise ValueError(

@@ -163,7 +163,7 @@ def tuning_report(config: TuningConfig, facts: ModelFacts, nodes: Sequence[Mappi
         offload_optimizer=learner.offload_optimizer != "none",
         offload_param=learner.offload_param != "none",
         adapter_params=facts.num_adapter_params,
-        quantized=facts.base_bytes,
+        quantized=facts.quantized,
     )
     check_nodes(report, shared(config), nodes)
     supplies = [NodeSupply(node["hostname"], node["num_cpus"], len(node["gpus"]) * on_gpu) for node in nodes]
