@@ -54,9 +54,24 @@ def is_own_reference(reference: ReferenceSettings, lora: LoRASettings | None) ->
     return True
 
 
-def check_lora(role: str, lora: LoRASettings | None, ranks: LearnerSettings) -> None:
-    """ValueError where ranks cannot train an adapter.  ``role``: their section."""
-    if lora is not None and ranks.zero_stage == 3:
+def check_lora(
+    role: str, name: str, lora: LoRASettings | None, ranks: LearnerSettings, sampled: bool = False
+) -> None:
+    """ValueError where ranks cannot train an adapter.
+
+    Args:
+        role: section of the ranks.
+        name: section of ``lora``.
+        sampled: they learn from samples of generators, which know no dropout.
+    """
+    if lora is None:
+        return
+    if sampled and lora.dropout:
+        raise ValueError(
+            f"{name}.dropout={lora.dropout:g}: another policy would be trained than the one that was sampled, and the "
+            "gradient depend on how a batch is cut up; use 0"
+        )
+    if ranks.zero_stage == 3:
         raise ValueError(
             f"{role}.zero_stage=3: an adapter's base is frozen and whole on every rank; use 0, 1 or 2 with LoRA, and "
             "model.quantization where the base is too large"

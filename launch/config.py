@@ -107,6 +107,11 @@ class CheckpointSettings(Settings):
             check_metric(self.best_metric)
         return self
 
+    def check_adapter(self, is_trained: bool) -> None:
+        """ValueError when the adapter alone is to be exported and there is none."""
+        if not is_trained and not self.export_merged:
+            raise ValueError("checkpoint.export_merged=false: model.lora is not set, so there is no adapter; leave it out")
+
     def check_evaluation(self, every: int) -> None:
         """ValueError when best_metric is an evaluation's and a checkpoint would come without one of its step."""
         metric = self.best_metric or ""
@@ -269,19 +274,10 @@ class RunConfig(Settings):
 
     def _check_lora(self) -> None:
         """Pushes, reference, critic and dropout of a run with an adapter."""
-        lora = self.model.lora
-        check_lora("learner", lora, self.learner)
-        check_lora("critic", self.critic.lora, self.critic)
+        check_lora("learner", "model.lora", self.model.lora, self.learner, sampled=True)
+        check_lora("critic", "critic.lora", self.critic.lora, self.critic, sampled=True)
+        self.checkpoint.check_adapter(self.model.lora is not None)
         _ = self.pushes_merged, self.has_reference_workers
-        if lora is None and not self.checkpoint.export_merged:
-            raise ValueError("checkpoint.export_merged=false: model.lora is not set, so there is no adapter; leave it out")
-        dropping = {"model.lora": lora, "critic.lora": self.critic.lora}
-        for name, settings in dropping.items():
-            if settings is not None and settings.dropout:
-                raise ValueError(
-                    f"{name}.dropout={settings.dropout:g}: the policy would be trained as another one than sampled, and "
-                    "the gradient depend on how a batch is cut up; use 0"
-                )
 
     @property
     def pushes_merged(self) -> bool:

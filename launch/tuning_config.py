@@ -129,9 +129,8 @@ class TuningConfig(Settings):
         if rolling := [name for name in ALARMS if self.alarms.action_of(name) == "roll_back"]:
             key = f"actions.{rolling[0]}" if rolling[0] in self.alarms.actions else "action"
             raise ValueError(f"alarms.{key}=roll_back: only a run that samples goes back by itself; use stop or record")
-        check_lora("learner", self.model.lora, self.learner)
-        if self.model.lora is None and not self.checkpoint.export_merged:
-            raise ValueError("checkpoint.export_merged=false: model.lora is not set, so there is no adapter; leave it out")
+        check_lora("learner", "model.lora", self.model.lora, self.learner)
+        self.checkpoint.check_adapter(self.model.lora is not None)
         alg = self.algorithm
         if self.own_reference and isinstance(alg, PreferenceSettings) and alg.reference_cache is not None:
             raise ValueError(
