@@ -56,6 +56,8 @@ def _header(path: Path) -> tuple[int, dict[str, Any]]:
     """(where the data begin, entries by name) of a safetensors file."""
     with path.open("rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
+        if length > path.stat().st_size:
+            raise ValueError("it is cut short, or not safetensors")
         return 8 + length, json.loads(file.read(length))
 
 

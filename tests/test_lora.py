@@ -121,8 +121,8 @@ def test_steps_change_the_adapter_and_leave_every_bit_of_the_base(base: str, dty
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(float(loss))
-    assert losses[-1] < losses[0] - 0.1
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.03
     assert sums(policy) == before
     with policy.adapter.off():  # type: ignore[union-attr]
         assert torch.equal(logprobs(policy, compute), started)
