@@ -29,7 +29,7 @@ class AdapterCopy:
 
 
 def export_adapter(adapter: Adapter, directory: Path, dtype: torch.dtype) -> None:
-    """The merged model in ``dtype`` with the adapter below ``adapter/``; without ``merged_export`` the adapter alone."""
+    """The merged model in ``dtype`` and the adapter below ``adapter/``; without ``merged_export`` the adapter alone."""
     copied = AdapterCopy(adapter)
     if not adapter.plan.merged_export:
         copied(directory)

@@ -102,7 +102,8 @@ def adapter_shapes(folder: str | Path, field: str = "model.path") -> tuple[dict[
         _, header = _header(path)
         shapes = {n.removeprefix(PREFIX): tuple(e["shape"]) for n, e in header.items() if n != "__metadata__"}
     except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
-        raise InputError(field, str(folder), f"its {WEIGHTS} cannot be read ({error})", "copy the adapter again") from error
+        reason = f"its {WEIGHTS} cannot be read ({error})"
+        raise InputError(field, str(folder), reason, "copy the adapter again") from error
     return shapes, (header.get("__metadata__") or {}).get(BASE)
 
 
@@ -116,7 +117,8 @@ def read_config(folder: str | Path, field: str = "model.path") -> dict[str, Any]
         found = json.loads((Path(folder) / CONFIG).read_text())
         kind = found["peft_type"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(field, str(folder), f"its {CONFIG} cannot be read ({error})", "copy the adapter again") from error
+        reason = f"its {CONFIG} cannot be read ({error})"
+        raise InputError(field, str(folder), reason, "copy the adapter again") from error
     if kind != "LORA":
         raise InputError(field, str(folder), f"is an adapter of kind {kind}", "use a LoRA adapter")
     return dict(found)

@@ -221,8 +221,8 @@ class DeepSpeedLearner(BatchRank):
         if targets is not None:
             rows = decode_targets(fetch(targets[0], self.payload_deadline_s))
             per_token = [r.advantages for r in rows]
-            proximal = [r.proximal_logprobs for r in rows]
-            return _Fixed(batch, algorithm, trainable, _means(per_token), per_token, proximal, own)
+            before = [r.proximal_logprobs for r in rows]
+            return _Fixed(batch, algorithm, trainable, _means(per_token), per_token, before, own)
         in_reward = algorithm.kl_coef > 0 and algorithm.kl_placement == "reward"
         proximal = self._proximal(batch) if algorithm.num_updates > 1 or in_reward else None
         penalties = self._kl_penalties(batch, proximal, own) if in_reward and proximal is not None else None

@@ -52,8 +52,9 @@ def target_shapes(settings: LoRASettings, linears: Mapping[str, Shape], field: s
     for target in settings.target_modules:
         found = {name: shape for name, shape in linears.items() if name == target or name.endswith(f".{target}")}
         if not found:
-            raise InputError(f"{field}.target_modules", target, "the model has no linear layer of this name that can be "
-                             "adapted", f"use all-linear, or some of {', '.join(there)}")  # fmt: skip
+            reason = "the model has no linear layer of this name that can be adapted"
+            remedy = f"use all-linear, or some of {', '.join(there)}"
+            raise InputError(f"{field}.target_modules", target, reason, remedy)
         chosen |= found
     return {name: shape for name, shape in linears.items() if name in chosen}
 
@@ -161,10 +162,11 @@ class Adapter:
 
     def deltas(self) -> tuple[Delta, ...]:
         """What :meth:`matrices` change."""
-        return tuple(
-            Delta(weight, *(f"{weight.removesuffix('.weight')}.lora_{ab}.weight" for ab in "AB"), layer.scaling[NAME])
-            for weight, layer in self._layers.items()
-        )
+        found = []
+        for weight, layer in self._layers.items():
+            stem = weight.removesuffix(".weight")
+            found.append(Delta(weight, f"{stem}.lora_A.weight", f"{stem}.lora_B.weight", float(layer.scaling[NAME])))
+        return tuple(found)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Of every tensor of :meth:`base`, by its name in a Hugging Face checkpoint."""

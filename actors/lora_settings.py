@@ -21,8 +21,8 @@ class LoRASettings(Settings):
     rank: Annotated[int, Field(ge=1)] = Field(16, description="r of peft: columns of B and rows of A")
     alpha: float = Field(32.0, gt=0, description="lora_alpha of peft: the update is scaled by alpha / rank")
     dropout: float = Field(
-        0.0, ge=0, lt=1, description="lora_dropout of peft: of an adapter's input; 0 where the policy is sampled, which "
-        "is trained under the weights that it was sampled with"
+        0.0, ge=0, lt=1, description="lora_dropout of peft: of an adapter's input; 0 where the policy is sampled, "
+        "which is trained under the weights that it was sampled with"
     )  # fmt: skip
     target_modules: Literal["all-linear"] | tuple[str, ...] = Field(
         ALL_LINEAR, description="names of linear layers, such as [q_proj, v_proj]; all-linear: all but the head"

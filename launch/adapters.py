@@ -17,6 +17,7 @@ from launch.model_facts import ModelFacts, check_model_folder
 from trainers.errors import InputError
 
 FIELD = "model.path"
+UNSUPPORTED = ("use_dora", "lora_bias", "rank_pattern", "alpha_pattern", "target_parameters")  # of peft's LoraConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +57,8 @@ def check_policy(model: TrainedModelSettings, with_head: bool = False, served_fr
     path, start = resolve_model(model.path), None
     if is_adapter(path):
         if model.lora is None:
-            raise InputError(FIELD, path, "is an adapter, not a whole model",
-                             "set model.lora to train it on, or merge it into its base with `burnish merge`")  # fmt: skip
+            remedy = "set model.lora to train it on, or merge it into its base with `burnish merge`"
+            raise InputError(FIELD, path, "is an adapter, not a whole model", remedy)
         path, start = base_folder(path, model.base), path
     elif model.base is not None:
         raise InputError("model.base", model.base, "model.path is a whole model, which has no base", "leave it out")
@@ -101,9 +102,9 @@ def _check_names(path: str, names: dict[str, tuple[int, ...]]) -> None:
 
     there = tensor_files(Path(path))
     if missing := [name for name in names if name not in there]:
-        raise InputError("push.lora", "adapter", f"{path} has its weights under other names than the model ({missing[0]} "
-                         "is not among them), so generators cannot merge an adapter into them",
-                         "set push.lora=merged")  # fmt: skip
+        reason = f"{path} has its weights under other names than the model ({missing[0]} is not among them), so "
+        reason += "generators cannot merge an adapter into them"
+        raise InputError("push.lora", "adapter", reason, "set push.lora=merged")
 
 
 def _check_start(
@@ -122,7 +123,7 @@ def _check_start(
         if asked != found:
             raise InputError(f"model.lora.{name}", asked, f"the adapter in model.path has {found}",
                              f"set model.lora.{name}={found}")  # fmt: skip
-    odd = [name for name in ("use_dora", "lora_bias", "rank_pattern", "alpha_pattern", "target_parameters") if said.get(name)]
+    odd = [name for name in UNSUPPORTED if said.get(name)]
     if odd:
         raise InputError(FIELD, start, f"the adapter uses {odd[0]}, which is not supported", "use a plain LoRA adapter")
     expected: dict[str, tuple[int, ...]] = {}
@@ -156,14 +157,16 @@ def check_identity(saved: dict[str, Any] | None, model: TrainedModelSettings, st
     if saved == now:
         return
     if saved is None or now is None:
-        was, remedy = ("an adapter", "resume with the model.lora it had") if saved else ("the whole model", "leave it out")
+        was, remedy = "the whole model", "leave it out"
+        if saved is not None:
+            was, remedy = "an adapter", "resume with the model.lora it had"
         raise InputError("model.lora", None if now is None else now["lora"],
                          f"the checkpoint of step {step} holds {was}", remedy)  # fmt: skip
     if saved["lora"] != now["lora"]:
         name = next(key for key in now["lora"] if saved["lora"].get(key) != now["lora"][key])
         before = saved["lora"].get(name)
-        raise InputError(f"model.lora.{name}", now["lora"][name], f"the checkpoint of step {step} was made with {before}",
-                         f"resume with model.lora.{name}={before}")  # fmt: skip
+        reason = f"the checkpoint of step {step} was made with {before}"
+        raise InputError(f"model.lora.{name}", now["lora"][name], reason, f"resume with model.lora.{name}={before}")
     if saved["base"] != now["base"]:
         raise InputError(FIELD, model.path, f"the adapter in the checkpoint of step {step} was trained on another base",
                          "resume with the base it was trained on")  # fmt: skip

@@ -104,7 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     averaging.set_defaults(command=_average)
 
     merging = commands.add_parser("merge", help="a LoRA adapter and its base as one model")
-    merging.add_argument("adapter", help="an adapter's folder: adapter/ of an export, learner/ of a checkpoint, or peft's")
+    merging.add_argument("adapter", help="its folder: adapter/ of an export, learner/ of a checkpoint, or peft's")
     merging.add_argument("out", help="folder to write")
     merging.add_argument("--base", help="folder of the base model; default: the one that the adapter names")
     merging.set_defaults(command=_merge)

@@ -110,7 +110,7 @@ class CheckpointSettings(Settings):
     def check_adapter(self, is_trained: bool) -> None:
         """ValueError when the adapter alone is to be exported and there is none."""
         if not is_trained and not self.export_merged:
-            raise ValueError("checkpoint.export_merged=false: model.lora is not set, so there is no adapter; leave it out")
+            raise ValueError("checkpoint.export_merged=false: model.lora is not set: there is no adapter; leave it out")
 
     def check_evaluation(self, every: int) -> None:
         """ValueError when best_metric is an evaluation's and a checkpoint would come without one of its step."""

@@ -132,7 +132,7 @@ def estimates(config: RunConfig, facts: ModelFacts, on_gpu: bool, compute_bytes:
         "learner": trained(config.learner, facts.vocab, with_adapter=True),
     }
     if config.algorithm.needs_critic:
-        # A critic's adapter is about as large as the policy's; without one of the policy's, the whole is an upper bound.
+        # Its adapter is about as large as the policy's; where the policy has none, the whole is an upper bound.
         found["critic"] = trained(config.critic, 0, with_adapter=config.critic.lora is not None)
     if config.has_reference_workers:
         found["reference"] = frozen(config.reference.token_budget, facts.vocab)

@@ -29,7 +29,7 @@ BESIDE = ("reward_stats.json", "reward_report.json", "reward_report.svg")  # wha
 
 
 def merge_adapter(adapter: str, out: Path, base: str | None) -> list[str]:
-    """Merge ``adapter`` (of an export, a checkpoint's ``learner`` folder, or peft) into ``out``; lines for the terminal.
+    """Write ``adapter`` (of an export, a checkpoint's ``learner`` folder, or peft) merged to ``out``; lines to show.
 
     Args:
         base: folder of the base model; None: the one that the adapter names.
@@ -48,11 +48,15 @@ def merge_adapter(adapter: str, out: Path, base: str | None) -> list[str]:
         found = check_policy(TrainedModelSettings(path=adapter, base=base, lora=settings), with_head)  # type: ignore[call-arg]
     except InputError as error:
         field = {FIELD: ADAPTER, "model.base": "--base"}.get(error.field, error.field)
-        raise InputError(field, error.value, error.reason, error.remedy.replace("set model.base to", "give --base")) from error
+        remedy = error.remedy.replace("set model.base to", "give --base")
+        raise InputError(field, error.value, error.reason, remedy) from error
     plan, dtype = LoRAPlan(settings, start=adapter), _dtype_of(found.path)
     tokenizer = load_tokenizer(adapter if (Path(adapter) / "tokenizer.json").is_file() else found.path)
-    model: Any = load_scalar(found.path, ADAPTER, dtype, lora=plan) if with_head else load_policy(found.path, 1, dtype, lora=plan)
-    if with_head:
+    model: Any
+    if not with_head:
+        model = load_policy(found.path, 1, dtype, lora=plan)
+    else:
+        model = load_scalar(found.path, ADAPTER, dtype, lora=plan)
         pad = scalar_pad_token_id(tokenizer, ADAPTER, adapter)
         model.hf_model.config.pad_token_id = pad
         tokenizer.pad_token, tokenizer.padding_side = tokenizer.convert_ids_to_tokens(pad), "right"

@@ -76,8 +76,9 @@ def prepare(config: RunConfig) -> Prepared:
     policy = check_policy(config.model, served_from_disk=not config.pushes_merged)
     path, facts = policy.path, policy.facts
     if policy.adapter is not None and config.has_reference_workers and config.reference.path is None:
-        raise InputError("reference.source", config.reference.source, "model.path is an adapter, and workers of their "
-                         "own hold whole models", "leave it out, or set reference.path to the merged model")  # fmt: skip
+        reason = "model.path is an adapter, and workers of their own hold whole models"
+        remedy = "leave it out, or set reference.path to the merged model"
+        raise InputError("reference.source", config.reference.source, reason, remedy)
     max_length = min(config.model.max_length or facts.max_length, facts.max_length)
     max_tokens = config.generator.sampling.max_tokens
     if config.model.max_length is not None and config.model.max_length > facts.max_length:

@@ -1,6 +1,7 @@
 """What a run folder knows of the attempts before this one.
 
-May import: cluster.{checkpoints, errors}, trainers.{errors, ledger, protocols}, launch.{adapters, config, journal, spool}.
+May import: cluster.{checkpoints, errors}, trainers.{errors, ledger, protocols},
+launch.{adapters, config, journal, spool}.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The ranks of learner and critic: what they are constructed with, and where those of one role meet.
 
 They are launched when a run starts, and again, all of them, when one is lost: their states belong to one checkpoint.
-May import: actors.{critic, example_files, fleet, learner, lora_settings, watched_parts}, cluster.*, launch.{config, demands,
-node_probe, prepare}, trainers.*.
+May import: actors.{critic, example_files, fleet, learner, lora_settings, watched_parts}, cluster.*, launch.{config,
+demands, node_probe, prepare}, trainers.*.
 """
 
 from __future__ import annotations

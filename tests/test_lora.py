@@ -1,4 +1,4 @@
-"""Adapters: the base stays as it is, a push of the adapter is a push of the model, files are peft's, wrong ones refused.
+"""Adapters: the base stays as it is, a push of the adapter is a push of the model, files are peft's.
 
 peft runs on a tiny model; real engines are in tests/test_lora_runs.py.
 """
@@ -55,7 +55,9 @@ def base() -> str:
     return resolve_model(TINY)
 
 
-def policy_of(base: str, settings: LoRASettings = LORA, dtype: torch.dtype = torch.float32, **plan: Any) -> PackedPolicy:
+def policy_of(
+    base: str, settings: LoRASettings = LORA, dtype: torch.dtype = torch.float32, **plan: Any
+) -> PackedPolicy:  # fmt: skip
     torch.manual_seed(3)
     return load_policy(base, 64, dtype, lora=LoRAPlan(settings, **plan))
 
@@ -222,7 +224,8 @@ def test_another_base_or_a_lost_matrix_is_no_push(base: str, tmp_path: Path) -> 
         dict(MergedTensors(manifest.low_rank, Path(other), merged._sent).tensors(CPU))
     lost = "model.layers.0.self_attn.q_proj.lora_B.weight"
     with pytest.raises(DamagedError, match=f"{lost} was announced .* did not come"):
-        dict(MergedTensors(manifest.low_rank, Path(base), {n: t for n, t in merged._sent.items() if n != lost}).tensors(CPU))
+        sent = {name: tensor for name, tensor in merged._sent.items() if name != lost}
+        dict(MergedTensors(manifest.low_rank, Path(base), sent).tensors(CPU))
 
 
 def test_staged_buckets_hold_the_adapter_in_float32_whatever_the_model_computes_in(base: str, tmp_path: Path) -> None:

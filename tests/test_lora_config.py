@@ -50,6 +50,8 @@ from trainers.prompt_format import PromptFormat
 
 TINY = "builtin:tiny-llama"
 CPU = torch.device("cpu")
+R8, A4 = LoRASettings(rank=8, alpha=8.0), LoRASettings(rank=4, alpha=4.0)
+Q4 = LoRASettings(rank=4, alpha=8.0, target_modules=("q_proj",))
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -84,7 +86,7 @@ def adapter(base: str, folder: Path, lora: LoRASettings = LORA) -> str:
         ("cpu-lora-grpo", ("model.lora.rank=0",), ("model.lora.rank", "greater than or equal to 1")),
         ("cpu-lora-grpo", ("learner.zero_stage=3",), ("learner.zero_stage = 3", "use 0, 1 or 2 with LoRA")),
         ("cpu-lora-dpo", ("learner.zero_stage=3",), ("learner.zero_stage = 3", "use 0, 1 or 2 with LoRA")),
-        ("cpu-demo", ("model.quantization=nf4",), ("model.quantization = 'nf4'", "quantised weights cannot be trained; set lora")),
+        ("cpu-demo", ("model.quantization=nf4",), ("model.quantization = 'nf4'", "cannot be trained; set lora")),
         ("cpu-demo", ("model.base=/base",), ("model.base = '/base'", "only an adapter has one")),
         ("cpu-demo", ("push.lora=adapter",), ("push.lora = 'adapter'", "there is no adapter; leave it out")),
         ("cpu-demo", ("checkpoint.export_merged=false",), ("checkpoint.export_merged = ", "leave it out")),
@@ -98,8 +100,9 @@ def adapter(base: str, folder: Path, lora: LoRASettings = LORA) -> str:
     ],
 )
 def test_what_an_adapter_cannot_be_is_refused_in_one_line(
-    recipe: str, overrides: tuple[str, ...], expected: tuple[str, ...], tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+    recipe: str, overrides: tuple[str, ...], expected: tuple[str, ...], tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
     assert main(["train", recipe, f"run.directory={tmp_path / 'runs'}", *overrides]) == 2
     lines = capfd.readouterr().err.splitlines()
     assert len(lines) == 1 and all(part in lines[0] for part in expected), lines
@@ -118,21 +121,21 @@ def test_an_unknown_target_is_refused_with_the_layers_there_are(base: str) -> No
 @pytest.mark.parametrize(
     ("lora", "make", "expected"),
     [
-        (None, lambda base, at: (adapter(base, at), None), "is an adapter, not a whole model; set model.lora"),
-        (LoRASettings(rank=8, alpha=8.0), lambda base, at: (adapter(base, at), None), "model.lora.rank = 8: the adapter in model.path has 4"),
-        (LoRASettings(rank=4, alpha=4.0), lambda base, at: (adapter(base, at), None), "set model.lora.alpha=8"),
+        (None, lambda base, at: adapter(base, at), "is an adapter, not a whole model; set model.lora"),
+        (R8, lambda base, at: adapter(base, at), "model.lora.rank = 8: the adapter in model.path has 4"),
+        (A4, lambda base, at: adapter(base, at), "set model.lora.alpha=8"),
+        (Q4, lambda base, at: adapter(base, at), "the model has no place for it"),
         (LORA, lambda base, at: (adapter(base, at / "a"), other_base(base, at / "b")), "trained on another base than"),
-        (LORA, lambda base, at: (renamed(base, at), None), "its base '/gone' is no model folder on this machine; set model.base"),
-        (LoRASettings(rank=4, alpha=8.0, target_modules=("q_proj",)), lambda base, at: (adapter(base, at), None), "the model has no place for it"),
-        (LORA, lambda base, at: (broken(base, at), None), "adapter_model.safetensors cannot be read"),
+        (LORA, lambda base, at: renamed(base, at), "its base '/gone' is no model folder on this machine; set model"),
+        (LORA, lambda base, at: broken(base, at), "adapter_model.safetensors cannot be read"),
         (LORA, lambda base, at: (base, base), "is a whole model, which has no base"),
     ],
 )  # fmt: skip
 def test_an_adapter_of_another_base_or_shape_is_refused_in_one_line(
-    base: str, lora: LoRASettings | None, make: Callable[[str, Path], tuple[str, str | None]], expected: str,
-    tmp_path: Path,
-) -> None:  # fmt: skip
-    path, of = make(base, tmp_path)
+    base: str, lora: LoRASettings | None, make: Callable[[str, Path], Any], expected: str, tmp_path: Path
+) -> None:
+    made = make(base, tmp_path)
+    path, of = (made, None) if isinstance(made, str) else made
     with pytest.raises(InputError) as refused:
         check_policy(TrainedModelSettings.model_construct(path=path, lora=lora, base=of, quantization=None))
     assert expected in str(refused.value) and "\n" not in str(refused.value)
@@ -163,7 +166,8 @@ def test_quantisation_without_its_library_is_refused_with_how_to_install_it(
     base: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("actors.lora.importlib.util.find_spec", lambda name: None)
-    with pytest.raises(InputError, match=r"model.quantization = 'nf4': bitsandbytes is not installed; pip install 'burnish\[qlora\]'"):
+    told = r"model.quantization = 'nf4': bitsandbytes is not installed; pip install 'burnish\[qlora\]'"
+    with pytest.raises(InputError, match=told):
         check_policy(settings(base, quantization="nf4"))
 
 
@@ -276,8 +280,8 @@ def test_preference_learning_starts_at_ln_2_and_its_reference_does_not_move(
         return 1.0
 
     rank.engine = SimpleNamespace(  # type: ignore[assignment]
-        world_size=1, forward=policy, set_boundary=lambda is_last: None, step=step, engine=SimpleNamespace(module=policy),
-        backward=lambda loss: loss.backward(),
+        world_size=1, forward=policy, set_boundary=lambda is_last: None, step=step,
+        engine=SimpleNamespace(module=policy), backward=lambda loss: loss.backward(),
     )  # fmt: skip
     rank._tables, rank._reference = {"train": ComparisonTable(tmp_path / "train.arrow")}, {}
     rank._own = ReferencePass(rank)
@@ -297,7 +301,7 @@ def test_preference_learning_starts_at_ln_2_and_its_reference_does_not_move(
 
 
 def test_a_frozen_base_has_no_gradients_and_no_optimizer_states() -> None:
-    shape: dict[str, Any] = dict(token_budget=64, hidden=8, layers=2, intermediate=16, vocab=32, logprob_chunk=16)
+    shape = {"token_budget": 64, "hidden": 8, "layers": 2, "intermediate": 16, "vocab": 32, "logprob_chunk": 16}
     whole = estimate_learner(1000, 1, 4, **shape)
     found = estimate_learner(1000, 1, 4, adapter_params=40, **shape)
     assert found.parts["base"] == 2 * 1000 and found.parts["weights"] == 4 * 40 and found.parts["casts"] == 2 * 40
@@ -320,7 +324,9 @@ def test_a_runs_estimate_knows_the_adapter(base: str) -> None:
 # --- burnish merge --------------------------------------------------------------------------------
 
 
-def test_merge_writes_the_model_that_an_export_writes(base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_merge_writes_the_model_that_an_export_writes(
+    base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     policy = moved(policy_of(base, ATTENTION))
     export_adapter(policy.adapter, tmp_path / "export", torch.float32)
     assert main(["merge", str(tmp_path / "export" / "adapter"), str(tmp_path / "merged")]) == 0
