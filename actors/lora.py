@@ -97,6 +97,19 @@ def loading_options(plan: LoRAPlan | None, dtype: torch.dtype, device: str) -> d
     return {"dtype": dtype, "quantization_config": quantized, "device_map": {"": device}}
 
 
+@torch.no_grad()
+def dequantised(module: Any) -> torch.Tensor:
+    """[out, in]: the weight that a quantised layer computes with."""
+    weight = module.weight
+    if type(weight).__name__ == "Int8Params":  # one scale a row, kept by the layer from its first pass on
+        scales = module.state.SCB if module.state.SCB is not None else weight.SCB
+        found: torch.Tensor = weight.data.float() * scales.float()[:, None] / 127
+        return found
+    from peft.utils.integrations import dequantize_module_weight
+
+    return dequantize_module_weight(module).detach()
+
+
 class Adapter:
     """The adapter of one model, put into it here.  The random A of a new one come from torch's generator.
 
@@ -182,12 +195,8 @@ class Adapter:
         """
         dtype: torch.dtype = self.model.get_input_embeddings().weight.dtype  # type: ignore[operator]
         for name, parameter, module in self._unadapted():
-            if type(parameter).__name__ not in PACKED:
-                yield name, parameter.detach()
-                continue
-            from peft.utils.integrations import dequantize_module_weight
-
-            yield name, dequantize_module_weight(module).detach().to(dtype)
+            packed = type(parameter).__name__ in PACKED
+            yield name, dequantised(module).to(dtype) if packed else parameter.detach()
 
     def whole(self) -> Iterator[tuple[str, torch.Tensor]]:
         """:meth:`base` with the adapter merged into it."""
