@@ -20,6 +20,8 @@ from torch import nn
 from actors.batch_rank import BatchRank, Share
 from actors.experience_batch import ExperienceBatch
 from actors.group_batch import GroupBatch
+from actors.lora_settings import LoRAPlan
+from actors.modeling import trained_dtype
 from actors.packing import Pack
 from actors.scalar_model import load_scalar
 from actors.settings import CriticSettings
@@ -57,8 +59,12 @@ class CriticLearner(BatchRank):
         seed: int,
         payload_deadline_s: float = 300.0,
     ) -> None:
+        lora = None if settings.lora is None else LoRAPlan(settings.lora)
+
         def load() -> nn.Module:
-            return load_scalar(model_path, "critic.path", checkpointing=settings.gradient_checkpointing)
+            return load_scalar(
+                model_path, "critic.path", trained_dtype(dtype, lora), settings.gradient_checkpointing, lora, device
+            )
 
         super().__init__(
             rank, rendezvous, load, settings, algorithm, dtype, device, num_steps, seed, payload_deadline_s,

@@ -158,6 +158,8 @@ class TrainingEngine:
         from deepspeed.utils import safe_get_full_grad
 
         for name, parameter in self.named_parameters():
+            if not parameter.requires_grad:  # frozen
+                continue
             gradient = parameter.grad if self.zero_stage == 0 else safe_get_full_grad(parameter)
             yield name, torch.zeros(self.shape_of(parameter)) if gradient is None else gradient.detach().float().cpu()
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from cluster.errors import DamagedError
-from cluster.weight_channel import MASK, WeightManifest
+from cluster.weight_channel import MASK, TensorMeta, WeightManifest
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +36,31 @@ def fused_name(name: str, fused: Mapping[str, Sequence[str]]) -> str:
             if part in pieces:
                 return ".".join([*parts[:i], whole, *parts[i + 1 :]])
     return name
+
+
+def served_manifest(
+    sent: WeightManifest, workers: Sequence[Mapping[str, Sequence[int]]], who: str
+) -> WeightManifest:
+    """What must lie in the workers' memory after a low-rank update, in the place of the manifest of what was sent.
+
+    The learner proves base and adapter to each worker by their fingerprints; each worker then makes the same sum of the
+    same bits.  Its fingerprints are those of whole tensors, so that :func:`compare` finds them in what was loaded.
+
+    Args:
+        workers: per worker, name -> (bit sum, elements) of the whole tensors that it made.
+
+    Raises:
+        DamagedError: two workers made different tensors, or one of them none.
+    """
+    if sent.low_rank is None:
+        raise ValueError(f"version {sent.version} is no low-rank update")
+    first = {name: tuple(found) for name, found in workers[0].items()}
+    for other in workers:
+        odd = [name for name in sent.low_rank.base if tuple(other.get(name, ())) != first.get(name, (None,))]
+        if odd:
+            raise DamagedError(f"{who}: its workers made different tensors {odd[0]} of version {sent.version}")
+    tensors = tuple(TensorMeta(name, sent.low_rank.dtype, (int(first[name][1]),)) for name in sent.low_rank.base)
+    return WeightManifest(sent.version, tensors, {name: int(first[name][0]) for name in sent.low_rank.base})
 
 
 def compare(

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from actors.fingerprints import compare
+from actors.fingerprints import compare, served_manifest
 from actors.modeling import load_tokenizer
 from actors.settings import GeneratorSettings
 from actors.vllm_beside import BesideEngine
@@ -85,7 +85,7 @@ class VLLMGenerator:
         if device == "cuda":
             arguments["gpu_memory_utilization"] = settings.gpu_memory_utilization
         arguments.update(settings.engine_args)
-        self._tokenizer = load_tokenizer(model_path)
+        self._tokenizer, self._model_path = load_tokenizer(model_path), model_path
         kind: type[Engine] = InProcessEngine if in_process else BesideEngine
         self._engine: Engine = kind(arguments, str(WeightVersion(*version)))  # type: ignore[call-arg]
         self._fused: dict[str, list[str]] | None = None
@@ -147,7 +147,10 @@ class VLLMGenerator:
             DamagedError: what lies in memory now is not what the learner sent.
         """
         sent = WeightManifest.from_dict(manifest)
-        loaded = await self._engine.update_weights({**info, "version": sent.version}, sent.version)
+        more = {} if sent.low_rank is None else {"low_rank": manifest["low_rank"], "base": self._model_path}
+        loaded = await self._engine.update_weights({**info, **more, "version": sent.version}, sent.version)
+        if sent.low_rank is not None:
+            sent = served_manifest(sent, await self._engine.rpc("burnish_served"), self.name)
         if self._fused is None:
             self._fused = (await self._engine.rpc("burnish_fused_names"))[0]
         verified = compare(sent, loaded.fingerprints, self._fused or {}, self.name)

@@ -19,7 +19,8 @@ from torch import nn
 
 from actors.batch_rank import BatchRank, Share
 from actors.experience_batch import ExperienceBatch, contributing
-from actors.modeling import load_policy
+from actors.lora_settings import LoRAPlan
+from actors.modeling import load_policy, trained_dtype
 from actors.objective import TokenTerms, pack_loss
 from actors.online_pairs import OnlinePairs
 from actors.packing import Pack
@@ -46,6 +47,7 @@ class _Fixed:
     advantages: np.ndarray  # float64 [samples], NaN where masked; the mean over a sample's tokens where they differ
     token_advantages: Sequence[np.ndarray] | None  # float32 [T] a sample; None: one for all tokens of a sample
     proximal: Sequence[np.ndarray] | None  # float32 [T] a sample; None: the policy itself, in its only update
+    references: Sequence[np.ndarray] | None  # float32 [T] a sample, by this model as it started; None: see the groups
     pairs: OnlinePairs | None = None  # online DPO: weights and advantages are of one optimizer step
     sample_weights: np.ndarray | None = None  # float64 [samples], of each token; None: the batch's own
 
@@ -68,6 +70,7 @@ class DeepSpeedLearner(BatchRank):
 
     Args:
         pretraining: file of the texts of PPO-ptx (actors/example_files.py), with ``algorithm.ppo.pretrain_coef`` only.
+        lora: train an adapter; None: the whole model.
     """
 
     def __init__(
@@ -84,18 +87,24 @@ class DeepSpeedLearner(BatchRank):
         seed: int,
         payload_deadline_s: float = 300.0,
         pretraining: str | None = None,
+        lora: LoRAPlan | None = None,
     ) -> None:
         self.sampling = sampling
         self.pretraining = None if pretraining is None else PretrainingTerm(pretraining, algorithm, seed)
 
         def load() -> nn.Module:
-            return load_policy(model_path, settings.logprob_chunk, checkpointing=settings.gradient_checkpointing)
+            return load_policy(
+                model_path, settings.logprob_chunk, trained_dtype(dtype, lora), settings.gradient_checkpointing, lora,
+                device,
+            )  # fmt: skip
 
         super().__init__(
             rank, rendezvous, load, settings, algorithm, dtype, device, num_steps, seed, payload_deadline_s,
             tokenizer_path=model_path,
         )  # fmt: skip
         self._change: ParameterChange | None = ParameterChange(self.engine)  # None once it was measured
+        self._references: tuple[Any, list[np.ndarray]] | None = None  # of the batch with these summaries
+        self._reference_s = 0.0  # that they took
 
     # --- one lap ------------------------------------------------------------------------------
 
@@ -112,12 +121,12 @@ class DeepSpeedLearner(BatchRank):
             On rank 0 the summary (its payload is left to the caller) and the targets as Arrow; else two None.
         """
         batch = ExperienceBatch(groups, self.algorithm, self.sampling.max_tokens)
-        proximal = self._proximal(batch)
+        proximal, own = self._proximal(batch), self._own_references(batch)
         if self.rank != 0:
             return None, None
         tokens = [batch.tokens(i, self.payload_deadline_s) for i in range(batch.num_samples)]
         values = [t.values for t in tokens if t.values is not None]
-        references = [t.reference_logprobs for t in tokens if t.reference_logprobs is not None]
+        references = own or [t.reference_logprobs for t in tokens if t.reference_logprobs is not None]
         if len(values) < len(tokens):
             raise ValueError(f"{len(tokens) - len(values)} of {len(tokens)} samples came without the critic's values")
         targets, summary = ppo_targets(
@@ -183,6 +192,8 @@ class DeepSpeedLearner(BatchRank):
         }
         if totals.num_trained or self.pretraining is not None:
             metrics["grad_norm"] = float(np.mean(norms))
+        if fixed.references is not None:
+            metrics["learner/reference_s"], self._reference_s = self._reference_s, 0.0
         if changed:
             metrics["learner/parameters_changed_fraction"] = changed[0]
         return UpdateReport(
@@ -218,25 +229,25 @@ class DeepSpeedLearner(BatchRank):
     ) -> _Fixed:
         algorithm = self.algorithm if kl_coef is None else self.algorithm.model_copy(update={"kl_coef": kl_coef})
         batch = ExperienceBatch(groups, algorithm, self.sampling.max_tokens)
+        own = self._own_references(batch)
         if algorithm.learns_from_pairs:
-            pairs = OnlinePairs(batch, algorithm, self.payload_deadline_s)
+            pairs = OnlinePairs(batch, algorithm, self.payload_deadline_s, own)
             plain = algorithm.model_copy(update={"kl_coef": 0.0})  # the reference is in the loss of the pairs
-            return _Fixed(batch, plain, pairs.is_paired, pairs.advantages, None, None, pairs)
+            return _Fixed(batch, plain, pairs.is_paired, pairs.advantages, None, None, own, pairs)
         trainable = batch.trainable()
         if targets is not None:
             rows = decode_targets(fetch(targets[0], self.payload_deadline_s))
             per_token = [r.advantages for r in rows]
-            return _Fixed(
-                batch, algorithm, trainable, _means(per_token), per_token, [r.proximal_logprobs for r in rows]
-            )
+            before = [r.proximal_logprobs for r in rows]
+            return _Fixed(batch, algorithm, trainable, _means(per_token), per_token, before, own)
         in_reward = algorithm.kl_coef > 0 and algorithm.kl_placement == "reward"
         proximal = self._proximal(batch) if algorithm.num_updates > 1 or in_reward else None
-        penalties = self._kl_penalties(batch, proximal) if in_reward and proximal is not None else None
+        penalties = self._kl_penalties(batch, proximal, own) if in_reward and proximal is not None else None
         if algorithm.has_token_advantages:
             per_token = batch.token_advantages(penalties)
-            return _Fixed(batch, algorithm, trainable, _means(per_token), per_token, proximal)
+            return _Fixed(batch, algorithm, trainable, _means(per_token), per_token, proximal, own)
         totals = None if penalties is None else np.array([row.sum() for row in penalties])
-        return _Fixed(batch, algorithm, trainable, batch.advantages(totals), None, proximal)
+        return _Fixed(batch, algorithm, trainable, batch.advantages(totals), None, proximal, own)
 
     def _accumulate(self, fixed: _Fixed, members: Sequence[int], totals: UpdateTotals, step: int, index: int) -> None:
         """Backward of everything that goes into the ``index``-th optimizer step on the batch of ``step``."""
@@ -260,6 +271,8 @@ class DeepSpeedLearner(BatchRank):
         samples, pack = share.samples, share.pack
         tokens = [fixed.batch.tokens(i, self.payload_deadline_s) for i in samples]
         references = [t.reference_logprobs for t in tokens if t.reference_logprobs is not None]
+        if fixed.references is not None:
+            references = [fixed.references[i] for i in samples]
         advantages, proximal = fixed.token_advantages, fixed.proximal
         return TokenTerms(
             weights=self.per_token([0.0 if share.is_filler else weight_of[i] for i in samples], pack),
@@ -293,11 +306,30 @@ class DeepSpeedLearner(BatchRank):
         logprobs: torch.Tensor = self.engine.forward(pack, self.sampling.temperature, with_entropy=False)[0]
         return logprobs
 
-    def _kl_penalties(self, batch: ExperienceBatch, proximal: Sequence[np.ndarray]) -> list[np.ndarray]:
+    def _own_references(self, batch: ExperienceBatch) -> list[np.ndarray] | None:
+        """Log-probs of every sample under this model as it started; None where the groups bring them, or none is asked.
+
+        A batch that was prepared is not scored again for its update.
+        """
+        if self.adapter is None or not self.adapter.plan.reference:
+            return None
+        summaries = tuple(group.summary for group in batch.groups)
+        if self._references is not None and self._references[0] == summaries:
+            rows, self._references = self._references[1], None
+            return rows
+        started = time.perf_counter()
+        with self.adapter.as_started():
+            rows = self._proximal(batch)
+        self._references, self._reference_s = (summaries, rows), time.perf_counter() - started
+        return rows
+
+    def _kl_penalties(
+        self, batch: ExperienceBatch, proximal: Sequence[np.ndarray], own: Sequence[np.ndarray] | None
+    ) -> list[np.ndarray]:
         """beta * the KL estimate of each token, float64 [T] a sample."""
         penalties = []
         for i in range(batch.num_samples):
-            reference = batch.tokens(i, self.payload_deadline_s).reference_logprobs
+            reference = batch.tokens(i, self.payload_deadline_s).reference_logprobs if own is None else own[i]
             if reference is None:
                 raise ValueError("a KL penalty in the reward needs reference log-probs")
             per_token = kl_estimate(

@@ -10,6 +10,8 @@ from torch import nn
 
 from actors import attention
 from actors.logprobs import chunked_logprobs
+from actors.lora import Adapter, loading_options
+from actors.lora_settings import LoRAPlan
 from actors.packing import Pack
 from trainers.errors import InputError
 
@@ -22,6 +24,11 @@ def compute_dtype(setting: Literal["auto", "float32", "bfloat16"], native_bfloat
     if setting == "auto":
         return torch.bfloat16 if native_bfloat16 else torch.float32
     return cast(torch.dtype, getattr(torch, setting))
+
+
+def trained_dtype(compute: str, lora: LoRAPlan | None) -> torch.dtype:
+    """Of the weights that a trained rank loads: float32 masters, but a frozen base is held as it is computed with."""
+    return torch.float32 if lora is None else cast(torch.dtype, getattr(torch, compute))
 
 
 class ScoringHead(nn.Module):
@@ -46,6 +53,7 @@ class PackedPolicy(nn.Module):
 
     scoring_head: ScoringHead
     chunk: int
+    adapter: Adapter | None = None  # of hf_model, whose other weights are then frozen
 
     def __init__(self, hf_model: nn.Module, chunk: int) -> None:
         super().__init__()
@@ -78,13 +86,18 @@ def without_padding(model: Any) -> None:
     model.get_input_embeddings().padding_idx = None
 
 
-def load_policy(path: str, chunk: int, dtype: torch.dtype = torch.float32, checkpointing: bool = False) -> PackedPolicy:
+def load_policy(
+    path: str, chunk: int, dtype: torch.dtype = torch.float32, checkpointing: bool = False,
+    lora: LoRAPlan | None = None, device: str = "cpu",
+) -> PackedPolicy:  # fmt: skip
     """The model of a Hugging Face folder, with packed attention.
 
     Args:
         path: folder with ``config.json`` and safetensors.
         chunk: see :func:`actors.logprobs.chunked_logprobs`.
-        dtype: of the parameters (float32 for a learner: they are the master weights).
+        dtype: of the parameters (float32 for a learner: they are the master weights; with ``lora`` the compute dtype).
+        lora: freeze it and put an adapter into it.
+        device: where a quantised base is made.
 
     Raises:
         InputError: the architecture cannot take another attention implementation.
@@ -94,8 +107,9 @@ def load_policy(path: str, chunk: int, dtype: torch.dtype = torch.float32, check
     attention.register()
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, attn_implementation=attention.NAME, local_files_only=True, use_safetensors=True
-        )
+            path, attn_implementation=attention.NAME, local_files_only=True, use_safetensors=True,
+            **loading_options(lora, dtype, device),
+        )  # fmt: skip
     except ValueError as error:
         raise InputError(
             "model.path", path, f"transformers cannot load it with packed attention ({error})",
@@ -105,7 +119,9 @@ def load_policy(path: str, chunk: int, dtype: torch.dtype = torch.float32, check
     without_padding(model)
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return PackedPolicy(model, chunk)
+    policy = PackedPolicy(model, chunk)
+    policy.adapter = None if lora is None else Adapter(model, lora, path)
+    return policy
 
 
 def load_tokenizer(path: str) -> Any:

@@ -20,10 +20,16 @@ Scored = Callable[[Sequence[int]], list[np.ndarray]]  # samples -> their log-pro
 
 
 class OnlinePairs:
-    """``algorithm``: one that learns from pairs.  ``deadline_s``: for the payload of a group."""
+    """``algorithm``: one that learns from pairs.  ``deadline_s``: for the payload of a group.
 
-    def __init__(self, batch: ExperienceBatch, algorithm: AlgorithmSettings, deadline_s: float) -> None:
-        self._batch, self._deadline_s = batch, deadline_s
+    ``references``: float32 [T] of each sample, where the learner is its own reference; None: the groups bring them.
+    """
+
+    def __init__(
+        self, batch: ExperienceBatch, algorithm: AlgorithmSettings, deadline_s: float,
+        references: Sequence[np.ndarray] | None = None,
+    ) -> None:  # fmt: skip
+        self._batch, self._deadline_s, self._references = batch, deadline_s, references
         self._settings = PreferenceSettings(loss=algorithm.loss, beta=algorithm.kl_coef)
         trainable = batch.trainable()
         cuts = np.cumsum([g.summary.num_samples for g in batch.groups])[:-1]
@@ -80,7 +86,8 @@ class OnlinePairs:
 
     def _reference(self, samples: np.ndarray) -> np.ndarray:
         """float64 [M]: log-probs of whole answers under the reference."""
-        rows = [self._batch.tokens(int(i), self._deadline_s).reference_logprobs for i in samples]
+        own, batch = self._references, self._batch
+        rows = [batch.tokens(int(i), self._deadline_s).reference_logprobs if own is None else own[i] for i in samples]
         found = [row.sum(dtype=np.float64) for row in rows if row is not None]
         if len(found) < len(rows):
             raise ValueError(f"{len(rows) - len(found)} of {len(rows)} samples came without reference log-probs")

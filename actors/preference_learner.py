@@ -16,9 +16,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from actors.modeling import load_policy
+from actors.lora_settings import LoRAPlan
+from actors.modeling import load_policy, trained_dtype
 from actors.preference_objective import PreferenceBatch, Share
 from actors.rank import EngineRank
+from actors.reference_pass import ReferencePass
 from actors.settings import LearnerSettings
 from cluster.rendezvous import Rendezvous
 from trainers.comparisons import ComparisonTable
@@ -35,8 +37,11 @@ class PreferenceLearner(EngineRank):
 
     Args:
         data_folder: holds ``train.arrow`` and, to evaluate, ``held_out.arrow`` (trainers/comparisons.py).
-        reference: file of each of the two, where the loss has a reference (trainers/reference_logps.py).
+        reference: file of each of the two, where the loss has a reference of its own (trainers/reference_logps.py).
+        lora: train an adapter, and where it says so be the reference, with the adapter as it started.
     """
+
+    _own: ReferencePass | None = None
 
     def __init__(
         self,
@@ -52,6 +57,7 @@ class PreferenceLearner(EngineRank):
         algorithm: PreferenceSettings,
         data_folder: str,
         reference: Mapping[str, str],
+        lora: LoRAPlan | None = None,
     ) -> None:
         self.algorithm, self.num_steps = algorithm, num_steps
         files = {name: Path(data_folder) / f"{name}.arrow" for name in (TRAIN, HELD_OUT)}
@@ -59,10 +65,14 @@ class PreferenceLearner(EngineRank):
         self._reference = {name: reference_rows(Path(file)) for name, file in reference.items()}
 
         def load() -> nn.Module:
-            return load_policy(model_path, settings.logprob_chunk, checkpointing=settings.gradient_checkpointing)
+            return load_policy(
+                model_path, settings.logprob_chunk, trained_dtype(dtype, lora), settings.gradient_checkpointing, lora,
+                device,
+            )  # fmt: skip
 
         super().__init__(rank, rendezvous, load, settings, dtype, device, seed, tokenizer_path=model_path)
         self.share_prompts = self.device.type != "cuda" if settings.share_prompts is None else settings.share_prompts
+        self._own = ReferencePass(self) if lora is not None and lora.reference else None
 
     def update(self, indices: Sequence[int], step: int) -> dict[str, float]:
         """One optimizer step on the comparisons ``indices`` of the training data; the same metrics on every rank."""
@@ -78,11 +88,13 @@ class PreferenceLearner(EngineRank):
             "time/learn_s": learn_s,
             "throughput/learn_tokens_per_s": metrics["num_tokens"] / learn_s,
             "learner/peak_memory_bytes": float(self.peak_memory_bytes()),
+            **({} if self._own is None else {"learner/reference_s": self._own.took_s()}),
         }
 
     def evaluate(self) -> dict[str, float]:
         """Loss and metrics of all held-out comparisons under the present weights, as one batch."""
-        metrics = self._pass(HELD_OUT, range(len(self._tables[HELD_OUT])), learn=False)
+        with self.evaluating():
+            metrics = self._pass(HELD_OUT, range(len(self._tables[HELD_OUT])), learn=False)
         return {name: value for name, value in metrics.items() if name not in COUNTS}
 
     def _pass(self, name: str, indices: Sequence[int], learn: bool) -> dict[str, float]:
@@ -90,6 +102,8 @@ class PreferenceLearner(EngineRank):
         table, rows = self._tables[name], self._reference.get(name)
         comparisons = [table[i] for i in indices]
         reference = None if rows is None else [rows[i] for i in indices]
+        if self._own is not None:
+            reference = self._own.rows(name, indices, comparisons)
         batch = PreferenceBatch(comparisons, reference, self.algorithm, self.share_prompts, self.device)
         num_kl = self._settle_kl(batch)
         nothing = batch.nothing().metrics

@@ -10,6 +10,7 @@ May import: torch, actors.engine, cluster.{weight_channel, transfer_group}.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -78,11 +79,15 @@ class WeightSource:
             for name, tensor in self._gathered():
                 if writer is not None:
                     writer.write(name, tensor)
-            return None if writer is None else writer.commit().to_dict()
+            return None if writer is None else self._complete(writer.commit(), dtype).to_dict()
         except BaseException:
             if writer is not None:
                 writer.abandon()
             raise
+
+    def _complete(self, manifest: WeightManifest, dtype: str) -> WeightManifest:
+        """The manifest with what a receiver must know besides its tensors; ``dtype``: what is served."""
+        return manifest
 
     # --- collective and ipc -----------------------------------------------------------------
 
@@ -106,12 +111,13 @@ class WeightSource:
         for name, tensor in self._gathered():
             if keep:
                 b, offset, meta = place[name]
-                target = self._staged[b][offset : offset + meta.num_bytes].view(getattr(torch, dtype))
+                target = self._staged[b][offset : offset + meta.num_bytes].view(getattr(torch, meta.dtype))
                 target.view(meta.shape).copy_(tensor)
                 fingerprints[name] = bit_sum(target)
         if not keep:
             return None
-        self._manifest, self._buckets = WeightManifest(version, metas, fingerprints), buckets
+        self._manifest = self._complete(WeightManifest(version, metas, fingerprints), dtype)
+        self._buckets = buckets
         return self._manifest.to_dict() if self.engine.rank == 0 else None
 
     def write_staged(self, path: str) -> dict[str, Any]:
@@ -123,7 +129,7 @@ class WeightSource:
             for staged, bucket in zip(self._staged, self._buckets, strict=True):
                 for name, tensor in unpack_bucket(staged, bucket):
                     writer.write(name, tensor)
-            return writer.commit().to_dict()
+            return replace(writer.commit(), low_rank=self._manifest.low_rank).to_dict()
         except BaseException:
             writer.abandon()
             raise

@@ -2,7 +2,7 @@
 
 One data-parallel rank of a DeepSpeed engine: it joins its process group, holds the weights, and saves, loads
 and exports them.  Every method is called on all ranks at once.  What is learned stands in the subclasses.
-May import: torch, actors.{engine, modeling, publishing, settings, shards, state_saving}, cluster.rendezvous.
+May import: torch, actors.*, cluster.{manifest, rendezvous}.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,9 +20,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from actors.adapter_export import AdapterCopy, export_adapter
+from actors.adapter_source import weight_source
 from actors.engine import TrainingEngine
+from actors.lora import Adapter
 from actors.modeling import load_tokenizer
-from actors.publishing import WeightSource
 from actors.settings import LearnerSettings
 from actors.shards import shard_name
 from actors.state_saving import SaveBegun, SaveOutcome, StateWriter
@@ -33,11 +36,13 @@ class EngineRank:
 
     Args:
         load: builds the model on the CPU in float32 (master weights); its Hugging Face model is the attribute
-            ``hf_model``.
+            ``hf_model``, and ``adapter`` is what is trained of it, None: all.
         dtype: the compute dtype's name.
         device: ``cpu`` or ``cuda:N``.
         tokenizer_path: folder whose tokenizer goes into an export.
     """
+
+    adapter: Adapter | None = None
 
     def __init__(
         self,
@@ -63,8 +68,9 @@ class EngineRank:
             raise ValueError(f"rank {rank} of {rendezvous.world_size}: this process is rank {there} already")
         model = load().to(self.device).train()
         self.dtype = cast(torch.dtype, getattr(torch, dtype))
+        self.adapter = cast("Adapter | None", getattr(model, "adapter", None))
         self.engine = TrainingEngine(model, settings, self.dtype, self.device)
-        self.weights = WeightSource(self.engine)
+        self.weights = weight_source(self.engine, self.adapter)
         self._writer = StateWriter()
 
     # --- weights ------------------------------------------------------------------------------
@@ -83,7 +89,16 @@ class EngineRank:
         return address, free_port(address)
 
     def export(self, directory: str) -> None:
-        """A Hugging Face folder (safetensors, config, tokenizer) in the compute dtype."""
+        """A Hugging Face folder (safetensors, config, tokenizer) in the compute dtype.
+
+        Of an adapter, see :func:`actors.adapter_export.export_adapter`.
+        """
+        if self.adapter is not None:
+            if self.rank == 0:
+                export_adapter(self.adapter, Path(directory), self.dtype)
+                load_tokenizer(self.tokenizer_path).save_pretrained(directory)
+            dist.barrier()
+            return
         state = self.weights.whole_state(self.dtype)  # a collective
         if self.rank == 0 and state is not None:
             model = cast(Any, self.engine.engine.module.hf_model)
@@ -103,7 +118,8 @@ class EngineRank:
         """
         started = time.perf_counter()
         path, rng = Path(directory) / shard_name(self.rank), torch.get_rng_state()
-        snapshot = self._writer.begin(path, lambda: self.engine.snapshot(rng))
+        copied = AdapterCopy(self.adapter) if self.adapter is not None and self.rank == 0 else None
+        snapshot = self._writer.begin(path, lambda: self.engine.snapshot(rng), copied)
         return SaveBegun(time.perf_counter() - started, snapshot.num_bytes)
 
     def save_outcome(self, wait_s: float = 0.0) -> SaveOutcome | None:
@@ -130,6 +146,19 @@ class EngineRank:
             dist.destroy_process_group()
 
     # --- for subclasses -----------------------------------------------------------------------
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Inside, an adapter's dropout is off."""
+        if self.adapter is None:
+            yield
+            return
+        module = cast(nn.Module, self.engine.engine.module)
+        module.eval()
+        try:
+            yield
+        finally:
+            module.train()
 
     def tensor(self, values: Any) -> torch.Tensor:
         """float32, on this rank's device."""

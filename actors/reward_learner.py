@@ -18,7 +18,8 @@ import torch.distributed as dist
 from torch import nn
 
 from actors.end_scores import end_scores
-from actors.modeling import load_tokenizer
+from actors.lora_settings import LoRAPlan
+from actors.modeling import load_tokenizer, trained_dtype
 from actors.packing import Pack
 from actors.rank import EngineRank
 from actors.scalar_model import load_scalar, scalar_pad_token_id
@@ -54,12 +55,15 @@ class RewardModelLearner(EngineRank):
         *,
         algorithm: RewardTrainingSettings,
         data_folder: str,
+        lora: LoRAPlan | None = None,
     ) -> None:
         self.algorithm, self.num_steps, self.data_folder = algorithm, num_steps, Path(data_folder)
         self.train = ComparisonTable(self.data_folder / "train.arrow")
 
         def load() -> nn.Module:
-            return load_scalar(model_path, "model.path", checkpointing=settings.gradient_checkpointing)
+            return load_scalar(
+                model_path, "model.path", trained_dtype(dtype, lora), settings.gradient_checkpointing, lora, device
+            )
 
         super().__init__(rank, rendezvous, load, settings, dtype, device, seed, tokenizer_path=model_path)
         self.share_prompts = self.device.type != "cuda" if settings.share_prompts is None else settings.share_prompts
@@ -163,11 +167,12 @@ class RewardModelLearner(EngineRank):
         table = ComparisonTable(self.data_folder / f"{name}.arrow")
         comparisons = [table[i] for i in range(len(table))]
         owner = [i for i, c in enumerate(comparisons) for _ in c.completion_ids]
-        mine = end_scores(
-            self.engine.forward, [comparisons[i].prompt_ids for i in owner],
-            [answer for c in comparisons for answer in c.completion_ids], owner,
-            self.settings.token_budget, self.share_prompts, self.device, self.engine.world_size, self.rank,
-        )  # fmt: skip
+        with self.evaluating():
+            mine = end_scores(
+                self.engine.forward, [comparisons[i].prompt_ids for i in owner],
+                [answer for c in comparisons for answer in c.completion_ids], owner,
+                self.settings.token_budget, self.share_prompts, self.device, self.engine.world_size, self.rank,
+            )  # fmt: skip
         scores = self.everyone(mine)
         flat = np.array([scores[i] for i in range(len(owner))], dtype=np.float32)
         return np.split(flat, np.cumsum([len(c.completion_ids) for c in comparisons])[:-1])

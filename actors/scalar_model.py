@@ -3,7 +3,7 @@
 Both are a standard ``AutoModelForSequenceClassification`` with one label, run over packs.  A reward model reads
 its score at the last token of a text, a critic its values at the state before each completion token; which hidden
 states are read stands in the pack (``predict_index``).
-May import: torch, transformers, actors.{attention, modeling, packing}, trainers.errors.
+May import: torch, transformers, actors.{attention, lora, lora_settings, modeling, packing}, trainers.errors.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import torch
 from torch import nn
 
 from actors import attention
+from actors.lora import Adapter, loading_options
+from actors.lora_settings import LoRAPlan
 from actors.modeling import without_padding
 from actors.packing import Pack
 from trainers.errors import InputError
@@ -44,6 +46,8 @@ class ScoreHead(nn.Linear):
 class PackedScalar(nn.Module):
     """Maps a pack to one float32 number for each of its ``predict_index`` positions."""
 
+    adapter: Adapter | None = None  # of hf_model, whose other weights but the head's are then frozen
+
     def __init__(self, hf_model: nn.Module) -> None:
         super().__init__()
         self.hf_model = hf_model
@@ -62,7 +66,10 @@ class PackedScalar(nn.Module):
         return cast(torch.Tensor, model.score(rows).squeeze(-1))
 
 
-def load_scalar(path: str, field: str, dtype: torch.dtype = torch.float32, checkpointing: bool = False) -> PackedScalar:
+def load_scalar(
+    path: str, field: str, dtype: torch.dtype = torch.float32, checkpointing: bool = False,
+    lora: LoRAPlan | None = None, device: str = "cpu",
+) -> PackedScalar:  # fmt: skip
     """The scalar model of a folder: a saved one, or a causal language model's backbone with a new head.
 
     A new head starts at zero: every score is 0 and the first Bradley-Terry loss is ln 2, whatever the backbone.
@@ -71,6 +78,8 @@ def load_scalar(path: str, field: str, dtype: torch.dtype = torch.float32, check
         path: folder of a sequence classifier with one label, or of a causal language model.
         field: the configuration key that named it, for errors.
         dtype: of the parameters.
+        lora: freeze all but the head and put an adapter into it.
+        device: where a quantised base is made.
 
     Raises:
         InputError: the head has another width, or the architecture has no classifier with pluggable attention.
@@ -86,8 +95,8 @@ def load_scalar(path: str, field: str, dtype: torch.dtype = torch.float32, check
         )
     try:
         model = AutoModelForSequenceClassification.from_pretrained(
-            path, num_labels=1, dtype=dtype, attn_implementation=attention.NAME,
-            local_files_only=True, use_safetensors=True,
+            path, num_labels=1, attn_implementation=attention.NAME,
+            local_files_only=True, use_safetensors=True, **loading_options(lora, dtype, device),
         )  # fmt: skip
     except ValueError as error:
         raise InputError(
@@ -103,7 +112,9 @@ def load_scalar(path: str, field: str, dtype: torch.dtype = torch.float32, check
     model.config.problem_type = "regression"
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return PackedScalar(model)
+    scalar = PackedScalar(model)
+    scalar.adapter = None if lora is None else Adapter(model, lora, path)
+    return scalar
 
 
 def scalar_pad_token_id(tokenizer: Any, field: str, path: str) -> int:

@@ -1,4 +1,7 @@
-"""Configuration of the actors, importable without torch.  May import: pydantic, trainers.{ensembles, settings}."""
+"""Configuration of the actors, importable without torch.
+
+May import: pydantic, actors.lora_settings, trainers.{ensembles, settings}.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from actors.lora_settings import LoRASettings
 from trainers.ensembles import EnsembleSettings, disagreement_name, member_name
 from trainers.settings import Settings
 
@@ -121,6 +125,10 @@ class ReferenceSettings(Settings):
     path: str | None = Field(None, description="default: model.path")
     token_budget: Positive = Field(8192, description="tokens scored at once")
     deadline_s: float = Field(900.0, gt=0, description="for one group")
+    source: Literal["auto", "actor", "adapter"] = Field(
+        "auto", description="who computes it: workers of its own (actor), or with model.lora the learner itself, with "
+        "its adapter as it started (adapter), which needs no second copy; auto: adapter where it can be"
+    )  # fmt: skip
 
 
 class RewardWorkerSettings(Settings):
@@ -140,6 +148,10 @@ class PushSettings(Settings):
     directory: str | None = Field(None, description="for file; default: shared memory of one host")
     bucket_bytes: Positive = Field(256 * 2**20, description="bytes packed into one transfer")
     deadline_s: float = Field(300.0, gt=0, description="for each step of a push")
+    lora: Literal["auto", "adapter", "merged"] = Field(
+        "auto", description="with model.lora: send the adapter alone, which every generator merges into the base on "
+        "its disk, or the merged model; auto: adapter, and merged with model.quantization"
+    )  # fmt: skip
     probe_tolerance: float = Field(
         0.15, gt=0, description="largest mean |log-prob difference| of generator and learner at start, in nats"
     )
@@ -152,6 +164,7 @@ class CriticSettings(LearnerSettings):
         None, description="a reward model or a causal language model with the policy's tokenizer; default: the first "
         "reward model that has it, else model.path"
     )  # fmt: skip
+    lora: LoRASettings | None = Field(None, description="train an adapter and the head on a frozen model")
     overlap: bool | None = Field(
         None, description="update at the same time as the policy; default: where both have GPUs of their own"
     )

@@ -17,7 +17,8 @@ from torch import nn
 
 from actors.engine import TrainingEngine
 from actors.example_files import ExampleFile
-from actors.modeling import load_policy
+from actors.lora_settings import LoRAPlan
+from actors.modeling import load_policy, trained_dtype
 from actors.packing import Pack
 from actors.rank import EngineRank
 from actors.sequence_packing import text_pack
@@ -87,6 +88,7 @@ class SFTLearner(EngineRank):
         seed: int,
         train: Mapping[str, str],
         held_out: str | None,
+        lora: LoRAPlan | None = None,
     ) -> None:
         self.num_steps = num_steps
         self.names = tuple(train)
@@ -94,7 +96,10 @@ class SFTLearner(EngineRank):
         self.held_out = None if held_out is None else ExampleFile(held_out)
 
         def load() -> nn.Module:
-            return load_policy(model_path, settings.logprob_chunk, checkpointing=settings.gradient_checkpointing)
+            return load_policy(
+                model_path, settings.logprob_chunk, trained_dtype(dtype, lora), settings.gradient_checkpointing, lora,
+                device,
+            )  # fmt: skip
 
         super().__init__(rank, rendezvous, load, settings, dtype, device, seed, tokenizer_path=model_path)
 
@@ -130,7 +135,7 @@ class SFTLearner(EngineRank):
         examples = [self.held_out[i] for i in range(len(self.held_out))]
         total = torch.zeros(2, dtype=torch.float64, device=self.device)
         for pack, is_filler in self._packs(examples):
-            with torch.no_grad():
+            with torch.no_grad(), self.evaluating():
                 logprobs, _ = self.engine.forward(pack, TEMPERATURE, with_entropy=False)
             if not is_filler:
                 total[0] -= logprobs.double().sum()

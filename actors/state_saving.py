@@ -42,8 +42,12 @@ class StateWriter:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="save")
         self._writing: Future[SaveOutcome] | None = None
 
-    def begin(self, path: Path, take: Callable[[], Snapshot]) -> Snapshot:
+    def begin(
+        self, path: Path, take: Callable[[], Snapshot], beside: Callable[[Path], dict[str, FileEntry]] | None = None
+    ) -> Snapshot:
         """Take a snapshot, here and now, and write it to ``path`` in the thread.
+
+        ``beside``: writes more into the folder of ``path``, in the thread too; returns its files by name.
 
         Raises:
             RuntimeError: the outcome of the one before has not been taken.
@@ -51,7 +55,7 @@ class StateWriter:
         if self._writing is not None:
             raise RuntimeError(f"{path}: the save before it is not over, or nobody asked for its outcome")
         snapshot = take()
-        self._writing = self._thread.submit(_write, path, snapshot)
+        self._writing = self._thread.submit(_write, path, snapshot, beside)
         return snapshot
 
     def outcome(self, wait_s: float = 0.0) -> SaveOutcome | None:
@@ -72,10 +76,14 @@ class StateWriter:
         self._thread.shutdown(wait=False, cancel_futures=True)
 
 
-def _write(path: Path, snapshot: Snapshot) -> SaveOutcome:
+def _write(
+    path: Path, snapshot: Snapshot, beside: Callable[[Path], dict[str, FileEntry]] | None = None
+) -> SaveOutcome:
     started = time.perf_counter()
     try:
         files = {path.name: write_shard(path, snapshot)}
+        if beside is not None:
+            files |= beside(path.parent)
     except OSError as error:
         return SaveOutcome({}, time.perf_counter() - started, str(error))
     return SaveOutcome(files, time.perf_counter() - started)

@@ -7,7 +7,7 @@ backends changed their trainer side between 0.26 and 0.33 and have no deadline a
 without a GPU; the receiving contract used here is the same in all of these versions.
 
 vLLM imports this module in each of its workers because ``WORKER_EXTENSION`` names a class in it.
-May import: torch, vllm, cluster.{weight_channel, transfer_group}.
+May import: torch, vllm, cluster.{low_rank, merged_tensors, transfer_group, weight_channel}.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ from vllm.distributed.weight_transfer.base import (
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
 from cluster.errors import DamagedError
+from cluster.low_rank import LowRankUpdate
+from cluster.merged_tensors import MergedTensors
 from cluster.transfer_group import TransferGroup
 from cluster.weight_channel import TensorMeta, bit_sum, plan_buckets, read_weight_file, unpack_bucket
 
@@ -56,6 +58,8 @@ class BurnishUpdateInfo(WeightTransferUpdateInfo):
     fingerprints: dict[str, int] = field(default_factory=dict)
     bucket_bytes: int = 0
     handles: list[Any] = field(default_factory=list)
+    low_rank: dict[str, Any] | None = None  # the tensors change the model in ``base``: see cluster/low_rank.py
+    base: str = ""
 
 
 class BurnishWeightTransferEngine(WeightTransferEngine[BurnishInitInfo, BurnishUpdateInfo]):
@@ -68,6 +72,7 @@ class BurnishWeightTransferEngine(WeightTransferEngine[BurnishInitInfo, BurnishU
         super().__init__(*args, **kwargs)
         self._groups: dict[str, TransferGroup] = {}
         self._current = ""
+        self.served: dict[str, tuple[int, int]] = {}  # of the last low-rank update: see MergedTensors
 
     def init_transfer_engine(self, init_info: BurnishInitInfo) -> None:
         if init_info.size == 0:
@@ -94,10 +99,25 @@ class BurnishWeightTransferEngine(WeightTransferEngine[BurnishInitInfo, BurnishU
 
     def receive_weights(self, update_info: BurnishUpdateInfo) -> None:
         try:
-            self.model.load_weights(self._tensors(update_info))
+            self.model.load_weights(self._whole(update_info))
         except BaseException:
             self.finish_weight_update()  # half a version is in, but the layers can compute and take the next one
             raise
+
+    def _whole(self, info: BurnishUpdateInfo) -> Iterator[tuple[str, torch.Tensor]]:
+        """The tensors of a version; where only an adapter came, merged into this side's base, one after the other.
+
+        vLLM could serve an adapter beside its base (``enable_lora``), at a price in every token: two more products a
+        layer, which on a CPU gather B once a token.  Merged, sampling costs what it costs without an adapter, and the
+        weights can be proven where they lie.
+        """
+        if info.low_rank is None:
+            yield from self._tensors(info)
+            return
+        sent = dict(self._tensors(info))
+        merged = MergedTensors(LowRankUpdate.from_dict(info.low_rank), Path(info.base), sent)
+        yield from merged.tensors(self.device)
+        self.served = merged.served
 
     def _tensors(self, info: BurnishUpdateInfo) -> Iterator[tuple[str, torch.Tensor]]:
         if info.transport == "file":
@@ -133,11 +153,17 @@ class BurnishWorkerExtension:
     """Methods that vLLM adds to each of its workers; called by name through ``collective_rpc``."""
 
     model_runner: Any
+    weight_transfer_engine: Any
 
     def burnish_fingerprints(self) -> dict[str, tuple[int, int]]:
         """name -> (bit sum, elements) of this worker's parameters, as they lie in memory now."""
         model = self.model_runner.get_model()
         return {name: (bit_sum(p.data), p.numel()) for name, p in model.named_parameters()}
+
+    def burnish_served(self) -> dict[str, tuple[int, int]]:
+        """name -> (bit sum, elements) of the whole tensors that this worker made of the last low-rank update."""
+        engine: Any = self.weight_transfer_engine
+        return dict(engine.served)
 
     def burnish_fused_names(self) -> dict[str, list[str]]:
         """fused module name -> the checkpoint's module names that vLLM loads into it."""

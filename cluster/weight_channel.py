@@ -6,7 +6,8 @@
   sight, so that a reader sees a whole file or none.
 * ``plan_buckets``: which tensors share one transfer.
 
-Transport over process groups is in ``transfer_group.py``.  May import: numpy, torch, safetensors.
+Transport over process groups is in ``transfer_group.py``.
+May import: numpy, torch, safetensors, cluster.{errors, low_rank}.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import numpy as np
 import torch
 
 from cluster.errors import DamagedError
+from cluster.low_rank import LowRankUpdate
 
 MASK = (1 << 64) - 1
 _SAFETENSORS_DTYPE = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
@@ -52,6 +54,7 @@ class WeightManifest:
     version: str
     tensors: tuple[TensorMeta, ...]
     fingerprints: Mapping[str, int]
+    low_rank: LowRankUpdate | None = None  # the tensors are not served themselves: they change a base that is there
 
     @property
     def num_bytes(self) -> int:
@@ -63,7 +66,9 @@ class WeightManifest:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> WeightManifest:
         tensors = tuple(TensorMeta(t["name"], t["dtype"], tuple(t["shape"])) for t in data["tensors"])
-        return cls(data["version"], tensors, dict(data["fingerprints"]))
+        update = data.get("low_rank")
+        low_rank = None if update is None else LowRankUpdate.from_dict(update)
+        return cls(data["version"], tensors, dict(data["fingerprints"]), low_rank)
 
 
 def bit_sum(tensor: torch.Tensor) -> int:

@@ -202,7 +202,7 @@ async def assemble(
     learner, critic = ranks.gangs(trained, ledger)
     pools = reward_pools(config, prepared.model_path, dtype, torch_device(device), launch, event)
     references = None
-    if config.algorithm.needs_reference:
+    if config.has_reference_workers:
         references = launch(
             "reference", ReferenceModel,
             [
@@ -216,7 +216,10 @@ async def assemble(
         )  # fmt: skip
     size = 4 if dtype == "float32" else 2
     one_host = len(nodes) == 1 and config.health.adopt_up_to is None  # of whoever may have to read the file
-    directory = push_directory(config, run_folder, prepared.facts.num_params * size, one_host)
+    pushed = prepared.facts.num_params * size
+    if config.model.lora is not None and not config.pushes_merged:
+        pushed = prepared.facts.num_adapter_params * 4  # float32
+    directory = push_directory(config, run_folder, pushed, one_host)
     reference = None if references is None else ReferencePool(
         references, config.reference.deadline_s, config.reference.token_budget, config.health, event
     )  # fmt: skip

@@ -114,6 +114,12 @@ def _parser() -> argparse.ArgumentParser:
     averaging.add_argument("--plain", action="store_true", help="no chat template around their plain-text prompts")
     averaging.set_defaults(command=_average)
 
+    merging = commands.add_parser("merge", help="a LoRA adapter and its base as one model")
+    merging.add_argument("adapter", help="its folder: adapter/ of an export, learner/ of a checkpoint, or peft's")
+    merging.add_argument("out", help="folder to write")
+    merging.add_argument("--base", help="folder of the base model; default: the one that the adapter names")
+    merging.set_defaults(command=_merge)
+
     scaling = commands.add_parser("scale", help="change the number of generators of a live run")
     scaling.add_argument("run", help="a run folder")
     scaling.add_argument("assignments", nargs="+", metavar="generators=N", help="how many it is to have")
@@ -311,6 +317,16 @@ def _average(arguments: argparse.Namespace) -> int:
     from launch.average import average
 
     for line in average(arguments.members, Path(arguments.out), arguments.reference, not arguments.plain):
+        print(line)
+    return 0
+
+
+def _merge(arguments: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from launch.merge import merge_adapter
+
+    for line in merge_adapter(arguments.adapter, Path(arguments.out), arguments.base):
         print(line)
     return 0
 

@@ -12,12 +12,12 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from actors.adapted_model import TrainedModelSettings, check_lora, is_own_reference, pushes_merged
 from actors.judge_settings import JudgeRewardSettings, check_judges
 from actors.settings import (
     CriticSettings,
     GeneratorSettings,
     LearnerSettings,
-    ModelSettings,
     PushSettings,
     ReferenceSettings,
     RewardModelSettings,
@@ -95,6 +95,9 @@ class CheckpointSettings(Settings):
         None, gt=0, description="seconds from SIGTERM in which to save and stop; default: as long as it takes"
     )
     export: bool = Field(True, description="write a Hugging Face folder at the end")
+    export_merged: bool = Field(
+        True, description="with model.lora: the merged model, and below adapter/ the adapter; false: the adapter alone"
+    )
 
     @model_validator(mode="after")
     def _best_is_measured(self) -> Self:
@@ -103,6 +106,11 @@ class CheckpointSettings(Settings):
         if self.best_metric is not None:
             check_metric(self.best_metric)
         return self
+
+    def check_adapter(self, is_trained: bool) -> None:
+        """ValueError when the adapter alone is to be exported and there is none."""
+        if not is_trained and not self.export_merged:
+            raise ValueError("checkpoint.export_merged=false: model.lora is not set: there is no adapter; leave it out")
 
     def check_evaluation(self, every: int) -> None:
         """ValueError when best_metric is an evaluation's and a checkpoint would come without one of its step."""
@@ -150,7 +158,7 @@ class RunConfig(Settings):
     """A complete run."""
 
     run: RunSettings
-    model: ModelSettings
+    model: TrainedModelSettings
     prompts: PromptSettings
     rewards: tuple[RewardSettings, ...] = ()
     reward_models: tuple[RewardModelSettings, ...] = ()
@@ -255,6 +263,7 @@ class RunConfig(Settings):
                 f"step could bring kl_coef to 0; use more than {MAX_ERROR * num_samples:g}"
             )
         self.checkpoint.check_evaluation(self.evaluation.every)
+        self._check_lora()
         names = self.reward_names
         if not names:
             raise ValueError("rewards is empty and so is reward_models: nothing would be learned; give one of them")
@@ -273,6 +282,28 @@ class RunConfig(Settings):
         if self.evaluation.every and self.prompts.eval is None:
             raise ValueError("evaluation.every is set but prompts.eval is missing; add it or set evaluation.every=0")
         return self
+
+    def _check_lora(self) -> None:
+        """Pushes, reference, critic and dropout of a run with an adapter."""
+        check_lora("learner", "model.lora", self.model.lora, self.learner, sampled=True)
+        check_lora("critic", "critic.lora", self.critic.lora, self.critic, sampled=True)
+        self.checkpoint.check_adapter(self.model.lora is not None)
+        _ = self.pushes_merged, self.has_reference_workers
+
+    @property
+    def pushes_merged(self) -> bool:
+        """Whether generators get a merged model instead of the adapter alone."""
+        return pushes_merged(self.push, self.model)
+
+    @property
+    def own_reference(self) -> bool:
+        """Whether the learner computes the reference's log-probs itself, with its adapter as it started."""
+        return self.algorithm.needs_reference and is_own_reference(self.reference, self.model.lora)
+
+    @property
+    def has_reference_workers(self) -> bool:
+        """Whether the reference has processes of its own."""
+        return self.algorithm.needs_reference and not self.own_reference
 
     def _check_adoption(self) -> None:
         most, place = self.health.adopt_up_to, self.cluster

@@ -62,7 +62,7 @@ def role_demands(config: RunConfig, on_gpu: bool) -> list[RoleDemand]:
     ]
     if config.algorithm.needs_critic:
         demands.append(model("critic", config.critic.num_workers, config.critic.gpus_per_worker))
-    if config.algorithm.needs_reference:
+    if config.has_reference_workers:
         demands.append(model("reference", config.reference.num_workers, config.reference.gpus_per_worker))
     for index, scorer in enumerate(config.reward_models):
         demands.append(model(f"reward_models.{index}", scorer.num_workers, scorer.gpus_per_worker))
@@ -93,7 +93,7 @@ def estimates(config: RunConfig, facts: ModelFacts, on_gpu: bool, compute_bytes:
     generator = config.generator
     shape = {"hidden": facts.hidden, "intermediate": facts.intermediate}
 
-    def trained(settings: LearnerSettings, vocab: int) -> MemoryEstimate:
+    def trained(settings: LearnerSettings, vocab: int, with_adapter: bool = False) -> MemoryEstimate:
         return estimate_learner(
             facts.num_params,
             settings.zero_stage,
@@ -106,6 +106,8 @@ def estimates(config: RunConfig, facts: ModelFacts, on_gpu: bool, compute_bytes:
             compute_bytes=compute_bytes,
             offload_optimizer=settings.offload_optimizer != "none",
             offload_param=settings.offload_param != "none",
+            adapter_params=facts.num_adapter_params if with_adapter else 0,
+            quantized=facts.quantized if with_adapter else None,
             **shape,
         )
 
@@ -127,11 +129,12 @@ def estimates(config: RunConfig, facts: ModelFacts, on_gpu: bool, compute_bytes:
             compute_bytes=compute_bytes,
             kv_cache_bytes=None if on_gpu else int(generator.kv_cache_gib * 2**30),
         ),
-        "learner": trained(config.learner, facts.vocab),
+        "learner": trained(config.learner, facts.vocab, with_adapter=True),
     }
     if config.algorithm.needs_critic:
-        found["critic"] = trained(config.critic, 0)
-    if config.algorithm.needs_reference:
+        # Its adapter is about as large as the policy's; where the policy has none, the whole is an upper bound.
+        found["critic"] = trained(config.critic, 0, with_adapter=config.critic.lora is not None)
+    if config.has_reference_workers:
         found["reference"] = frozen(config.reference.token_budget, facts.vocab)
     for index, model in enumerate(config.reward_models):
         found[f"reward_models.{index}"] = frozen(model.token_budget, 0, model.num_on_a_device(on_gpu))

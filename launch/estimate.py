@@ -69,6 +69,8 @@ def estimate_learner(
     compute_bytes: int = 2,
     offload_optimizer: bool = False,
     offload_param: bool = False,
+    adapter_params: int = 0,
+    quantized: tuple[int, int] | None = None,
 ) -> MemoryEstimate:
     """One learner rank.
 
@@ -82,13 +84,33 @@ def estimate_learner(
                  of one number (a critic)
 
     ``host_copy`` is the 12 P / R that a checkpoint is written from, while training goes on.
+
+    With T = ``adapter_params`` the P others are frozen: they have no master copies, casts, gradients or states.
+
+    base         P c; of ``quantized`` (parameters, bytes) those bytes, and the largest layer once in c, dequantised
+    weights, casts, gradients, partition, optimizer, host copy: as above, of T in place of P
+    activations  besides, N c rank for each adapted layer, which is little and left out
+    logits       no gradient of the head: V h c in place of V h (4 + c)
     """
     ranks = max(1, num_ranks)
+    if adapter_params:
+        num_quantized, quantized_bytes = quantized or (0, 0)
+        base = (num_params - num_quantized) * compute_bytes + quantized_bytes
+        trained = estimate_learner(
+            adapter_params, zero_stage, num_ranks, token_budget=token_budget, hidden=hidden, layers=layers,
+            intermediate=intermediate, vocab=0, logprob_chunk=logprob_chunk, checkpointing=checkpointing,
+            compute_bytes=compute_bytes, offload_optimizer=offload_optimizer,
+        )  # fmt: skip
+        parts = {"base": base, **trained.parts}
+        if quantized is not None:
+            parts["dequantised layer"] = hidden * intermediate * compute_bytes
+        parts["logits"] = LOGIT_COPIES * 4 * logprob_chunk * vocab + vocab * hidden * compute_bytes
+        return MemoryEstimate(parts, trained.offloaded, trained.host_copy)
     layer_params = -(-num_params // max(1, layers))
     weights = num_params * dtype_bytes
     casts = num_params * compute_bytes if compute_bytes < dtype_bytes else 0
     gradients = num_params * MASTER_BYTES
-    parts: dict[str, int] = {}
+    parts = dict[str, int]()
     offloaded: dict[str, int] = {}
     if zero_stage >= 3:
         (offloaded if offload_param else parts)["weights"] = _share(weights, ranks)

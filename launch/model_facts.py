@@ -32,6 +32,8 @@ class ModelFacts:
     architecture: str
     intermediate: int = 0
     head_dim: int = 0
+    num_adapter_params: int = 0  # trained ones, where an adapter is trained; 0: all are
+    quantized: tuple[int, int] | None = None  # (parameters of the base that are quantised, their bytes)
 
 
 def check_model_folder(path: str | Path, field: str = FIELD) -> ModelFacts:
@@ -43,6 +45,9 @@ def check_model_folder(path: str | Path, field: str = FIELD) -> ModelFacts:
     folder = Path(path).expanduser()
     if not folder.is_dir():
         raise InputError(field, str(path), "there is no such folder on this machine", "give a Hugging Face folder")
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        raise InputError(field, str(path), "is an adapter, not a whole model",
+                         "merge it into its base with `burnish merge` and give that folder")  # fmt: skip
     config = _read_json(folder / "config.json", field)
     shards = _shards(folder, field)
     num_params = sum(_count_parameters(shard, field) for shard in shards)

@@ -79,8 +79,8 @@ class PreferenceTask:
         return read_preference(row, where, self._base.tokenizer, self._config.data.format, self._settings.loss)
 
     def _checked_reference(self) -> str | None:
-        """Folder of the reference; None where the loss has none."""
-        if not self._settings.kind.has_reference:
+        """Folder of the reference; None where the loss has none, or the ranks are it."""
+        if not self._config.has_reference_workers:
             return None
         settings = self._config.reference_settings
         if settings.token_budget < self._base.max_length:

@@ -253,6 +253,8 @@ def _check_push(
     report.add("weight push", "cluster", backend, "GPUs" if on_gpu else "CPU only", problem)
     if backend == "file" and config.push.directory is None:
         needed = FILE_VERSIONS * facts.num_params * compute_bytes
+        if facts.num_adapter_params and not config.pushes_merged:
+            needed = FILE_VERSIONS * facts.num_adapter_params * 4  # float32
         for node in nodes:
             free = int(node["shm_free_bytes"])
             # Not a problem: launch/assemble.py then pushes by way of the run folder, which is slower.

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from actors.model_folders import resolve_model
+from launch.adapters import check_policy
 from launch.config import RunConfig
 from launch.judging import prepare_judges
 from launch.model_facts import ModelFacts, check_model_folder
@@ -38,6 +39,7 @@ class Prepared:
     report: DatasetReport
     critic_path: str | None = None  # with PPO
     pretraining: tuple[Example, ...] = ()  # with PPO-ptx
+    adapter: str | None = None  # folder of the adapter that training goes on from
 
 
 def check_run_folder(config: RunConfig, resume: bool) -> Path:
@@ -71,8 +73,12 @@ def prepare(config: RunConfig) -> Prepared:
     from actors.modeling import load_tokenizer
     from actors.reward_model import check_reward_model
 
-    path = resolve_model(config.model.path)
-    facts = check_model_folder(path)
+    policy = check_policy(config.model, served_from_disk=not config.pushes_merged)
+    path, facts = policy.path, policy.facts
+    if policy.adapter is not None and config.has_reference_workers and config.reference.path is None:
+        reason = "model.path is an adapter, and workers of their own hold whole models"
+        remedy = "leave it out, or set reference.path to the merged model"
+        raise InputError("reference.source", config.reference.source, reason, remedy)
     max_length = min(config.model.max_length or facts.max_length, facts.max_length)
     max_tokens = config.generator.sampling.max_tokens
     if config.model.max_length is not None and config.model.max_length > facts.max_length:
@@ -109,7 +115,7 @@ def prepare(config: RunConfig) -> Prepared:
         _refuse_preferences(train)
     probe_rewards(rewards, train, PROBE_TIMEOUT_S)
     texts = _pretraining(config, tokenizer, min(max_length, config.learner.token_budget))
-    return Prepared(path, facts, max_length, train, held_out, report, critic, texts)
+    return Prepared(path, facts, max_length, train, held_out, report, critic, texts, policy.adapter)
 
 
 def _refuse_preferences(prompts: list[Prompt]) -> None:
@@ -139,7 +145,7 @@ def _critic_path(config: RunConfig, model_path: str, tokenizer: Any) -> str:
     """
     own = next((model.paths[0] for model in config.reward_models if not model.retokenize), config.model.path)
     given = config.critic.path or own
-    path = resolve_model(given)
+    path = model_path if given == config.model.path else resolve_model(given)
     if path != model_path:
         check_model_folder(path, "critic.path")
         same_tokenizer(tokenizer, path, "critic.path", given)

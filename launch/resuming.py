@@ -1,6 +1,7 @@
 """What a run folder knows of the attempts before this one.
 
-May import: cluster.{checkpoints, errors}, trainers.{errors, ledger, protocols}, launch.{config, journal, spool}.
+May import: cluster.{checkpoints, errors}, trainers.{errors, ledger, protocols},
+launch.{adapters, config, journal, spool}.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from pathlib import Path
 
 from cluster.checkpoints import Checkpoint, CheckpointStore
 from cluster.errors import DamagedError
+from launch.adapters import check_identity
 from launch.config import RunConfig
 from launch.journal import read_rows
 from launch.spool import UNTRAINED, read_spool
@@ -23,7 +25,7 @@ def newest_checkpoint(config: RunConfig, folder: Path) -> Checkpoint | None:
     """The checkpoint to continue from, its bytes verified; None when the run ended before its first one.
 
     Raises:
-        InputError: it is damaged, or was made by another algorithm.
+        InputError: it is damaged, was made by another algorithm, or holds another kind of model.
     """
     store = CheckpointStore(folder / "checkpoints", config.checkpoint.keep)
     try:
@@ -39,6 +41,10 @@ def newest_checkpoint(config: RunConfig, folder: Path) -> Checkpoint | None:
         made_by, has = ("ppo", "a") if saved_critic else ("grpo", "no")
         reason = f"the checkpoint of step {checkpoint.step} has {has} critic"
         raise InputError("algorithm.name", config.algorithm.name, reason, f"resume with algorithm.name={made_by}")
+    if "adapter" in checkpoint.metadata:  # older ones are of whole models
+        check_identity(checkpoint.metadata["adapter"], config.model, checkpoint.step)
+    elif config.model.lora is not None:
+        check_identity(None, config.model, checkpoint.step)
     return checkpoint
 
 
@@ -51,7 +57,7 @@ def made_with(config: RunConfig) -> str:
     shape = [
         config.model_dump(mode="json", include={"model", "rewards", "reward_models"}),
         config.generator.sampling.model_dump(mode="json"),
-        [run.seed, run.samples_per_prompt, run.groups_per_step, run.max_staleness, config.algorithm.needs_reference],
+        [run.seed, run.samples_per_prompt, run.groups_per_step, run.max_staleness, config.has_reference_workers],
     ]
     if config.algorithm.needs_greedy:
         shape.append("greedy")

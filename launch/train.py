@@ -21,6 +21,7 @@ from cluster.checkpoints import Checkpoint, CheckpointStore
 from cluster.layout import NodeSupply
 from cluster.placement import RayHandle
 from cluster.transport import fetch
+from launch.adapters import adapter_identity
 from launch.alarm_watch import AlarmWatch
 from launch.assemble import Fleet, assemble
 from launch.checkpointing import Checkpointer, SavingRanks
@@ -287,6 +288,7 @@ class _Run:
             "num_tokens": self.loop.num_tokens, "seed": self.config.run.seed,
             "alarms": self.board.state_dict(), "first_evaluation": self.held_out.state_dict(),
             "learner": self.config.learner.model_dump(include=SHARDS),
+            "adapter": adapter_identity(self.config.model),
         }  # fmt: skip
         if self.ppo is not None:
             critic = self.config.critic.model_dump(include=SHARDS)

@@ -1,8 +1,8 @@
 """The ranks of learner and critic: what they are constructed with, and where those of one role meet.
 
 They are launched when a run starts, and again, all of them, when one is lost: their states belong to one checkpoint.
-May import: actors.{critic, example_files, fleet, learner, watched_parts}, cluster.*, launch.{config, demands,
-node_probe, prepare}, trainers.*.
+May import: actors.{critic, example_files, fleet, learner, lora_settings, watched_parts}, cluster.*, launch.{config,
+demands, node_probe, prepare}, trainers.*.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from actors.critic import CriticLearner
 from actors.example_files import write_examples
 from actors.fleet import CriticGang, LearnerGang
 from actors.learner import DeepSpeedLearner
+from actors.lora_settings import LoRAPlan
 from actors.watched_parts import WatchedCritic
 from cluster.layout import Layout, WorkerSlot
 from cluster.placement import Placement, nodes_of_cluster
@@ -132,10 +133,19 @@ class TrainedRanks:
                 "rank": rank, "rendezvous": rendezvous, "model_path": self._prepared.model_path,
                 "settings": config.learner, "algorithm": algorithm, "sampling": config.generator.sampling,
                 "dtype": self._dtype, "device": self._device, "num_steps": config.run.num_steps,
-                "seed": config.run.seed, "pretraining": self._texts,
+                "seed": config.run.seed, "pretraining": self._texts, "lora": self._lora_plan(),
             }
             for rank in range(config.learner.num_workers)
         ]  # fmt: skip
+
+    def _lora_plan(self) -> LoRAPlan | None:
+        config = self._config
+        if config.model.lora is None:
+            return None
+        return LoRAPlan(
+            config.model.lora, config.model.quantization, self._prepared.adapter, config.pushes_merged,
+            config.checkpoint.export_merged, config.own_reference,
+        )  # fmt: skip
 
     def _critic_kwargs(self, rendezvous: Rendezvous) -> list[Mapping[str, Any]]:
         config = self._config

@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from actors.fleet import Gang
+from actors.lora_settings import LoRAPlan
 from cluster.checkpoints import Checkpoint, CheckpointStore
 from cluster.layout import NodeSupply
 from cluster.placement import RayHandle
@@ -148,7 +149,7 @@ class _Run:
             self.task.write(data)
             await self.task.before_ranks(Site(handle, nodes, self.telemetry), data)
             started = time.perf_counter()
-            kwargs = {"num_steps": self.num_steps, **self.task.rank_kwargs(data)}
+            kwargs = {"num_steps": self.num_steps, "lora": self._lora_plan(), **self.task.rank_kwargs(data)}
             async with ranks_of(config, self.base.path, self.task.rank_class, kwargs, handle, nodes, facts) as fleet:
                 self.fleet = fleet
                 if self.checkpoint is not None:
@@ -170,6 +171,15 @@ class _Run:
         finally:
             progress.close()
             self.telemetry.close()
+
+    def _lora_plan(self) -> LoRAPlan | None:
+        config = self.config
+        if config.model.lora is None:
+            return None
+        return LoRAPlan(
+            config.model.lora, config.model.quantization, self.base.adapter,
+            merged_export=config.checkpoint.export_merged, reference=config.own_reference,
+        )
 
     async def _train(self) -> None:
         every = self.config.checkpoint.every

@@ -9,7 +9,8 @@ from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
-from actors.settings import LearnerSettings, ModelSettings, ReferenceSettings
+from actors.adapted_model import TrainedModelSettings, check_lora, is_own_reference
+from actors.settings import LearnerSettings, ReferenceSettings
 from cluster.settings import ClusterSettings
 from launch.config import CheckpointSettings, Positive, TelemetrySettings
 from launch.row_settings import HeldOutSettings
@@ -103,7 +104,7 @@ class TuningConfig(Settings):
     """A complete run of SFT, of reward-model training or of offline preference learning."""
 
     run: TuningRunSettings
-    model: ModelSettings
+    model: TrainedModelSettings
     data: DataSettings
     algorithm: Annotated[SFTSettings | RewardTrainingSettings | PreferenceSettings, Field(discriminator="name")]
     learner: LearnerSettings = LearnerSettings()
@@ -128,6 +129,14 @@ class TuningConfig(Settings):
         if rolling := [name for name in ALARMS if self.alarms.action_of(name) == "roll_back"]:
             key = f"actions.{rolling[0]}" if rolling[0] in self.alarms.actions else "action"
             raise ValueError(f"alarms.{key}=roll_back: only a run that samples goes back by itself; use stop or record")
+        check_lora("learner", "model.lora", self.model.lora, self.learner)
+        self.checkpoint.check_adapter(self.model.lora is not None)
+        alg = self.algorithm
+        if self.own_reference and isinstance(alg, PreferenceSettings) and alg.reference_cache is not None:
+            raise ValueError(
+                f"algorithm.reference_cache={alg.reference_cache}: with model.lora the ranks compute the reference's "
+                "log-probs themselves and keep none; leave it out, or set reference.source=actor"
+            )
         longest = self.model.max_length
         if longest is not None and self.learner.token_budget < longest:
             raise ValueError(
@@ -151,6 +160,16 @@ class TuningConfig(Settings):
     def has_reference(self) -> bool:
         """Whether a frozen model is asked for what it thinks of the data."""
         return isinstance(self.algorithm, PreferenceSettings) and self.algorithm.kind.has_reference
+
+    @property
+    def own_reference(self) -> bool:
+        """Whether the ranks compute the reference's log-probs themselves, with their adapter as it started."""
+        return self.has_reference and is_own_reference(self.reference_settings, self.model.lora)
+
+    @property
+    def has_reference_workers(self) -> bool:
+        """Whether the reference has processes of its own."""
+        return self.has_reference and not self.own_reference
 
     @property
     def reference_settings(self) -> ReferenceSettings:

@@ -47,7 +47,7 @@ def demands(config: TuningConfig, on_gpu: bool) -> list[RoleDemand]:
 
 def reference_demands(config: TuningConfig, on_gpu: bool) -> list[RoleDemand]:
     """The reference's workers, which are there while no rank is; none for most kinds of runs."""
-    if not config.has_reference:
+    if not config.has_reference_workers:
         return []
     settings = config.reference_settings
     setting = settings.gpus_per_worker
@@ -118,7 +118,7 @@ async def ranks_of(
     device = _device(config, nodes)
     layout = plan_layout(demands(config, device == "cuda"), nodes, config.cluster.colocate)
     dtype = dtype_name(config.model.dtype, device)
-    common = {
+    common: dict[str, Any] = {
         "rendezvous": Rendezvous(*meeting_point(layout, nodes, facts), learner.num_workers),
         "model_path": model_path,
         "settings": learner,
@@ -162,6 +162,8 @@ def tuning_report(config: TuningConfig, facts: ModelFacts, nodes: Sequence[Mappi
         compute_bytes=2 if dtype == "bfloat16" or (dtype == "auto" and native) else 4,
         offload_optimizer=learner.offload_optimizer != "none",
         offload_param=learner.offload_param != "none",
+        adapter_params=facts.num_adapter_params,
+        quantized=facts.quantized,
     )
     check_nodes(report, shared(config), nodes)
     supplies = [NodeSupply(node["hostname"], node["num_cpus"], len(node["gpus"]) * on_gpu) for node in nodes]

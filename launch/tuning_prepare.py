@@ -1,7 +1,7 @@
 """Everything of a run that learns from files that can be checked before anything is allocated: model, data, checkpoint.
 
 What passes here is what ``burnish validate`` accepts and ``burnish train`` starts with.
-May import: actors.{model_folders, modeling}, cluster.{checkpoints, errors}, trainers.errors, launch.*.
+May import: actors.modeling, cluster.{checkpoints, errors}, trainers.errors, launch.*.
 """
 
 from __future__ import annotations
@@ -10,11 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from actors.model_folders import resolve_model
 from actors.modeling import load_tokenizer
 from cluster.checkpoints import Checkpoint, CheckpointStore
 from cluster.errors import DamagedError
-from launch.model_facts import check_model_folder
+from launch.adapters import adapter_identity, check_identity, check_policy
 from launch.tuning_config import TuningConfig
 from launch.tuning_task import BaseModelFolder, TuningTask
 from trainers.errors import InputError
@@ -35,14 +34,17 @@ def prepare_tuning(config: TuningConfig) -> PreparedTuning:
     Raises:
         InputError: the first thing that cannot be used, in one line.
     """
-    path = resolve_model(config.model.path)
-    facts = check_model_folder(path)
+    policy = check_policy(config.model, with_head=config.algorithm.name == "reward")
+    path, facts = policy.path, policy.facts
+    if policy.adapter is not None and config.has_reference_workers and config.reference_settings.path is None:
+        raise InputError("reference.source", config.reference_settings.source, "model.path is an adapter, and workers "
+                         "of their own hold whole models", "leave it out, or set reference.path")  # fmt: skip
     longest = config.model.max_length
     if longest is not None and longest > facts.max_length:
         reason = f"the model was built for {facts.max_length} tokens"
         raise InputError("model.max_length", longest, reason, f"use at most {facts.max_length}")
     max_length = min(longest or facts.max_length, facts.max_length, config.learner.token_budget)
-    base = BaseModelFolder(path, facts, max_length, load_tokenizer(path))
+    base = BaseModelFolder(path, facts, max_length, load_tokenizer(path), policy.adapter)
     task = _task(config, base)
     run = config.run
     num_steps = run.num_steps
@@ -68,7 +70,7 @@ def _task(config: TuningConfig, base: BaseModelFolder) -> TuningTask:
 
 def made_with(config: TuningConfig) -> dict[str, Any]:
     """What a checkpoint belongs to: its weights fit nothing else."""
-    return {"algorithm.name": config.algorithm.name}
+    return {"algorithm.name": config.algorithm.name, "adapter": adapter_identity(config.model)}
 
 
 def newest_checkpoint(config: TuningConfig, folder: Path) -> Checkpoint | None:
@@ -84,7 +86,9 @@ def newest_checkpoint(config: TuningConfig, folder: Path) -> Checkpoint | None:
         raise InputError("--resume", config.run.name, reason, remedy) from error
     if checkpoint is None:
         return None
-    for field, before in dict(checkpoint.metadata["made_with"]).items():
+    saved = dict(checkpoint.metadata["made_with"])
+    check_identity(saved.pop("adapter", None), config.model, checkpoint.step)
+    for field, before in saved.items():
         value = made_with(config).get(field)
         if value != before:
             reason = f"the checkpoint of step {checkpoint.step} was made with {before}"

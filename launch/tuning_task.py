@@ -8,7 +8,8 @@ lies on a disk they all see; a step sends indices.
 
 What a task's rank class must have, besides EngineRank's methods (actors/rank.py):
 
-    __init__(rank, rendezvous, model_path, settings, dtype, device, num_steps, seed, **task.rank_kwargs(folder))
+    __init__(rank, rendezvous, model_path, settings, dtype, device, num_steps, seed, lora=a plan or None,
+             **task.rank_kwargs(folder))
     update(payload, step) -> dict[str, float]      one optimizer step; the same on every rank; called on all at once;
                                                    "num_tokens" is that of the step, the driver adds it up
 
@@ -38,6 +39,7 @@ class BaseModelFolder:
     facts: ModelFacts
     max_length: int  # longest text, in tokens: the least of model.max_length, the model's own and learner.token_budget
     tokenizer: Any  # actors.modeling.load_tokenizer(path)
+    adapter: str | None = None  # folder of the adapter that training goes on from; path is then its base
 
 
 @dataclass(frozen=True, slots=True)

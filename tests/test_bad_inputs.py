@@ -256,6 +256,8 @@ def test_more_gpus_than_there_are_are_refused_with_the_shortfall(
         ("gpu-8x-sft", 8),
         ("gpu-8x-reward", 8),
         ("gpu-8x-dpo", 8),
+        ("gpu-8x-lora-grpo", 8),
+        ("gpu-1x-qlora-dpo", 1),
         ("gpu-multinode-grpo", 32),
     ],
 )

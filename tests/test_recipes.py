@@ -77,6 +77,8 @@ def test_every_kind_of_run_has_a_recipe_for_a_machine_without_a_gpu(kind: type) 
         ("gpu-8x-sft", 8),
         ("gpu-8x-reward", 8),
         ("gpu-8x-dpo", 8),
+        ("gpu-8x-lora-grpo", 8),
+        ("gpu-1x-qlora-dpo", 1),
         ("gpu-multinode-grpo", 32),
     ],
 )

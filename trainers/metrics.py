@@ -256,6 +256,8 @@ _ROWS: tuple[Metric, ...] = (
            "all positions of all micro-batches", "sum of padding over ranks / sum of positions"),
     Metric("learner/shared_prompt_fraction", "prompt tokens not computed again thanks to sharing / all prompt tokens",
            "fraction", "prompt tokens of all trained samples", "sum over ranks / sum over ranks"),
+    Metric("learner/reference_s", "time that the learner spent on the reference's log-probs, its adapter as it started",
+           "s", RUN, "rank 0"),
     Metric("learner/parameters_changed_fraction", "share of the policy's parameters whose float32 value its first "
            "update with a gradient changed; measured once a start", "fraction",
            "evenly spaced elements of every trained tensor, 4096 of each or all", "mean, tensors weighted by size"),

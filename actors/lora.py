@@ -1,0 +1,281 @@
+"""Low-rank adapters on a frozen model, through peft: the only file that imports it, or bitsandbytes.
+
+The layers are put into the Hugging Face model in place (no ``PeftModel`` around it), so everything that runs the model
+goes on to.  The base is frozen in the compute dtype, or quantised; the adapter's matrices are float32 master weights.
+May import: torch, peft, transformers, actors.{adapter_files, lora_settings}, cluster.low_rank, trainers.errors.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from actors.adapter_files import read_adapter
+from actors.lora_settings import ALL_LINEAR, LoRAPlan, LoRASettings, Quantization
+from cluster.low_rank import Delta, merge
+from trainers.errors import InputError
+
+NAME = "default"  # peft's name of an adapter that is alone
+HEAD = "score"  # of a scalar model: trained whole beside the adapter
+PACKED = ("Params4bit", "Int8Params")  # bitsandbytes' parameters, whose shape is not the layer's
+Shape = tuple[int, int]  # [out, in]
+
+
+def linear_shapes(model: nn.Module) -> dict[str, Shape]:
+    """Name -> [out, in] of every linear layer that can be adapted: all but the heads."""
+    output = getattr(model, "get_output_embeddings", lambda: None)()
+    heads = {id(output), id(getattr(model, HEAD, None))}
+    return {
+        name: (module.out_features, module.in_features)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and id(module) not in heads
+    }
+
+
+def target_shapes(settings: LoRASettings, linears: Mapping[str, Shape], field: str) -> dict[str, Shape]:
+    """Those of ``linears`` that get an adapter.  ``field``: the section of the settings, for errors.
+
+    Raises:
+        InputError: a target that no linear layer is called, or a model without any.
+    """
+    there = sorted({name.rpartition(".")[2] for name in linears})
+    if settings.target_modules == ALL_LINEAR:
+        if not linears:
+            raise InputError(field, ALL_LINEAR, "the model has no linear layers", "train it whole: leave lora out")
+        return dict(linears)
+    chosen: dict[str, Shape] = {}
+    for target in settings.target_modules:
+        found = {name: shape for name, shape in linears.items() if name == target or name.endswith(f".{target}")}
+        if not found:
+            reason = "the model has no linear layer of this name that can be adapted"
+            remedy = f"use all-linear, or some of {', '.join(there)}"
+            raise InputError(f"{field}.target_modules", target, reason, remedy)
+        chosen |= found
+    return {name: shape for name, shape in linears.items() if name in chosen}
+
+
+def num_adapter_params(settings: LoRASettings, targets: Mapping[str, Shape]) -> int:
+    """Elements of all A and B: rank (in + out) a layer."""
+    return sum(settings.rank * (rows + columns) for rows, columns in targets.values())
+
+
+def skeleton(path: str) -> nn.Module:
+    """The causal language model of a folder without its weights: names and shapes, nothing allocated."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(path, local_files_only=True)
+    with torch.device("meta"):
+        model: nn.Module = AutoModelForCausalLM.from_config(config)
+    return model
+
+
+def check_quantization(kind: Quantization, field: str = "model.quantization") -> None:
+    """InputError where bitsandbytes is not installed."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise InputError(field, kind, "bitsandbytes is not installed", "pip install 'burnish[qlora]', or leave it out")
+
+
+def loading_options(plan: LoRAPlan | None, dtype: torch.dtype, device: str) -> dict[str, Any]:
+    """Arguments of ``from_pretrained`` for the base of a plan: its dtype, and how it is quantised."""
+    if plan is None or plan.quantization is None:
+        return {"dtype": dtype}
+    from transformers import BitsAndBytesConfig
+
+    check_quantization(plan.quantization)
+    if plan.quantization == "int8":
+        quantized = BitsAndBytesConfig(load_in_8bit=True)
+    else:
+        quantized = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type=plan.quantization, bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype, bnb_4bit_quant_storage=torch.uint8,
+        )  # fmt: skip
+    return {"dtype": dtype, "quantization_config": quantized, "device_map": {"": device}}
+
+
+@torch.no_grad()
+def dequantised(module: Any) -> torch.Tensor:
+    """[out, in]: the weight that a quantised layer computes with."""
+    weight = module.weight
+    if type(weight).__name__ == "Int8Params":  # one scale a row, kept by the layer from its first pass on
+        scales = module.state.SCB if module.state.SCB is not None else weight.SCB
+        found: torch.Tensor = weight.data.float() * scales.float()[:, None] / 127
+        return found
+    from peft.utils.integrations import dequantize_module_weight
+
+    return dequantize_module_weight(module).detach()
+
+
+class Adapter:
+    """The adapter of one model, put into it here.  The random A of a new one come from torch's generator.
+
+    Args:
+        hf_model: is changed: everything in it is frozen but the adapter, and the head of a scalar model.
+        base_path: folder that ``hf_model`` was loaded from.
+
+    Raises:
+        InputError: peft is not installed, or a target that the model does not have.
+    """
+
+    def __init__(self, hf_model: nn.Module, plan: LoRAPlan, base_path: str) -> None:
+        if importlib.util.find_spec("peft") is None:
+            raise InputError("model.lora", plan.settings.rank, "peft is not installed", "run `make install`")
+        from peft import LoraConfig, inject_adapter_in_model
+        from peft.tuners.lora import LoraLayer
+
+        self.model, self.plan, self.base_path = hf_model, plan, base_path
+        settings = plan.settings
+        self.targets = target_shapes(settings, linear_shapes(hf_model), "model.lora")
+        self._has_head = isinstance(getattr(hf_model, HEAD, None), nn.Linear)
+        alpha = settings.alpha
+        self.config = LoraConfig(
+            r=settings.rank,
+            lora_alpha=int(alpha) if alpha == int(alpha) else alpha,  # type: ignore[arg-type]
+            lora_dropout=settings.dropout,
+            target_modules=sorted({name.rpartition(".")[2] for name in self.targets}),
+            use_rslora=settings.rslora,
+            task_type="SEQ_CLS" if self._has_head else "CAUSAL_LM",
+            base_model_name_or_path=base_path,
+        )
+        inject_adapter_in_model(self.config, hf_model)
+        if self._has_head:
+            self.config.modules_to_save = [HEAD]  # for peft; here it is an ordinary layer
+            getattr(hf_model, HEAD).float().requires_grad_(True)
+        self._layers: dict[str, Any] = {}  # by the name of the weight that it changes
+        for name, module in hf_model.named_modules():
+            if isinstance(module, LoraLayer):
+                module.lora_A.float()
+                module.lora_B.float()
+                # The input goes in as it is: autocast casts it once, as for the base's own product.
+                module.cast_input_dtype_enabled = False
+                self._layers[f"{name}.weight"] = module
+        if plan.start is not None:
+            self._read(plan.start)
+        # What the run started from, where that is no update of 0.
+        self._start = [p.detach().clone() for _, p in self.matrices()] if plan.start and plan.reference else None
+
+    # --- what there is ------------------------------------------------------------------------
+
+    def matrices(self) -> list[tuple[str, nn.Parameter]]:
+        """A [rank, in] and B [out, rank] of every adapted layer, float32, as ``LAYER.lora_A.weight``; a fixed order."""
+        found = []
+        for weight, layer in self._layers.items():
+            stem = weight.removesuffix(".weight")
+            found += [(f"{stem}.lora_{ab}.weight", getattr(layer, f"lora_{ab}")[NAME].weight) for ab in "AB"]
+        return found
+
+    def trained(self) -> list[tuple[str, nn.Parameter]]:
+        """The matrices, and the head where there is one."""
+        head = getattr(self.model, HEAD).named_parameters() if self._has_head else ()
+        return [*self.matrices(), *((f"{HEAD}.{name}", parameter) for name, parameter in head)]
+
+    def deltas(self) -> tuple[Delta, ...]:
+        """What :meth:`matrices` change."""
+        found = []
+        for weight, layer in self._layers.items():
+            stem = weight.removesuffix(".weight")
+            found.append(Delta(weight, f"{stem}.lora_A.weight", f"{stem}.lora_B.weight", float(layer.scaling[NAME])))
+        return tuple(found)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of every tensor of :meth:`base`, by its name in a Hugging Face checkpoint."""
+        return {
+            name: tuple(p.shape) if type(p).__name__ not in PACKED else (module.out_features, module.in_features)
+            for name, p, module in self._unadapted()
+        }
+
+    def base(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every tensor of the model but the adapter's, in the compute dtype; what is quantised, as it is computed with.
+
+        The head of a scalar model is among them.
+        """
+        dtype: torch.dtype = self.model.get_input_embeddings().weight.dtype  # type: ignore[operator]
+        for name, parameter, module in self._unadapted():
+            packed = type(parameter).__name__ in PACKED
+            yield name, dequantised(module).to(dtype) if packed else parameter.detach()
+
+    def whole(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """:meth:`base` with the adapter merged into it."""
+        for name, tensor in self.base():
+            layer = self._layers.get(name)
+            if layer is None:
+                yield name, tensor
+                continue
+            down, up = layer.lora_A[NAME].weight.detach(), layer.lora_B[NAME].weight.detach()
+            yield name, merge(tensor, down, up, layer.scaling[NAME])
+
+    def _unadapted(self) -> Iterator[tuple[str, nn.Parameter, Any]]:
+        """(name in a checkpoint, parameter, its module)."""
+        for name, parameter in self.model.named_parameters():
+            if ".lora_" not in name:
+                module = self.model.get_submodule(name.rpartition(".")[0])
+                yield name.replace(".base_layer.", "."), parameter, module
+
+    # --- switching ----------------------------------------------------------------------------
+
+    @contextmanager
+    def as_started(self) -> Iterator[None]:
+        """Inside, the model is the one that the run began with: its own reference.  For passes without gradients."""
+        if self._start is None:
+            with self.off():
+                yield
+            return
+        now = [p.detach().clone() for _, p in self.matrices()]
+        self._put(self._start)
+        try:
+            yield
+        finally:
+            self._put(now)
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """Inside, the model is its base.  peft's own switch also touches ``requires_grad``, on which engines hook."""
+        self._disable(True)
+        try:
+            yield
+        finally:
+            self._disable(False)
+
+    def _disable(self, is_off: bool) -> None:
+        for layer in self._layers.values():
+            layer._disable_adapters = is_off
+
+    @torch.no_grad()
+    def _put(self, values: list[torch.Tensor]) -> None:
+        for (_, parameter), value in zip(self.matrices(), values, strict=True):
+            parameter.copy_(value)
+
+    # --- files --------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _read(self, folder: str) -> None:
+        tensors = read_adapter(folder)
+        for name, parameter in self.trained():
+            if name not in tensors or tensors[name].shape != parameter.shape:
+                found = tuple(tensors[name].shape) if name in tensors else None
+                raise InputError("model.path", folder, f"{name} is {found}, the model needs {tuple(parameter.shape)}",
+                                 "use the adapter's own base and model.lora")  # fmt: skip
+            parameter.copy_(tensors[name])
+
+    def describe(self) -> dict[str, Any]:
+        """adapter_config.json, as peft reads it."""
+        said = self.config.to_dict() | {"inference_mode": True}
+        return {key: sorted(value) if isinstance(value, set) else value for key, value in said.items()}
+
+
+def empty_like(model: Any, dtype: torch.dtype) -> Any:
+    """A model of the same class and configuration without weights or adapters, to save a merged state by."""
+    import copy
+
+    config = copy.deepcopy(model.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with torch.device("meta"):
+        empty = type(model)(config).to(dtype)
+    if hasattr(model, "generation_config"):
+        empty.generation_config = model.generation_config
+    return empty
