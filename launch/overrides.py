@@ -1,13 +1,14 @@
 """From a recipe and ``dotted.key=value`` overrides to a checked configuration that knows where each value came from.
 
-    recipe file -> raw mapping -> overrides applied -> RunConfig, TuningConfig, LabelConfig, EvalConfig, ReviseConfig
+    recipe file -> raw mapping -> overrides applied -> RunConfig, TuningConfig, LabelConfig, EvalConfig, ReviseConfig,
+                                                   |   CompareConfig
                                                    \\-> origins: default | preset NAME | recipe FILE | command line
 
 What ``algorithm.name`` brings along (trainers/presets.py) has the origin ``preset NAME``.
 
-A recipe with a section ``label`` labels, one with ``eval`` evaluates, one with ``revise`` revises; else
-``algorithm.name`` says which it is: runs that sample (the default) have other sections than those that learn from
-files.
+A recipe with a section ``label`` labels, one with ``eval`` evaluates, one with ``revise`` revises, one with ``compare``
+compares; else ``algorithm.name`` says which it is: runs that sample (the default) have other sections than those that
+learn from files.
 Whatever is wrong leaves as one InputError that names the key, the value, the reason and the remedy.
 May import: pydantic, yaml, rich, trainers.errors, launch.config and the other configuration files of this room.
 """
@@ -24,6 +25,7 @@ from pydantic import BaseModel, ValidationError
 from rich.console import Console
 from rich.text import Text
 
+from launch.compare_config import CompareConfig
 from launch.config import RunConfig
 from launch.config_keys import Key, choices, dotted, expected, explain, slot_at, takes_only_text, unknown_key
 from launch.eval_config import EvalConfig
@@ -35,7 +37,9 @@ from launch.tuning_config import TUNING, TuningConfig
 from trainers.errors import InputError
 
 # A recipe that has this section is of this kind.
-SECTION_KINDS: dict[str, type[BaseModel]] = {"label": LabelConfig, "eval": EvalConfig, "revise": ReviseConfig}
+SECTION_KINDS: dict[str, type[BaseModel]] = {
+    "label": LabelConfig, "eval": EvalConfig, "revise": ReviseConfig, "compare": CompareConfig,
+}  # fmt: skip
 DEFAULT, PRESET, COMMAND_LINE = "default", "preset", "command line"
 COMMENT_COLUMN = 56  # where the origin starts in a listing, unless the value is longer
 
@@ -61,6 +65,14 @@ def load_config(recipe: str, overrides: Sequence[str] = ()) -> ResolvedConfig:
         raise InputError("recipe", label, f"is not valid YAML: {error}", "mend the line that is named") from error
     if not isinstance(raw, dict):
         raise InputError("recipe", label, "is not a mapping of sections", "start from one of `burnish recipes ls`")
+    return resolve(raw, overrides, label, text)
+
+
+def resolve(raw: dict[Any, Any], overrides: Sequence[str], label: str, text: str = "") -> ResolvedConfig:
+    """The configuration of the sections ``raw``, in which ``overrides`` are set; ``label`` names them in origins.
+
+    Raises InputError for the first thing that is wrong and says how many more there are.
+    """
     model = _model_of(raw, overrides)
     touched: list[Key] = []
     for override in overrides:
@@ -79,7 +91,7 @@ def load_config(recipe: str, overrides: Sequence[str] = ()) -> ResolvedConfig:
 
 
 def _model_of(raw: Mapping[Any, Any], overrides: Sequence[str]) -> type[BaseModel]:
-    """The configuration that a section ``label``, ``eval`` or ``revise``, or ``algorithm.name`` asks for."""
+    """The configuration that a section of ``SECTION_KINDS``, or else ``algorithm.name``, asks for."""
     for own, kind in SECTION_KINDS.items():
         if own in raw:
             return kind
