@@ -70,10 +70,9 @@ def best_of(drawn: Answers, num_answers: int, n: int) -> Answers:
     return Answers(ours[0], ours[1], np.full(ours[0].shape, np.nan), *base)
 
 
-def first_answers(drawn: Answers, num_answers: int) -> Answers:
-    """The base against itself: its first ``num_answers`` answers to each prompt."""
-    kept = {name: getattr(drawn, name)[:, :num_answers] for name in ("reward", "length", "base_reward", "base_length")}
-    return replace(drawn, **kept, kl=np.zeros_like(kept["reward"]))
+def against_itself(base: Answers) -> Answers:
+    """The base model as a policy: it has not moved."""
+    return replace(base, kl=np.zeros_like(base.reward))
 
 
 @dataclass(frozen=True, slots=True)

@@ -99,12 +99,12 @@ class Folder:
             (self.path / name).mkdir(parents=True, exist_ok=True)
         identity = self._identity()
         identity["methods"] = {**_read(self.path / IDENTITY).get("methods", {}), **identity["methods"]}
+        _write(self.path / IDENTITY, identity)
         for file, prompts in ((TRAIN, train), (HELD_OUT, held_out)):
             lines = [json.dumps({**p.columns, "prompt": p.source}) for p in prompts]
             (self.path / file).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
         for name, raw in plan.recipes.items():
             (self.path / "recipes" / f"{name}.yaml").write_text(_recipe(name, raw), encoding="utf-8")
-        _write(self.path / IDENTITY, identity)  # the last: with it the folder is a comparison's
 
     # --- stages ---------------------------------------------------------------------------------
 

@@ -22,6 +22,7 @@ from trainers.presets import PRESETS
 Kind = Literal["offline", "online", "search"]
 BEST_OF_N = "best_of_n"
 GROUPS = ("offline", "online", "label", "eval")  # besides methods' names, keys of compare.overrides
+WEIGHTS = ("algorithm.desirable_weight", "algorithm.undesirable_weight")  # of good and of bad answers
 
 
 @dataclass(frozen=True, slots=True)

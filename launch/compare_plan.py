@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.compare_config import CompareConfig
-from launch.compare_methods import BEST_OF_N, Method
+from launch.compare_methods import BEST_OF_N, WEIGHTS, Method
 from launch.compare_recipes import Raw, Recipes, drawn_per_step, label_name, rows_path
 from launch.overrides import resolve
 from launch.tuning_config import TuningConfig
@@ -75,7 +75,9 @@ def make_plan(config: CompareConfig, folder: Path) -> Plan:
         settings[method.name] = _of_offline(checked) if method.kind == "offline" else _of_online(method, checked, config)
         if method.kind == "online":
             raw["run"]["num_steps"] = settings[method.name]["steps"]
-        settings[method.name]["besides"] = compare.of(method)
+        settings[method.name]["besides"] = own = compare.of(method)
+        if method.is_labelled and not any(key in own for key in WEIGHTS):
+            settings[method.name]["strength"] = f"{_beta(checked)}; good and bad answers weigh alike as a whole"
     stages = [_evaluation(BASE, None, "base.path=null")]
     if BEST_OF_N in compare.algorithms:
         most = compare.eval_samples * (1 + max(compare.best_of))
@@ -117,6 +119,11 @@ def _checked(name: str, raw: Raw, keys: Mapping[str, Any], overrides: tuple[str,
     except InputError as error:
         reason = f"{error.reason} (in the recipe of {name})"
         raise InputError(error.field, error.value, reason, error.remedy) from error
+
+
+def _beta(config: TuningConfig) -> str:
+    assert isinstance(config.algorithm, PreferenceSettings)
+    return f"beta {config.algorithm.option('beta'):g}"
 
 
 def _of_offline(config: TuningConfig) -> dict[str, Any]:

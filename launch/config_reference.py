@@ -1,7 +1,7 @@
 """The reference table of every configuration key, made from the models themselves.
 
 ``python -m launch.config_reference`` rewrites the table in docs/configuration.md; a test compares them.
-May import: pydantic, launch.config_keys, and the five files of this room that define a configuration.
+May import: pydantic, launch.config_keys, and the six files of this room that define a configuration.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any, get_args
 
 from pydantic import BaseModel
 
+from launch.compare_config import CompareConfig
 from launch.config import RunConfig
 from launch.config_keys import Slot, expected, models_of, slot_at
 from launch.eval_config import EvalConfig
@@ -32,6 +33,7 @@ KINDS: dict[type[BaseModel], str] = {
     LabelConfig: "label",
     EvalConfig: "eval",
     ReviseConfig: "revise",
+    CompareConfig: "compare",
 }
 
 
