@@ -21,7 +21,7 @@ from launch.label import versions
 from trainers.errors import InputError
 
 MARKDOWN, JSON, PLOT, PAGE = "compare.md", "compare.json", "compare.svg", "compare.html"
-BEGIN, END = "<!-- begin of the section written by `burnish compare --page` -->", "<!-- end of the section -->"
+BEGIN, END = "<!-- begin of the section that burnish compare --page writes -->", "<!-- end of the section -->"
 NOTHING = "\N{EN DASH}"
 RESULTS = ("algorithm", "learns", "reward", "KL, nats an answer", "win rate over the base", "length, tokens",
            "answers labelled", "tokens sampled", "tokens trained on", "seconds", "ended")  # fmt: skip
