@@ -41,7 +41,7 @@ def compare_svg(rows: Sequence[Row], unit: str) -> str | None:
         if row.kind in ("offline", "online"):
             _point(axes, row)
     axes.set_xscale("function", functions=(_root, np.square))  # best-of-n would be squeezed into a corner otherwise
-    furthest = max(max(row.kl.value, min(row.kl.high, 1e6)) for row in drawn if row.kl is not None)
+    furthest = max(row.kl.high if np.isfinite(row.kl.high) else row.kl.value for row in drawn if row.kl is not None)
     axes.set_xlim(0, 1.05 * furthest or 1.0)
     axes.set_xlabel("KL from the base model, nats an answer (square-root scale)")
     axes.set_ylabel(unit)

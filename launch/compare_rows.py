@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -93,13 +94,17 @@ def _best_of(config: CompareConfig, folder: Folder, known: Known) -> list[Row]:
         if not folder.is_done(BEST):
             rows.append(Row(name, title, "search", _why(folder, BEST), settings={"per_answer": n}))
             continue
-        found = _measured(known, name, lambda n=n: [best_of(read_answers(path, per_prompt), num, n)])  # type: ignore[misc]
+        found = _measured(known, name, partial(_best, path, per_prompt, num, n))
         bound = best_of_n_kl(n)
         rows.append(
             Row(name, title, "search", OK, measures=found, kl=Estimate(bound, bound, bound, found.kl.n),
                 kl_is_bound=True, cost=Cost(0, 0, 0, 0.0), settings={"per_answer": n})
         )  # fmt: skip
     return rows
+
+
+def _best(path: Path, per_prompt: int, num_answers: int, n: int) -> list[Answers]:
+    return [best_of(read_answers(path, per_prompt), num_answers, n)]
 
 
 def _trained(method: Method, config: CompareConfig, plan: Plan, folder: Folder, known: Known) -> Row:

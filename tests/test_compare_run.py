@@ -57,7 +57,7 @@ def test_three_algorithms_are_compared_and_a_second_call_runs_nothing_again(tmp_
         assert cost["num_labelled"] == 32 and cost["num_sampled_tokens"] > 32 and cost["seconds"] > 0
         assert cost["num_trained_tokens"] > cost["num_sampled_tokens"]
     means = [rows[name]["measures"]["reward"]["value"] for name in ("base", "best_of_2", "best_of_4")]
-    assert means == sorted(means), "the best of more is no worse, on average and here with room to spare"
+    assert means[0] < means[2] and means[1] <= means[2], "the best of four is chosen among those of the best of two too"
     for name in ("compare.md", "compare.svg", "compare.html"):
         assert (folder / name).stat().st_size > 500
     ended = json.loads((folder / "stages.json").read_text())
