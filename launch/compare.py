@@ -21,7 +21,7 @@ from launch.compare_config import CompareConfig
 from launch.compare_folder import DONE, Ended, Folder, Run
 from launch.compare_labels import write_labelled
 from launch.compare_methods import METHODS, WEIGHTS
-from launch.compare_page import MARKDOWN, check_page, num_missing, write_outputs, write_section
+from launch.compare_page import MARKDOWN, check_page, num_missing, write_outputs, write_section, write_tables
 from launch.compare_plan import Plan, Stage, make_plan
 from launch.compare_recipes import rows_path
 from launch.compare_rows import Row, make_rows
@@ -93,15 +93,14 @@ def compare(
     folder = Folder(folder_of(config), config, run)
     plan = make_plan(config, folder.path)
     folder.open(plan, *prepare(config))
-    rows, known = list[Row](), dict[Any, Measures]()
+    known: dict[Any, Measures] = {}
     for number, stage in enumerate(plan.stages, start=1):
         line = f"[{number}/{len(plan.stages)}] {stage.name}"
         ended = _run(stage, plan, config, folder, console, line)
         _say(console, f"{line}: {ended.status}" + (f" in {duration(ended.seconds)}" if ended.seconds else "")
                       + (f": {ended.why}" if ended.why else ""))  # fmt: skip
         if stage.command == "eval" and ended.status == DONE:
-            rows = make_rows(config, plan, folder, known)
-            write_outputs(config, rows, folder.path)
+            write_tables(config, make_rows(config, plan, folder, known), folder.path)
     rows = make_rows(config, plan, folder, known)
     write_outputs(config, rows, folder.path)
     if page is not None:

@@ -28,17 +28,18 @@ RESULTS = ("algorithm", "learns", "reward", "KL, nats an answer", "win rate over
 SETTINGS = ("algorithm", "learning rate", "length", "strength of KL or preference", "set for it alone, or for its kind")
 
 
+def write_tables(config: CompareConfig, rows: Sequence[Row], folder: Path, plot: str | None = None) -> None:
+    """Write the numbers and the Markdown, each whole or not at all; ``plot``: the file of the picture."""
+    _write(folder / JSON, json.dumps(record(config, rows), indent=1, allow_nan=False) + "\n")
+    _write(folder / MARKDOWN, f"# {config.run.name}\n\n{section(config, rows, plot)}\n")
+
+
 def write_outputs(config: CompareConfig, rows: Sequence[Row], folder: Path) -> None:
-    """Write all four files, each whole or not at all."""
+    """Write all four files."""
     svg = compare_svg(rows, reward_name(config))
-    texts = {
-        JSON: json.dumps(record(config, rows), indent=1, allow_nan=False) + "\n",
-        MARKDOWN: f"# {config.run.name}\n\n{section(config, rows, PLOT if svg else None)}\n",
-    }
     if svg is not None:
-        texts[PLOT] = svg
-    for name, text in texts.items():
-        _write(folder / name, text)
+        _write(folder / PLOT, svg)
+    write_tables(config, rows, folder, None if svg is None else PLOT)
     sections = [
         Section("Reward against KL", "\n\n".join(_facts(config)), plots=() if svg is None else (svg,)),
         Section("What each reached, and at which expense", table=Table(RESULTS, tuple(_html_row(r) for r in rows))),

@@ -133,7 +133,7 @@ def _of_offline(config: TuningConfig) -> dict[str, Any]:
     return {
         "lr": config.learner.optimizer.lr,
         "passes": config.run.num_epochs,
-        "length": f"{config.run.num_epochs:g} passes in batches of {config.run.batch_size}",
+        "length": f"passes: {config.run.num_epochs:g}, in batches of {config.run.batch_size}",
         "strength": strength,
     }
 

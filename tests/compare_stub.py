@@ -32,6 +32,7 @@ RAW: dict[str, Any] = {
     "rewards": [{"name": "letter", "function": "regex", "args": {"pattern": "[a-k]"}}],
     "generator": {"sampling": {"max_tokens": 8}},
     "learner": {"token_budget": 512, "optimizer": {"lr": 1e-2}},
+    "reference": {"token_budget": 1024},
     "telemetry": {"wandb": "disabled"},
     "cluster": {"backend": "in_process", "device": "cpu"},
 }

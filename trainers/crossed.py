@@ -51,5 +51,12 @@ def crossed_mean(values: ArrayLike, confidence: float = CONFIDENCE) -> Estimate:
     if scaled <= 0:
         return Estimate(mean, mean, mean, table.size)
     free = scaled**2 / math.fsum(term**2 / f for term, f in zip(terms, freedom, strict=True))
-    half = t_quantile(confidence, max(1, int(free))) * math.sqrt(scaled / table.size)
+    half = _t_quantile(confidence, max(1.0, free)) * math.sqrt(scaled / table.size)
     return Estimate(mean, mean - half, mean + half, table.size)
+
+
+def _t_quantile(confidence: float, freedom: float) -> float:
+    """For a fraction of a degree of freedom too: on the straight line between its neighbours, which lies above."""
+    whole = int(freedom)
+    below, above = t_quantile(confidence, whole), t_quantile(confidence, whole + 1)
+    return below + (freedom - whole) * (above - below)
