@@ -87,11 +87,11 @@ def _parser() -> argparse.ArgumentParser:
 
     comparison = commands.add_parser("compare", help="many algorithms on one task and budget: a table and a plot")
     _recipe_arguments(comparison)
-    comparison.add_argument("--algorithms", nargs="+", metavar="NAME", help="who is compared: names as in docs/compare.md")
+    comparison.add_argument("--algorithms", nargs="+", metavar="NAME", help="who is compared, see docs/compare.md")
     comparison.add_argument("--seeds", metavar="N,N", help="each algorithm runs once with each")
     comparison.add_argument("--budget", metavar="N", help="answers that one run may have sampled and labelled")
-    comparison.add_argument("--directory", metavar="DIR", help="the comparison's folder; what ended in it is not run again")
-    comparison.add_argument("--page", metavar="FILE", help="a Markdown file whose section of results is written as well")
+    comparison.add_argument("--directory", metavar="DIR", help="its folder; what ended in it is not run again")
+    comparison.add_argument("--page", metavar="FILE", help="a Markdown file whose section of results is written too")
     comparison.set_defaults(command=_compare)
 
     recipes = commands.add_parser("recipes", help="list, show or copy the recipes that come with Burnish")

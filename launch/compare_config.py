@@ -36,7 +36,7 @@ FIXED = ("run.name", "run.directory", "run.seed", "run.num_steps", "model", "bas
 class CompareRunSettings(Settings):
     """Name and place of a comparison, and the seed of its task."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$", description="the comparison's folder below directory")
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$", description="its folder below directory")
     directory: str = Field("runs", description="where it is made; on a cluster a shared disk")
     seed: int = Field(
         0, ge=0, lt=2**31, description="of procedural prompts and of the evaluations' sampling: the same for all runs"
@@ -61,8 +61,9 @@ class ComparisonSettings(Settings):
     keep_models: bool = Field(False, description="keep the trained models; else they go once they are evaluated")
     deadline_s: float = Field(7200.0, gt=0, description="for one run, one labelling or one evaluation")
     overrides: dict[str, dict[str, Any]] = Field(
-        default_factory=dict, description="algorithm, or offline, online, label, eval -> keys of its recipes, dotted or "
-        "nested; an algorithm's own win"
+        default_factory=dict,
+        description="algorithm, or offline, online, label, eval -> keys of its recipes, dotted or nested; an "
+        "algorithm's own win",
     )  # fmt: skip
 
     @field_validator("algorithms")
@@ -107,7 +108,7 @@ class ComparisonSettings(Settings):
             raise ValueError(f"budget={self.budget}: {what}; give at least that, or lower groups_per_step")
         if self.budget % step:
             less = self.budget // step * step
-            raise ValueError(f"budget={self.budget}: {what}, and so many do not go into it; use {less} or {less + step}")
+            raise ValueError(f"budget={self.budget}: {what}, which does not go into it; use {less} or {less + step}")
         return self
 
     def own(self, name: str) -> dict[str, Any]:
@@ -139,7 +140,7 @@ class CompareConfig(Settings):
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:
         if self.prompts.eval is None:
-            raise ValueError("prompts.eval: is missing, and what is compared is how held-out prompts are answered; add it")
+            raise ValueError("prompts.eval: is missing, and all are judged on how they answer held-out prompts; add it")
         if self.reference.path is not None:
             raise ValueError(
                 f"reference.path={self.reference.path}: everything is compared with model.path, which all runs start "

@@ -72,12 +72,15 @@ def make_plan(config: CompareConfig, folder: Path) -> Plan:
     for method in trained:
         recipes[method.name] = raw = made.training(method)
         checked = _checked(method.name, raw, compare.of(method))
-        settings[method.name] = _of_offline(checked) if method.kind == "offline" else _of_online(method, checked, config)
+        own = compare.of(method)
         if method.kind == "online":
-            raw["run"]["num_steps"] = settings[method.name]["steps"]
-        settings[method.name]["besides"] = own = compare.of(method)
+            said = _of_online(method, checked, config)
+            raw["run"]["num_steps"] = said["steps"]
+        else:
+            said = _of_offline(checked)
         if method.is_labelled and not any(key in own for key in WEIGHTS):
-            settings[method.name]["strength"] = f"{_beta(checked)}; good and bad answers weigh alike as a whole"
+            said["strength"] = f"{_beta(checked)}; good and bad answers weigh alike as a whole"
+        settings[method.name] = said | {"besides": own}
     stages = [_evaluation(BASE, None, "base.path=null")]
     if BEST_OF_N in compare.algorithms:
         most = compare.eval_samples * (1 + max(compare.best_of))

@@ -60,8 +60,9 @@ def _point(axes: Axes, row: Row) -> None:
     peers = [name for name, method in METHODS.items() if method.kind == row.kind]
     place = peers.index(row.name)  # the same mark in every comparison
     colour, is_open = COLOURS[place % len(COLOURS)], row.kind == "offline"
+    reward = row.measures.reward
     axes.errorbar(
-        [max(row.kl.value, 0.0)], [row.measures.reward.value], xerr=_reach(row.kl, 0.0), yerr=_reach(row.measures.reward),
+        [max(row.kl.value, 0.0)], [reward.value], xerr=_reach(row.kl, 0.0), yerr=_reach(reward),
         fmt=MARKERS[place % len(MARKERS)], color=colour, markerfacecolor="white" if is_open else colour, markersize=7,
         capsize=2, linewidth=1.1, label=row.title,
     )  # fmt: skip
@@ -72,13 +73,14 @@ def _best_of(axes: Axes, rows: Sequence[Row]) -> None:
     found = sorted(((row.kl.value, row) for row in rows if row.kl is not None), key=lambda pair: pair[0])
     for kl, row in found:
         assert row.measures is not None
-        is_base = row.kind == "base"
+        is_base, reward = row.kind == "base", row.measures.reward
         axes.errorbar(
-            [kl], [row.measures.reward.value], yerr=_reach(row.measures.reward), fmt="s" if is_base else "*", color=GREY,
+            [kl], [reward.value], yerr=_reach(reward), fmt="s" if is_base else "*", color=GREY,
             markersize=6 if is_base else 10, capsize=2, linewidth=1.1, label=row.title if is_base else None,
+            clip_on=not is_base,  # it stands on the edge
         )  # fmt: skip
         if not is_base:
-            axes.annotate(str(row.settings["per_answer"]), (kl, row.measures.reward.value), xytext=(6, -11),
+            axes.annotate(str(row.settings["per_answer"]), (kl, reward.value), xytext=(6, -11),
                           textcoords="offset points", fontsize=8, color=GREY)  # fmt: skip
     if any(row.kind == "search" for _, row in found):
         heights = [row.measures.reward.value for _, row in found if row.measures is not None]

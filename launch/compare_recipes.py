@@ -104,8 +104,9 @@ class Recipes:
         run = {"num_steps": 1, "groups_per_step": groups, "samples_per_prompt": samples}
         own = self._sections("critic") if method.name == "ppo" else {}
         return {
-            "run": self._run(name) | run, **shared, "prompts": self._prompts(TRAIN), "algorithm": dict(method.algorithm),
-            **filtering, **self._sections("rewards", "generator", "reference", "reward_workers", "push"), **own, **ends,
+            "run": self._run(name) | run, **shared, "prompts": self._prompts(TRAIN),
+            "algorithm": dict(method.algorithm), **filtering, **self._sections("rewards", "generator", "reference", "reward_workers", "push"),
+            **own, **ends,
         }  # fmt: skip
 
     def _run(self, name: str, seed: int = 0) -> Raw:

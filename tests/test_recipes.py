@@ -34,7 +34,8 @@ def has_its_prompts(name: str) -> bool:
 @pytest.mark.parametrize("name", list_recipes())
 def test_every_shipped_recipe_is_complete_and_says_what_it_is_for(name: str) -> None:
     resolved = load_config(name)
-    assert isinstance(resolved.config, RunConfig | TuningConfig | LabelConfig | EvalConfig | ReviseConfig | CompareConfig)
+    kinds = RunConfig | TuningConfig | LabelConfig | EvalConfig | ReviseConfig | CompareConfig
+    assert isinstance(resolved.config, kinds)
     assert resolved.config.run.name == name.removeprefix(PIPELINE)
     assert (resolved.config.run.directory == "runs/pipeline") == name.startswith(PIPELINE)
     assert len(describe_recipe(name)) > 20
