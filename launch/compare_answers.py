@@ -91,7 +91,8 @@ def measure(seeds: Sequence[Answers]) -> Measures:
     if not seeds:
         raise ValueError("no evaluation to measure")
     comparisons = [
-        [Comparison(f"{i}", int(a.length[i, g]), int(a.base_length[i, g]), (a.reward[i, g], a.base_reward[i, g]))
+        [Comparison(f"{i}", int(a.length[i, g]), int(a.base_length[i, g]),
+                    (float(a.reward[i, g]), float(a.base_reward[i, g])))
          for i, g in np.ndindex(*a.reward.shape)]
         for a in seeds
     ]  # fmt: skip

@@ -80,8 +80,8 @@ def _facts(config: CompareConfig) -> list[str]:
     return [
         f"{config.model.path}, {compare.budget} answers a run, at most {sampling.max_tokens} tokens each, sampled at "
         f"temperature {sampling.temperature:g}; seeds {', '.join(map(str, compare.seeds))}. Judged on the same "
-        f"held-out prompts, {compare.eval_samples} answers to each under the same sampling seeds. Intervals are of 95 %, "
-        "over "
+        f"held-out prompts, {compare.eval_samples} answers to each under the same sampling seeds. Intervals are of "
+        "95 %, over "
         + ("prompts alone: with one seed nothing is known of others." if len(compare.seeds) == 1 else
            "seeds and prompts; those of the base model and of best-of-n, which have no seeds, over prompts."),
         f"Seconds were measured on {num_cpus()} CPU cores"

@@ -96,11 +96,11 @@ def _of_seed(trained: list[Method], seed: int, folder: Path) -> list[Stage]:
     stages = []
     if any(method.kind == "offline" for method in trained):
         name = label_name(seed)
-        own = (f"run.name={name}", f"run.seed={seed}")
-        stages.append(Stage(name, "label", "label", own, f"{name}/preferences.parquet"))
+        named = (f"run.name={name}", f"run.seed={seed}")
+        stages.append(Stage(name, "label", "label", named, f"{name}/preferences.parquet"))
     for method in trained:
         name, after = run_name(method, seed), tuple[str, ...]()
-        own = (f"run.name={name}", f"run.seed={seed}")
+        own: tuple[str, ...] = (f"run.name={name}", f"run.seed={seed}")
         if method.kind == "offline":
             after = (label_name(seed),)
             own = (*own, f"data.train.0.path={json.dumps(str(rows_path(folder, method, seed)))}")
@@ -145,7 +145,7 @@ def _of_online(method: Method, config: Any, comparison: CompareConfig) -> dict[s
     """Its steps are as many as the budget surely lasts for."""
     budget, cost, run = comparison.compare.budget, drawn_per_step(config), config.run
     if budget % cost:
-        reason = f"one step of {method.name} may sample and label {cost} answers, and so many do not go into it"
+        reason = f"one step of {method.name} may sample and label {cost} answers, which does not go into it"
         if config.filtering.zero_variance:
             reason += f" (filtering.max_refills={config.filtering.max_refills})"
         near = max(budget // cost, 1) * cost

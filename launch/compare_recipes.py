@@ -105,7 +105,8 @@ class Recipes:
         own = self._sections("critic") if method.name == "ppo" else {}
         return {
             "run": self._run(name) | run, **shared, "prompts": self._prompts(TRAIN),
-            "algorithm": dict(method.algorithm), **filtering, **self._sections("rewards", "generator", "reference", "reward_workers", "push"),
+            "algorithm": dict(method.algorithm), **filtering,
+            **self._sections("rewards", "generator", "reference", "reward_workers", "push"),
             **own, **ends,
         }  # fmt: skip
 

@@ -161,10 +161,13 @@ def _cost(method: Method, seed: int, plan: Plan, folder: Folder) -> Cost:
 
 def _sampled_tokens(rows: Sequence[dict[str, Any]]) -> float | None:
     """Of all completions, dropped and greedy ones included; None where a step does not say."""
-    found = [(row.get("throughput/generate_tokens_per_s"), row.get("time/generate_s")) for row in rows]
-    if not found or any(rate is None or took is None for rate, took in found):
-        return None
-    return float(sum(rate * took for rate, took in found))
+    total = 0.0
+    for row in rows:
+        rate, took = row.get("throughput/generate_tokens_per_s"), row.get("time/generate_s")
+        if rate is None or took is None:
+            return None
+        total += float(rate) * float(took)
+    return total
 
 
 def _mean(costs: Sequence[Cost]) -> Cost:
