@@ -55,9 +55,12 @@ def prepare_compare(config: CompareConfig) -> Prompts:
     same = ("model", "prompts", "rewards", "generator", "reward_workers", "cluster")
     whole = {name: given[name] for name in same if name in given}
     run = {"name": config.run.name, "directory": config.run.directory, "seed": config.run.seed}
-    prompts = given["prompts"]
     evaluation = {"num_samples": config.compare.eval_samples, "num_prompts": config.compare.eval_prompts}
-    prepared = prepare_eval(EvalConfig.model_validate({**whole, "run": run, "eval": evaluation, "prompts": prompts}))
+    try:
+        prepared = prepare_eval(EvalConfig.model_validate({**whole, "run": run, "eval": evaluation}))
+    except InputError as error:
+        field = "compare.eval_prompts" if error.field == "eval.num_prompts" else error.field
+        raise InputError(field, error.value, error.reason, error.remedy) from error
     longest = min(prepared.max_length, config.learner.token_budget, config.reference.token_budget)
     room = longest - config.generator.sampling.max_tokens
     if room < 1:

@@ -13,6 +13,10 @@ import pytest
 
 from launch.compare_answers import Answers, against_itself, best_of, measure, read_answers
 from launch.compare_labels import labelled_rows
+from launch.eval_files import samples_table
+from launch.eval_report import Answers as Said
+from launch.eval_report import Measured
+from trainers.experience import GroupRewards, Prompt, Trajectory, TrajectoryGroup, VersionSpan, WeightVersion
 
 N, G = 200, 2
 
@@ -84,6 +88,29 @@ def test_answers_are_read_as_they_were_written(tmp_path: Path) -> None:
     pq.write_table(pa.table(alone), tmp_path / "alone.parquet")
     base = read_answers(tmp_path / "alone.parquet", 2)
     assert (base.base_length == base.length).all() and np.isnan(base.kl).all()
+
+
+def sampled(group: str, texts: list[str]) -> TrajectoryGroup:
+    span = (VersionSpan(WeightVersion(0, 0), 2),)
+    ids = np.array([3, 4], np.int32)
+    prompt = Prompt(group, np.array([1, 2], np.int32), group, group, {})
+    logprobs = np.full(2, -0.5, np.float32)
+    return TrajectoryGroup(
+        group, prompt, tuple(Trajectory(i, i, ids, logprobs, text, "stop", span) for i, text in enumerate(texts))
+    )
+
+
+def test_an_evaluation_keeps_what_its_kl_is_made_of(tmp_path: Path) -> None:
+    groups = [sampled("eval-0", ["a", "b"]), sampled("eval-1", ["c", "d"])]
+    rewards = [GroupRewards(g.group_id, np.array([0.0, 1.0]), {"r": np.array([0.0, 1.0])}, (), 0.0) for g in groups]
+    side = Said(groups, {}, rewards)
+    ours = [np.array([-0.25, -0.5], np.float32)] * 4
+    theirs = [np.array([-0.5, -1.0 - i], np.float32) for i in range(4)]
+    pq.write_table(samples_table(Measured(side, side, (ours, theirs))), tmp_path / "both.parquet")
+    found = read_answers(tmp_path / "both.parquet", 2)
+    assert found.kl.tolist() == [[0.75, 1.75], [2.75, 3.75]] and found.reward.tolist() == [[0, 1], [0, 1]]
+    table = samples_table(Measured(side))
+    assert "policy_logprobs" not in table.column_names and table.num_rows == 4
 
 
 # --- labels ---------------------------------------------------------------------------------------
