@@ -4,7 +4,7 @@ BIN := .venv/bin
 RUN_DIR ?= runs
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo trap pipeline study ensemble-study iterate iterate-dpo chaos test test-full lint bench gpu docs clean
+.PHONY: help install demo trap pipeline study ensemble-study iterate iterate-dpo compare chaos test test-full lint bench gpu docs clean
 
 help: ## what there is to make
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,6 +32,9 @@ iterate: install ## label the policy's own samples, retrain the reward model: ac
 
 iterate-dpo: install ## label the policy's own samples, train by DPO on them, repeat (after make pipeline)
 	@$(BIN)/python -m scripts.iterate_dpo --directory $(RUN_DIR)/pipeline
+
+compare: install ## thirteen algorithms on one task and budget, two seeds each: docs/compare.md (two hours)
+	@$(BIN)/python -m launch.cli compare cpu-compare --directory $(RUN_DIR)/compare --page docs/compare.md
 
 chaos: install ## faults under real runs: 100 on a seeded schedule, two hours (docs/chaos.md)
 	@$(BIN)/python -m scripts.chaos --directory $(RUN_DIR)/chaos

@@ -96,6 +96,15 @@ def _parser() -> argparse.ArgumentParser:
     _recipe_arguments(evaluation)
     evaluation.set_defaults(command=_eval)
 
+    comparison = commands.add_parser("compare", help="many algorithms on one task and budget: a table and a plot")
+    _recipe_arguments(comparison)
+    comparison.add_argument("--algorithms", nargs="+", metavar="NAME", help="who is compared, see docs/compare.md")
+    comparison.add_argument("--seeds", metavar="N,N", help="each algorithm runs once with each")
+    comparison.add_argument("--budget", metavar="N", help="answers that one run may have sampled and labelled")
+    comparison.add_argument("--directory", metavar="DIR", help="its folder; what ended in it is not run again")
+    comparison.add_argument("--page", metavar="FILE", help="a Markdown file whose section of results is written too")
+    comparison.set_defaults(command=_compare)
+
     recipes = commands.add_parser("recipes", help="list, show or copy the recipes that come with Burnish")
     actions = recipes.add_subparsers(title="actions", metavar="ACTION", required=True)
     actions.add_parser("ls", help="names and what they are").set_defaults(command=_recipes_ls)
@@ -185,16 +194,19 @@ def _train(arguments: argparse.Namespace) -> int:
 
 def _expect(config: object, command: str, recipe: str) -> None:
     """Refuse a recipe that another command runs."""
+    from launch.compare_config import CompareConfig
     from launch.eval_config import EvalConfig
     from launch.label_config import LabelConfig
     from launch.revise_config import ReviseConfig
     from launch.select_config import SelectConfig
     from trainers.errors import InputError
 
-    kinds = {"label": LabelConfig, "eval": EvalConfig, "revise": ReviseConfig, "select": SelectConfig}
+    kinds = {"label": LabelConfig, "eval": EvalConfig, "revise": ReviseConfig, "select": SelectConfig,
+             "compare": CompareConfig}  # fmt: skip
     own = next((name for name, kind in kinds.items() if isinstance(config, kind)), "train")
     if own != command and (own, command) != ("select", "answer"):
-        what = {"label": "labels", "eval": "evaluates", "revise": "revises", "select": "selects", "train": "trains"}
+        what = {"label": "labels", "eval": "evaluates", "revise": "revises", "select": "selects",
+                "compare": "compares", "train": "trains"}  # fmt: skip
         raise InputError("recipe", recipe, f"{what[own]}, and `burnish {command}` does not", f"use `burnish {own}`")
 
 
@@ -256,6 +268,32 @@ def _eval(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _compare(arguments: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    # What the options say is written as the keys they stand for, behind those that were given as keys.
+    names = arguments.algorithms or []
+    keys = [*arguments.overrides, *(name for name in names if "=" in name)]
+    names = [part for name in names if "=" not in name for part in name.split(",") if part]
+    given = {"algorithms": ", ".join(names), "seeds": arguments.seeds, "budget": arguments.budget}
+    for name, value in given.items():
+        if value:
+            keys.append(f"compare.{name}={value}" if name == "budget" else f"compare.{name}=[{value}]")
+    if arguments.directory is not None:
+        place = Path(arguments.directory).absolute()
+        keys += [f"run.name={place.name}", f"run.directory={place.parent}"]
+    arguments.overrides = keys
+    resolved = _resolved(arguments)
+    if resolved is None:
+        return 0
+    _expect(resolved.config, "compare", arguments.recipe)
+    from launch.compare import compare
+    from launch.compare_page import num_missing
+
+    page = None if arguments.page is None else Path(arguments.page)
+    return FAILED if num_missing(compare(resolved.config, _console(), page)) else 0
+
+
 def _validate(arguments: argparse.Namespace) -> int:
     resolved = _resolved(arguments)
     if resolved is None:
@@ -263,6 +301,7 @@ def _validate(arguments: argparse.Namespace) -> int:
     if arguments.config_only:
         print(f"{arguments.recipe}: the configuration is valid")
         return 0
+    from launch.compare_config import CompareConfig
     from launch.eval_config import EvalConfig
     from launch.label_config import LabelConfig
     from launch.revise_config import ReviseConfig
@@ -281,6 +320,10 @@ def _validate(arguments: argparse.Namespace) -> int:
         from launch.revise_prepare import prepare_revise
 
         prepare_revise(resolved.config)
+    elif isinstance(resolved.config, CompareConfig):
+        from launch.compare import prepare_compare
+
+        prepare_compare(resolved.config)
     else:
         from launch.validate import validate
 

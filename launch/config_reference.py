@@ -15,6 +15,7 @@ from typing import Any, get_args
 
 from pydantic import BaseModel
 
+from launch.compare_config import CompareConfig
 from launch.config import RunConfig
 from launch.config_keys import Slot, expected, models_of, slot_at
 from launch.eval_config import EvalConfig
@@ -34,6 +35,7 @@ KINDS: dict[type[BaseModel], str] = {
     EvalConfig: "eval",
     ReviseConfig: "revise",
     SelectConfig: "select",
+    CompareConfig: "compare",
 }
 
 

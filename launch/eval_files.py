@@ -74,6 +74,10 @@ def samples_table(measured: Measured) -> pa.Table:
             continue
         empty = [GroupRewards(g.group_id, np.full(len(g.trajectories), np.nan), {}) for g in side.groups]
         table = trajectory_table(side.groups, side.rewards or empty, {}).drop_columns(["advantage"])
+        if measured.logprobs is not None:  # by the engine that scored both, of the policy's samples
+            rows = measured.logprobs if who == POLICY else ([None] * table.num_rows,) * 2
+            for name, values in zip(("policy_logprobs", "base_logprobs"), rows, strict=True):
+                table = table.append_column(name, pa.array(values, pa.list_(pa.float32())))
         tables.append(table.add_column(0, "model", pa.array([who] * table.num_rows, pa.string())))
     return pa.concat_tables(tables)
 

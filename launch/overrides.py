@@ -1,14 +1,14 @@
 """From a recipe and ``dotted.key=value`` overrides to a checked configuration that knows where each value came from.
 
-    recipe file -> raw mapping -> overrides applied -> RunConfig, TuningConfig, SelectConfig, LabelConfig, ...
+    recipe file -> raw mapping -> overrides applied -> RunConfig, TuningConfig, SelectConfig, LabelConfig, EvalConfig,
+                                                   |   ReviseConfig, CompareConfig
                                                    \\-> origins: default | preset NAME | recipe FILE | command line
 
 What ``algorithm.name`` brings along (trainers/presets.py) has the origin ``preset NAME``.
 
 A recipe with a section ``select`` samples and chooses, one with ``label`` labels, with ``eval`` evaluates, with
-``revise`` revises; else
-``algorithm.name`` says which it is: runs that sample (the default) have other sections than those that learn from
-files.
+``revise`` revises, with ``compare`` compares; else ``algorithm.name`` says which it is: runs that sample (the default)
+have other sections than those that learn from files.
 Whatever is wrong leaves as one InputError that names the key, the value, the reason and the remedy.
 May import: pydantic, yaml, rich, trainers.errors, launch.config and the other configuration files of this room.
 """
@@ -25,6 +25,7 @@ from pydantic import BaseModel, ValidationError
 from rich.console import Console
 from rich.text import Text
 
+from launch.compare_config import CompareConfig
 from launch.config import RunConfig
 from launch.config_keys import Key, choices, dotted, expected, explain, slot_at, takes_only_text, unknown_key
 from launch.eval_config import EvalConfig
@@ -38,7 +39,7 @@ from trainers.errors import InputError
 
 # A recipe that has this section is of this kind, the first of them if it has several.
 SECTION_KINDS: dict[str, type[BaseModel]] = {
-    "select": SelectConfig, "label": LabelConfig, "eval": EvalConfig, "revise": ReviseConfig,
+    "select": SelectConfig, "label": LabelConfig, "eval": EvalConfig, "revise": ReviseConfig, "compare": CompareConfig,
 }  # fmt: skip
 DEFAULT, PRESET, COMMAND_LINE = "default", "preset", "command line"
 COMMENT_COLUMN = 56  # where the origin starts in a listing, unless the value is longer
@@ -65,6 +66,14 @@ def load_config(recipe: str, overrides: Sequence[str] = ()) -> ResolvedConfig:
         raise InputError("recipe", label, f"is not valid YAML: {error}", "mend the line that is named") from error
     if not isinstance(raw, dict):
         raise InputError("recipe", label, "is not a mapping of sections", "start from one of `burnish recipes ls`")
+    return resolve(raw, overrides, label, text)
+
+
+def resolve(raw: dict[Any, Any], overrides: Sequence[str], label: str, text: str = "") -> ResolvedConfig:
+    """The configuration of the sections ``raw``, in which ``overrides`` are set; ``label`` names them in origins.
+
+    Raises InputError for the first thing that is wrong and says how many more there are.
+    """
     model = _model_of(raw, overrides)
     touched: list[Key] = []
     for override in overrides:
@@ -83,7 +92,7 @@ def load_config(recipe: str, overrides: Sequence[str] = ()) -> ResolvedConfig:
 
 
 def _model_of(raw: Mapping[Any, Any], overrides: Sequence[str]) -> type[BaseModel]:
-    """The configuration that a section of SECTION_KINDS, or ``algorithm.name`` asks for."""
+    """The configuration that a section of ``SECTION_KINDS``, or else ``algorithm.name``, asks for."""
     for own, kind in SECTION_KINDS.items():
         if own in raw:
             return kind

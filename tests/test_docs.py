@@ -16,6 +16,7 @@ import yaml
 from actors.model_folders import resolve_model
 from actors.modeling import load_tokenizer
 from launch.cli import _parser
+from launch.compare_config import CompareConfig
 from launch.config import RunConfig
 from launch.config_keys import slot_at
 from launch.config_reference import BEGIN, END, KINDS, PAGE, entries, renewed
@@ -151,7 +152,7 @@ def test_every_configuration_key_that_is_mentioned_exists(page: Path) -> None:
 
 
 EXAMPLES = {TuningConfig: "cpu-sft", LabelConfig: "cpu-pipeline-label", EvalConfig: "cpu-eval"}
-EXAMPLES |= {ReviseConfig: "cpu-revise", SelectConfig: "cpu-rejection"}
+EXAMPLES |= {ReviseConfig: "cpu-revise", SelectConfig: "cpu-rejection", CompareConfig: "cpu-compare"}
 
 
 def kind_of(block: dict[str, Any]) -> type[Any]:

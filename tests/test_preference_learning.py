@@ -308,6 +308,14 @@ def test_a_labelled_answer_keeps_its_label_on_disk(tokenizer: Any, tmp_path: Pat
     assert [table[i].label for i in range(len(table))] == [True, False, None, None]
 
 
+def test_a_labelled_answer_that_was_cut_off_gets_no_eos_that_nobody_sampled(tokenizer: Any) -> None:
+    whole, cut = (
+        read_preference(ANSWER | {"finish_reason": reason}, "row", tokenizer, PLAIN, "kto").completion_ids[0]
+        for reason in ("stop", "length")
+    )
+    assert whole[-1] == tokenizer.eos_token_id and whole[:-1].tolist() == cut.tolist()
+
+
 @pytest.mark.parametrize("sizes", [(1, 1), (3, 2, 4, 1), (5, 5), (7, 1, 2)])
 def test_a_mismatched_answer_is_of_another_prompt_and_each_serves_once(sizes: tuple[int, ...]) -> None:
     answers = [

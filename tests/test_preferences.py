@@ -61,6 +61,8 @@ def test_an_answer_that_was_cut_off_gets_no_eos_that_nobody_sampled(tokenizer: A
     ranking = {"prompt": "Two and two?", "completions": ["four", "five"], "ranks": [1, 2]}
     found = read(ranking | {"finish_reasons": ["length", "stop"]}, tokenizer)
     assert texts(found, tokenizer)[1] == ["four", "five<|im_end|>"]
+    as_labelled = read(ranking | {"completion_finish_reasons": ["stop", "length"]}, tokenizer)
+    assert texts(as_labelled, tokenizer)[1] == ["four<|im_end|>", "five"], "the column that burnish label writes"
 
 
 def test_every_way_to_write_a_conversation_gives_the_same_tokens(tokenizer: Any) -> None:

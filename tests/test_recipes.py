@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from launch.compare_config import CompareConfig
 from launch.config import RunConfig
 from launch.datasets import load_rows, prompt_key
 from launch.demands import num_gpus_asked
@@ -34,7 +35,7 @@ def has_its_prompts(name: str) -> bool:
 @pytest.mark.parametrize("name", list_recipes())
 def test_every_shipped_recipe_is_complete_and_says_what_it_is_for(name: str) -> None:
     resolved = load_config(name)
-    kinds = RunConfig | TuningConfig | LabelConfig | EvalConfig | ReviseConfig | SelectConfig
+    kinds = RunConfig | TuningConfig | LabelConfig | EvalConfig | ReviseConfig | SelectConfig | CompareConfig
     assert isinstance(resolved.config, kinds)
     assert resolved.config.run.name == name.removeprefix(PIPELINE)
     assert (resolved.config.run.directory == "runs/pipeline") == name.startswith(PIPELINE)
@@ -61,7 +62,9 @@ def test_the_format_trap_is_the_demo_with_one_more_reward() -> None:
     assert trap.model_copy(update=same) == demo
 
 
-@pytest.mark.parametrize("kind", [RunConfig, TuningConfig, LabelConfig, EvalConfig, ReviseConfig, SelectConfig])
+@pytest.mark.parametrize(
+    "kind", [RunConfig, TuningConfig, LabelConfig, EvalConfig, ReviseConfig, SelectConfig, CompareConfig]
+)
 def test_every_kind_of_run_has_a_recipe_for_a_machine_without_a_gpu(kind: type) -> None:
     assert any(isinstance(load_config(name).config, kind) for name in list_recipes() if name.startswith("cpu-"))
 

@@ -20,7 +20,7 @@ import numpy as np
 from trainers.comparisons import Comparison
 from trainers.errors import InputError
 from trainers.preference_training import LABELLED, LossName
-from trainers.preferences import SHAPES, read_comparison, read_sample
+from trainers.preferences import SHAPES, read_comparison, read_sample, without_eos
 from trainers.prompt_format import PromptFormat
 
 Row = Mapping[str, Any]
@@ -55,7 +55,10 @@ def _read_labelled(row: Row, there: set[str], where: str, tokenizer: Any, form: 
     label = row["label"]
     if not isinstance(label, bool):
         raise InputError(where, label, "label is neither true nor false", "give true for a good answer, else false")
-    return replace(read_sample(row, where, tokenizer, form), label=label)
+    sample = read_sample(row, where, tokenizer, form)
+    if row.get("finish_reason") == "length":  # as of a ranking: an EOS that nobody sampled is not learned
+        sample = replace(sample, completion_ids=(without_eos(sample.completion_ids[0], tokenizer),))
+    return replace(sample, label=label)
 
 
 def with_mismatched(answers: Sequence[Comparison], seed: int, max_length: int, field: str) -> list[Comparison]:

@@ -63,7 +63,7 @@ def read_comparison(
         raise InputError(where, text, "the prompt has no token", "leave the row out")
     closed = [form.answer(judged.prompt, a, tokenizer, where) for a in judged.answers]
     whole = _finished(row, len(closed))
-    completions = tuple(c if w else _without_eos(c, tokenizer) for c, w in zip(closed, whole, strict=True))
+    completions = tuple(c if w else without_eos(c, tokenizer) for c, w in zip(closed, whole, strict=True))
     for i, answer in enumerate(completions):
         for other in range(i):
             if np.array_equal(answer, completions[other]):
@@ -89,7 +89,7 @@ def read_texts(row: Row, where: str) -> tuple[Text, list[tuple[Text, Text]]]:
 
 
 def read_sample(row: Row, where: str, tokenizer: Any, form: PromptFormat) -> Comparison:
-    """A row of ``prompt`` and ``completion`` that is only to be scored: one answer, no pairs.
+    """A row of ``prompt`` and ``completion``: one answer, no pairs.
 
     Raises:
         InputError: missing columns, wrong types, or empty text.
@@ -104,13 +104,14 @@ def read_sample(row: Row, where: str, tokenizer: Any, form: PromptFormat) -> Com
 def _finished(row: Row, num_answers: int) -> list[bool]:
     """Which answers were ended by the model: where ``burnish label`` says "length", the EOS was never sampled."""
     if row.get("completions") is not None:
-        reasons = row.get("finish_reasons") or [None] * num_answers
+        reasons = row.get("completion_finish_reasons") or row.get("finish_reasons") or [None] * num_answers
     else:
         reasons = [row.get("chosen_finish_reason"), row.get("rejected_finish_reason")]
     return [reason != "length" for reason in reasons]
 
 
-def _without_eos(ids: np.ndarray, tokenizer: Any) -> np.ndarray:
+def without_eos(ids: np.ndarray, tokenizer: Any) -> np.ndarray:
+    """An answer that was cut off, without the EOS that it was closed with."""
     return ids[:-1] if ids.size > 1 and ids[-1] == tokenizer.eos_token_id else ids
 
 

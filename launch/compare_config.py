@@ -1,0 +1,165 @@
+"""CompareConfig: the one task on which algorithms are compared, what they may spend, and where each differs.
+
+The sections are those of runs that sample.  launch/compare_plan.py makes a recipe for each algorithm of them.
+May import: pydantic and the settings of the other rooms (never torch, ray, vllm or deepspeed).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from actors.settings import (
+    CriticSettings,
+    GeneratorSettings,
+    LearnerSettings,
+    ModelSettings,
+    PushSettings,
+    ReferenceSettings,
+    RewardWorkerSettings,
+)
+from cluster.settings import ClusterSettings
+from launch.compare_methods import BEST_OF_N, DEFAULTS, GROUPS, METHODS, Method, canonical, unknown
+from launch.config import PromptSettings, TelemetrySettings
+from trainers.rewards import RewardSettings
+from trainers.settings import Settings
+
+Positive = Annotated[int, Field(ge=1)]
+# What is the same for all, or is set by the comparison itself.
+FIXED = ("run.name", "run.directory", "run.seed", "run.num_steps", "model", "base.path", "prompts", "rewards", "data",
+         "generator.sampling", "sampling", "label", "keep", "output", "eval", "algorithm.name", "algorithm.loss",
+         "checkpoint.export")  # fmt: skip
+
+
+class CompareRunSettings(Settings):
+    """Name and place of a comparison, and the seed of its task."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$", description="its folder below directory")
+    directory: str = Field("runs", description="where it is made; on a cluster a shared disk")
+    seed: int = Field(
+        0, ge=0, lt=2**31, description="of procedural prompts and of the evaluations' sampling: the same for all runs"
+    )
+
+
+class ComparisonSettings(Settings):
+    """Who is compared, at which expense, and what only some of them have."""
+
+    algorithms: tuple[str, ...] = Field(DEFAULTS, min_length=1, description="names (docs/compare.md), in this order")
+    seeds: tuple[Annotated[int, Field(ge=0, lt=2**31)], ...] = Field(
+        (0,), min_length=1, description="run.seed of the runs: each algorithm runs once with each"
+    )
+    budget: Positive = Field(description="answers that one run may have sampled from its policy and labelled")
+    groups_per_step: Positive = Field(8, description="prompts of one step, and of one batch of preferences")
+    samples_per_prompt: Annotated[int, Field(ge=2)] = Field(8, description="answers to one prompt, labelled together")
+    best_of: tuple[Annotated[int, Field(ge=2)], ...] = Field(
+        (4, 16), min_length=1, description="n of best_of_n: answers sampled and labelled for each one that is given"
+    )
+    eval_prompts: Positive | None = Field(None, description="use the first held-out prompts only; default: all")
+    eval_samples: Positive = Field(2, description="answers to each held-out prompt, under the same seeds for all")
+    keep_models: bool = Field(False, description="keep the trained models; else they go once they are evaluated")
+    deadline_s: float = Field(7200.0, gt=0, description="for one run, one labelling or one evaluation")
+    overrides: dict[str, dict[str, Any]] = Field(
+        default_factory=dict,
+        description="algorithm, or offline, online, label, eval -> keys of its recipes, dotted or nested; an "
+        "algorithm's own win",
+    )  # fmt: skip
+
+    @field_validator("algorithms")
+    @classmethod
+    def _known(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        for name in names:
+            if canonical(name) not in METHODS:
+                raise ValueError(f"algorithms={name}: {unknown(name, METHODS)}")
+        found = tuple(canonical(name) for name in names)
+        if len(set(found)) < len(found):
+            raise ValueError(f"algorithms={list(names)}: one is named twice; name each once")
+        return found
+
+    @field_validator("seeds", "best_of")
+    @classmethod
+    def _differ(cls, numbers: tuple[int, ...]) -> tuple[int, ...]:
+        if len(set(numbers)) < len(numbers):
+            raise ValueError(f"{list(numbers)} has a number twice; give each once")
+        return numbers
+
+    @field_validator("overrides")
+    @classmethod
+    def _of_somebody(cls, given: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        for name, keys in given.items():
+            if canonical(name) not in (*METHODS, *GROUPS):
+                raise ValueError(f"overrides={name}: {name}: {unknown(name, (*GROUPS, *METHODS))}")
+            if canonical(name) == BEST_OF_N:
+                raise ValueError(f"overrides={name}: nothing is trained there; set best_of")
+            for key in flat(keys):
+                if fixed := next((f for f in FIXED if key == f or key.startswith(f"{f}.")), None):
+                    raise ValueError(
+                        f"overrides={name}: {name}.{key} would change {fixed}, which all runs have in common or the "
+                        "comparison sets; leave it out"
+                    )
+        return {canonical(name): dict(keys) for name, keys in given.items()}
+
+    @model_validator(mode="after")
+    def _whole_steps(self) -> Self:
+        step = self.groups_per_step * self.samples_per_prompt
+        what = f"one step of {self.groups_per_step} prompts x {self.samples_per_prompt} answers is {step}"
+        if self.budget < step:
+            raise ValueError(f"budget={self.budget}: {what}; give at least that, or lower groups_per_step")
+        if self.budget % step:
+            less = self.budget // step * step
+            raise ValueError(f"budget={self.budget}: {what}, which does not go into it; use {less} or {less + step}")
+        return self
+
+    def own(self, name: str) -> dict[str, Any]:
+        """Dotted key -> value of what only ``label`` or ``eval`` has."""
+        return flat(self.overrides.get(name, {}))
+
+    def of(self, method: Method) -> dict[str, Any]:
+        """Dotted key -> value of what only this method, or only its kind, has."""
+        return {**self.own(method.kind), **self.own(method.name)}
+
+
+class CompareConfig(Settings):
+    """A complete comparison; a recipe is one when it has the key ``compare``."""
+
+    run: CompareRunSettings
+    compare: ComparisonSettings
+    model: ModelSettings
+    prompts: PromptSettings
+    rewards: tuple[RewardSettings, ...] = Field(min_length=1)
+    generator: GeneratorSettings = GeneratorSettings()
+    learner: LearnerSettings = LearnerSettings()
+    critic: CriticSettings = CriticSettings()
+    reference: ReferenceSettings = ReferenceSettings()
+    reward_workers: RewardWorkerSettings = RewardWorkerSettings()
+    push: PushSettings = PushSettings()
+    telemetry: TelemetrySettings = TelemetrySettings()
+    cluster: ClusterSettings = ClusterSettings()
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> Self:
+        if self.prompts.eval is None:
+            raise ValueError("prompts.eval: is missing, and all are judged on how they answer held-out prompts; add it")
+        if self.reference.path is not None:
+            raise ValueError(
+                f"reference.path={self.reference.path}: everything is compared with model.path, which all runs start "
+                "from; leave it out"
+            )
+        return self
+
+    @property
+    def methods(self) -> list[Method]:
+        """Who is compared."""
+        return [METHODS[name] for name in self.compare.algorithms]
+
+
+def flat(keys: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested keys as dotted ones; a later one wins over an earlier one of the same name."""
+    found: dict[str, Any] = {}
+    for key, value in keys.items():
+        if isinstance(value, Mapping) and value:
+            found |= flat(value, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = value
+    return found

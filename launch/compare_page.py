@@ -1,0 +1,181 @@
+"""What a comparison leaves: compare.md, compare.json, compare.svg and compare.html, and its section of a page.
+
+May import: launch.*, trainers.calibration, cluster.host.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from cluster.host import num_cpus
+from launch.compare_config import CompareConfig
+from launch.compare_plot import compare_svg
+from launch.compare_rows import OK, Row
+from launch.eval_page import Cell, Section, Table, write_page
+from launch.eval_report import plain
+from launch.label import versions
+from trainers.errors import InputError
+
+MARKDOWN, JSON, PLOT, PAGE = "compare.md", "compare.json", "compare.svg", "compare.html"
+BEGIN, END = "<!-- begin of the section that burnish compare --page writes -->", "<!-- end of the section -->"
+NOTHING = "\N{EN DASH}"
+RESULTS = ("algorithm", "learns", "reward", "KL, nats an answer", "win rate over the base", "length, tokens",
+           "answers labelled", "tokens sampled", "tokens trained on", "seconds", "ended")  # fmt: skip
+SETTINGS = ("algorithm", "learning rate", "length", "strength of KL or preference", "set for it alone, or for its kind")
+
+
+def write_tables(config: CompareConfig, rows: Sequence[Row], folder: Path, plot: str | None = None) -> None:
+    """Write the numbers and the Markdown, each whole or not at all; ``plot``: the file of the picture."""
+    _write(folder / JSON, json.dumps(record(config, rows), indent=1, allow_nan=False) + "\n")
+    _write(folder / MARKDOWN, f"# {config.run.name}\n\n{section(config, rows, plot)}\n")
+
+
+def write_outputs(config: CompareConfig, rows: Sequence[Row], folder: Path) -> None:
+    """Write all four files."""
+    svg = compare_svg(rows, reward_name(config))
+    if svg is not None:
+        _write(folder / PLOT, svg)
+    write_tables(config, rows, folder, None if svg is None else PLOT)
+    sections = [
+        Section("Reward against KL", "\n\n".join(_facts(config)), plots=() if svg is None else (svg,)),
+        Section("What each reached, and at which expense", table=Table(RESULTS, tuple(_html_row(r) for r in rows))),
+        Section("How each was run", table=Table(SETTINGS, tuple(_settings_row(r) for r in rows if r.settings))),
+    ]
+    write_page(folder / PAGE, f"{config.run.name}: algorithms side by side", sections)
+
+
+def reward_name(config: CompareConfig) -> str:
+    """What the reward's axis says."""
+    names = [reward.name for reward in config.rewards if reward.weight]
+    return f"{names[0]}, held out" if len(names) == 1 else "total reward, held out"
+
+
+def record(config: CompareConfig, rows: Sequence[Row]) -> dict[str, Any]:
+    """JSON values."""
+    return {
+        "config": config.model_dump(mode="json"),
+        "versions": versions(),
+        "num_cpus": num_cpus(),
+        "rows": [plain(row) for row in rows],
+    }
+
+
+# --- Markdown -----------------------------------------------------------------------------------
+
+
+def section(config: CompareConfig, rows: Sequence[Row], plot: str | None) -> str:
+    """The facts, the plot and both tables; ``plot``: where the picture lies, seen from the page."""
+    picture = [] if plot is None else [f"![reward against KL, one mark an algorithm]({plot})"]
+    shown = [[_text(cell) for cell in _row(row)] for row in rows]
+    settings = [[_text(cell) for cell in _settings_row(row)] for row in rows if row.settings]
+    return "\n\n".join([*_facts(config), *picture, markdown_table(RESULTS, shown), markdown_table(SETTINGS, settings)])
+
+
+def _facts(config: CompareConfig) -> list[str]:
+    compare, sampling = config.compare, config.generator.sampling
+    return [
+        f"{config.model.path}, {compare.budget} answers a run, at most {sampling.max_tokens} tokens each, sampled at "
+        f"temperature {sampling.temperature:g}; seeds {', '.join(map(str, compare.seeds))}. Judged on the same "
+        f"held-out prompts, {compare.eval_samples} answers to each under the same sampling seeds. Intervals are of "
+        "95 %, over "
+        + ("prompts alone: with one seed nothing is known of others." if len(compare.seeds) == 1 else
+           "seeds and prompts; those of the base model and of best-of-n, which have no seeds, over prompts."),
+        f"Seconds were measured on {num_cpus()} CPU cores"
+        + (" and contain" if config.cluster.device == "cpu" else ", besides GPUs, and contain")
+        + " start-up and, of offline methods, the sampling that they share.",
+    ]  # fmt: skip
+
+
+def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A whole table."""
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "/") for cell in line) + " |" for line in lines)
+
+
+def _row(row: Row) -> list[Cell]:
+    """Cells of the first table."""
+    found, cost = row.measures, row.cost
+    learns = {"base": "nothing", "search": "nothing", "offline": "offline", "online": "online"}[row.kind]
+    if found is None or cost is None:
+        return [row.title, learns, *[None] * (len(RESULTS) - 3), row.status]
+    trains = row.kind in ("offline", "online")
+    kl: Cell = None if row.kl is None else row.kl
+    if row.kl is not None and not trains:
+        kl = f"at most {row.kl.value:.3g}" if row.kl_is_bound else 0
+    labelled: Cell = round(cost.num_labelled) if trains else None
+    if row.kind == "search":
+        labelled = f"{row.settings['per_answer']} for each given"
+    return [
+        row.title, learns, found.reward, kl, None if row.kind == "base" else found.win_rate, found.length,
+        labelled, _rounded(cost.num_sampled_tokens, trains), _rounded(cost.num_trained_tokens, trains),
+        _rounded(cost.seconds, trains), row.status,
+    ]  # fmt: skip
+
+
+def _html_row(row: Row) -> tuple[Cell, ...]:
+    return tuple(_row(row))
+
+
+def _settings_row(row: Row) -> tuple[Cell, ...]:
+    settings = row.settings
+    if row.kind == "search":
+        return row.title, None, f"the best of {settings['per_answer']} by the task's reward", None, None
+    besides = ", ".join(f"{key}={json.dumps(value)}" for key, value in settings["besides"].items())
+    return row.title, f"{settings['lr']:g}", settings["length"], settings["strength"], besides or None
+
+
+def _rounded(value: float | None, is_there: bool) -> Cell:
+    return None if value is None or not is_there else round(value)
+
+
+def _text(cell: Cell) -> str:
+    if cell is None:
+        return NOTHING
+    return f"{cell:,}" if isinstance(cell, int) else str(cell)
+
+
+# --- a page of its own --------------------------------------------------------------------------
+
+
+def check_page(page: Path) -> None:
+    """InputError where ``page`` is no file with both markers."""
+    if not page.is_file():
+        raise InputError("--page", str(page), "there is no such file", "give a Markdown file")
+    try:
+        renewed(page.read_text(encoding="utf-8"), "")
+    except ValueError as error:
+        raise InputError("--page", str(page), str(error), "add them, or leave --page out") from error
+
+
+def renewed(page: str, text: str) -> str:
+    """``page`` with ``text`` between its two markers; ValueError where one is missing."""
+    before, begin, rest = page.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"has not the lines {BEGIN} and {END}, in this order")
+    return f"{before}{BEGIN}\n\n{text}\n\n{END}{after}"
+
+
+def write_section(page: Path, config: CompareConfig, rows: Sequence[Row]) -> None:
+    """The section of ``page`` anew, its picture in the folder figures beside it."""
+    svg = compare_svg(rows, reward_name(config))
+    if svg is not None:
+        (page.parent / "figures").mkdir(exist_ok=True)
+        _write(page.parent / "figures" / PLOT, svg)
+    text = section(config, rows, f"figures/{PLOT}" if svg else None)
+    _write(page, renewed(page.read_text(encoding="utf-8"), text))
+
+
+def num_missing(rows: Sequence[Row]) -> int:
+    """Rows that are not whole."""
+    return sum(row.status != OK for row in rows)
+
+
+def _write(path: Path, text: str) -> None:
+    fresh = path.with_name(f".{path.name}.tmp")
+    fresh.write_text(text, encoding="utf-8")
+    os.replace(fresh, path)

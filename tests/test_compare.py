@@ -1,0 +1,399 @@
+"""Laws of a comparison: one task and one budget for all, what differs is said, and what has ended is not run again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from compare_stub import Machine, config_of, prompts
+
+from launch.cli import main
+from launch.compare_config import CompareConfig
+from launch.compare_methods import BEST_OF_N, DEFAULTS, METHODS
+from launch.compare_page import BEGIN, END, JSON, MARKDOWN, PAGE, PLOT, renewed
+from launch.compare_plan import Plan, make_plan
+from launch.compare_recipes import drawn_per_step
+from launch.compare_rows import OK
+from launch.config import RunConfig
+from launch.overrides import resolve
+from launch.tuning_config import TuningConfig
+from trainers.errors import InputError
+from trainers.kl_from_base import best_of_n_kl
+
+PLACE = Path("/somewhere/compare")
+ALL = f"compare.algorithms=[{', '.join(METHODS)}]"
+
+
+def plan(*overrides: str) -> tuple[CompareConfig, Plan]:
+    config = config_of(*overrides)
+    return config, make_plan(config, PLACE)
+
+
+def configs(made: Plan) -> dict[str, Any]:
+    """Stage -> its whole configuration."""
+    copied = json.loads(json.dumps(dict(made.recipes)))
+    return {s.name: resolve(json.loads(json.dumps(copied[s.recipe])), s.overrides, s.name).config for s in made.stages}
+
+
+def refused(*overrides: str, of_plan: bool = False) -> InputError:
+    with pytest.raises(InputError) as caught:
+        if of_plan:
+            plan(*overrides)
+        else:
+            config_of(*overrides)
+    assert "\n" not in str(caught.value)
+    return caught.value
+
+
+# --- one task, one budget -------------------------------------------------------------------------
+
+
+def test_every_run_draws_the_same_number_of_answers_at_most() -> None:
+    config, made = plan(ALL, "compare.seeds=[0, 3]")
+    for name, found in configs(made).items():
+        if isinstance(found, RunConfig):
+            assert found.run.num_steps * drawn_per_step(found) == config.compare.budget, name
+        elif name.startswith("label"):
+            assert found.run.num_prompts * found.sampling.num_candidates == config.compare.budget
+
+
+def test_what_an_algorithm_draws_besides_comes_out_of_its_budget() -> None:
+    found = configs(plan(ALL)[1])
+    remax, dapo, grpo = (found[f"{name}-seed-0"] for name in ("remax", "dapo", "grpo"))
+    assert remax.run.samples_per_prompt == grpo.run.samples_per_prompt - 1
+    assert remax.run.num_steps == dapo.run.num_steps == grpo.run.num_steps == 4
+    assert dapo.run.groups_per_step * 2 == grpo.run.groups_per_step and dapo.filtering.max_refills == 1
+
+
+def test_all_runs_have_the_task_in_common() -> None:
+    config, made = plan(ALL, "compare.seeds=[0, 3]")
+    found = configs(made)
+    online = [c for c in found.values() if isinstance(c, RunConfig)]
+    assert len({c.algorithm.name for c in online}) == 10
+    for run in online:
+        first = online[0]
+        assert (run.model, run.prompts, run.rewards[0], run.generator) == (
+            first.model, first.prompts, first.rewards[0], first.generator,
+        )  # fmt: skip
+        assert run.prompts.train.path == str(PLACE / "data/train.jsonl") and run.prompts.eval is None
+        assert not run.evaluation.every
+    label, judged = found["label-seed-3"], found["grpo-seed-3-eval"]
+    assert label.prompts == online[0].prompts and label.run.seed == 3
+    assert label.label.rewards == judged.rewards == config.rewards
+    assert label.sampling.temperatures == (config.generator.sampling.temperature,)
+    assert judged.base.path == label.model.path == config.model.path
+    assert judged.prompts.train.path == str(PLACE / "data/held-out.jsonl")
+    evaluations = [c for name, c in found.items() if name.endswith("-eval")]
+    assert len({(c.run.seed, c.eval.num_samples) for c in evaluations}) == 1, "one sampling stream for all"
+
+
+def test_offline_methods_of_a_seed_learn_from_one_labelling() -> None:
+    found = configs(plan(ALL, "compare.seeds=[0, 3]")[1])
+    for seed in (0, 3):
+        offline = {n: c for n, c in found.items() if isinstance(c, TuningConfig) and n.endswith(f"-seed-{seed}")}
+        assert len(offline) == 7
+        paths = {c.data.train[0].path for n, c in offline.items() if not n.startswith("kto")}
+        assert paths == {str(PLACE / f"label-seed-{seed}/preferences.parquet")}
+        kto = offline[f"kto-seed-{seed}"]
+        assert kto.data.train[0].path == str(PLACE / f"data/labelled-seed-{seed}.jsonl")
+        assert kto.run.batch_size == 4 * offline[f"dpo-seed-{seed}"].run.batch_size, "as many answers, not prompts"
+        assert all((c.reference is None) == (c.algorithm.loss in ("orpo", "simpo")) for c in offline.values())
+
+
+def test_the_default_names_are_those_of_the_issue_and_other_spellings_are_understood() -> None:
+    assert {"dpo", "ipo", "kto", "orpo", "simpo", "grpo", "rloo", "reinforce_plus_plus", "dapo", "gspo", "cispo",
+            "ppo", "best_of_n"} == set(DEFAULTS)  # fmt: skip
+    asked = "compare.algorithms=[REINFORCE++, reinforce++-baseline, best-of-n, dr-grpo]"
+    assert config_of(asked).compare.algorithms == (
+        "reinforce_plus_plus", "reinforce_plus_plus_baseline", "best_of_n", "dr_grpo",
+    )  # fmt: skip
+
+
+def test_an_algorithms_own_keys_win_over_those_of_its_kind_and_are_stated() -> None:
+    keys = ("compare.overrides.online.learner.optimizer.lr=1e-4", "compare.overrides.gspo.learner.optimizer.lr=2e-4",
+            "compare.overrides.dpo={run.num_epochs: 3, algorithm: {beta: 0.3}}")  # fmt: skip
+    _, made = plan(ALL, *keys)
+    found = configs(made)
+    rates = {name: found[f"{name}-seed-0"].learner.optimizer.lr for name in ("grpo", "gspo", "ipo")}
+    assert rates == {"grpo": 1e-4, "gspo": 2e-4, "ipo": 1e-2}
+    assert (found["dpo-seed-0"].run.num_epochs, found["dpo-seed-0"].algorithm.beta) == (3, 0.3)
+    assert made.settings["dpo"]["besides"] == {"run.num_epochs": 3, "algorithm.beta": 0.3}
+    assert made.settings["gspo"]["lr"] == 2e-4 and made.settings["dpo"]["strength"] == "beta 0.3"
+
+
+# --- bad input ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("override", "field", "words"),
+    [
+        ("compare.algorithms=[dpo, grbo]", "compare.algorithms", "did you mean grpo? known are dpo"),
+        ("compare.algorithms=[dpo, DPO]", "compare.algorithms", "named twice"),
+        ("compare.algorithms=[]", "compare.algorithms", ""),
+        ("compare.seeds=[1, 1]", "compare.seeds", "twice"),
+        ("compare.budget=8", "compare.budget", "one step of 4 prompts x 4 answers is 16"),
+        ("compare.budget=40", "compare.budget", "use 32 or 48"),
+        ("compare.overrides.ppl={}", "compare.overrides", "did you mean ppo?"),
+        ("compare.overrides.best_of_n={run.seed: 1}", "compare.overrides", "set best_of"),
+        ("compare.overrides.dpo={run.seed: 1}", "compare.overrides", "dpo.run.seed would change run.seed"),
+        ("compare.overrides.grpo={generator: {sampling: {temperature: 2}}}", "compare.overrides", "generator.sampling"),
+        ("prompts.eval=null", "prompts.eval", "held-out prompts"),
+        ("reference.path=/models/other", "reference.path", "model.path"),
+    ],
+)
+def test_what_makes_no_comparison_is_refused_in_one_line(override: str, field: str, words: str) -> None:
+    error = refused(override)
+    assert error.field == field and words in str(error)
+
+
+def test_what_only_one_algorithm_cannot_do_is_refused_with_its_name() -> None:
+    error = refused("compare.overrides.ipo={learner.optmizer.lr: 1}", ALL, of_plan=True)
+    assert error.field == "learner.optmizer.lr" and "recipe of ipo" in str(error) and "optimizer.lr" in str(error)
+    error = refused("compare.overrides.simpo={algorithm.label_smoothing: 0.1}", ALL, of_plan=True)
+    assert "recipe of simpo" in str(error)
+    error = refused("compare.overrides.dapo={filtering.max_refills: 2}", ALL, of_plan=True)
+    assert error.field == "compare.budget" and "24" in str(error) and "compare.overrides.dapo" in str(error)
+
+
+def test_a_budget_that_does_not_come_out_even_for_one_algorithm_is_refused() -> None:
+    refused("compare.overrides.grpo={run.groups_per_step: 3}", ALL, of_plan=True)
+
+
+# --- running --------------------------------------------------------------------------------------
+
+
+def test_every_algorithm_gets_a_row_a_mark_and_its_settings(tmp_path: Path) -> None:
+    machine = Machine(tmp_path)
+    rows = machine.compare(ALL, "compare.seeds=[0, 1]")
+    names = ["base", *(n for n in METHODS if n != BEST_OF_N), "best_of_2", "best_of_3"]
+    assert [row.name for row in rows] == names and {row.status for row in rows} == {OK}
+    by_name = {row.name: row for row in rows}
+    assert by_name["base"].kl is not None and by_name["base"].kl.value == 0
+    for n in (2, 3):
+        row = by_name[f"best_of_{n}"]
+        assert row.kl_is_bound and row.kl is not None and row.kl.value == pytest.approx(best_of_n_kl(n))
+    for name in ("grpo", "dpo"):
+        row = by_name[name]
+        assert row.seeds == (0, 1) and row.cost is not None and row.cost.num_labelled == 64
+        assert row.measures is not None and row.measures.reward.n == 2 * len(prompts()[1])
+        assert row.measures.win_rate.low >= 0 and row.measures.kl.value == pytest.approx(machine.kl)
+    assert by_name["remax"].cost is not None and by_name["remax"].cost.num_labelled == 64
+    offline, online = by_name["ipo"].cost, by_name["gspo"].cost
+    assert offline is not None and online is not None
+    assert offline.seconds == 2 * machine.seconds and online.seconds == machine.seconds, "labels are not free"
+    text, page = ((machine.folder / name).read_text() for name in (MARKDOWN, PAGE))
+    for title in ("KTO", "REINFORCE++", "best of 3", "at most 0.193", "4 steps of 4 x 3 and a greedy one"):
+        assert title in text
+    assert "KTO" in page and "data:image/svg+xml" in page
+    written = json.loads((machine.folder / JSON).read_text())
+    assert [row["name"] for row in written["rows"]] == names
+    assert written["rows"][1]["measures"]["pairs"]["length_controlled"]["n"] > 0
+
+
+def test_the_same_runs_give_the_same_picture(tmp_path: Path) -> None:
+    pictures = []
+    for name in ("a", "b"):
+        machine = Machine(tmp_path / name)
+        machine.compare("compare.algorithms=[dpo, grpo, best_of_n]")
+        pictures.append((machine.folder / PLOT).read_bytes())
+        assert pictures[-1].startswith(b"<?xml")
+    assert pictures[0] == pictures[1]
+
+
+def test_what_ended_is_not_run_again_and_what_is_added_is(tmp_path: Path) -> None:
+    machine = Machine(tmp_path)
+    machine.compare("compare.algorithms=[dpo, grpo]")
+    ran = list(machine.ran)
+    assert ran == ["base", "label-seed-0", "dpo-seed-0", "dpo-seed-0-eval", "grpo-seed-0", "grpo-seed-0-eval"]
+    rows = machine.compare("compare.algorithms=[dpo, grpo]")
+    assert machine.ran == ran and {row.status for row in rows} == {OK}
+    machine.compare("compare.algorithms=[grpo, ipo]", "compare.seeds=[0, 1]")
+    assert machine.ran[len(ran) :] == [
+        "ipo-seed-0", "ipo-seed-0-eval", "label-seed-1", "grpo-seed-1", "grpo-seed-1-eval", "ipo-seed-1",
+        "ipo-seed-1-eval",
+    ]  # fmt: skip
+
+
+def test_checkpoints_and_models_go_unless_models_are_kept(tmp_path: Path) -> None:
+    machine = Machine(tmp_path)
+    machine.compare("compare.algorithms=[grpo]")
+    run = machine.folder / "grpo-seed-0"
+    assert not (run / "checkpoints").exists() and not (run / "export").exists() and (run / "metrics.jsonl").exists()
+    kept = Machine(tmp_path / "kept")
+    kept.compare("compare.algorithms=[grpo]", "compare.keep_models=true")
+    assert list((kept.folder / "grpo-seed-0" / "export").iterdir())
+
+
+def test_a_run_that_fails_is_a_row_that_says_why_and_the_others_go_on(tmp_path: Path) -> None:
+    machine = Machine(tmp_path, fails={"dpo-seed-0": "out of memory"})
+    rows = {row.name: row for row in machine.compare("compare.algorithms=[dpo, grpo]", "compare.seeds=[0, 1]")}
+    assert "1 of 2 runs missing: seed 0: dpo-seed-0 failed: out of memory" in rows["dpo"].status
+    assert rows["dpo"].seeds == (1,) and rows["grpo"].status == OK
+    assert "out of memory" in (machine.folder / MARKDOWN).read_text()
+    machine.fails.clear()
+    before = len(machine.ran)
+    rows = {row.name: row for row in machine.compare("compare.algorithms=[dpo, grpo]", "compare.seeds=[0, 1]")}
+    assert machine.ran[before:] == ["dpo-seed-0", "dpo-seed-0-eval"] and rows["dpo"].status == OK
+
+
+def test_without_labels_offline_methods_are_rows_that_say_so(tmp_path: Path) -> None:
+    machine = Machine(tmp_path, fails={"label-seed-0": "no such dataset"})
+    rows = {row.name: row for row in machine.compare("compare.algorithms=[dpo, kto, grpo]")}
+    for name in ("dpo", "kto"):
+        assert "label-seed-0 failed: no such dataset" in rows[name].status and rows[name].measures is None
+    assert rows["grpo"].status == OK and f"{name}-seed-0" not in machine.ran
+    assert (machine.folder / PLOT).exists()
+
+
+def test_kto_learns_from_the_same_scores_and_its_halves_weigh_alike(tmp_path: Path) -> None:
+    machine = Machine(tmp_path)
+    machine.compare("compare.algorithms=[kto]")
+    rows = [json.loads(line) for line in (machine.folder / "data/labelled-seed-0.jsonl").read_text().splitlines()]
+    good = sum(row["label"] for row in rows)
+    assert 0 < good < len(rows) == 64
+    weight = machine.overrides["kto-seed-0"]["algorithm.desirable_weight"]
+    assert float(weight) == pytest.approx((len(rows) - good) / good, rel=1e-3)
+    own = Machine(tmp_path / "own")
+    own.compare("compare.algorithms=[kto]", "compare.overrides.kto={algorithm.undesirable_weight: 2.0}")
+    assert "algorithm.desirable_weight" not in own.overrides["kto-seed-0"]
+
+
+def test_answers_of_equal_reward_teach_kto_nothing_and_its_row_says_so(tmp_path: Path) -> None:
+    machine = Machine(tmp_path, score=lambda i: 1.0)
+    (row,) = [row for row in machine.compare("compare.algorithms=[kto]") if row.name == "kto"]
+    assert "got the same reward" in row.status
+
+
+def test_a_stopped_run_resumes_from_its_checkpoint_and_one_without_starts_afresh(tmp_path: Path) -> None:
+    machine = Machine(tmp_path, stops={"grpo-seed-0"})
+    for has_checkpoint in (True, False):
+        machine.has_checkpoint = has_checkpoint
+        with pytest.raises(KeyboardInterrupt):
+            machine.compare("compare.algorithms=[grpo]")
+    assert machine.resumed == [False, True], "the second attempt resumes"
+    machine.stops.clear()
+    (machine.folder / "grpo-seed-0" / "checkpoints").rename(machine.folder / "grpo-seed-0" / "gone")
+    rows = machine.compare("compare.algorithms=[grpo]")
+    assert machine.resumed[2] is False and rows[-1].status == OK
+    assert not (machine.folder / "grpo-seed-0" / "gone").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "field"),
+    [
+        ("compare.budget=32", "compare.budget"),
+        ("rewards.0.function=bare_number", "rewards"),
+        ("run.seed=5", "run.seed"),
+        ("compare.overrides.dpo={algorithm.beta: 0.5}", "compare.overrides.dpo"),
+        ("compare.overrides.eval={generator.max_num_seqs: 4}", "compare.overrides.eval"),
+    ],
+)
+def test_the_folder_of_another_comparison_is_refused(override: str, field: str, tmp_path: Path) -> None:
+    machine = Machine(tmp_path)
+    machine.compare("compare.algorithms=[dpo]")
+    ran = list(machine.ran)
+    with pytest.raises(InputError, match="holds") as caught:
+        machine.compare("compare.algorithms=[dpo]", override)
+    assert caught.value.field == field and machine.ran == ran
+
+
+def test_an_algorithm_that_has_not_run_may_still_change(tmp_path: Path) -> None:
+    machine = Machine(tmp_path)
+    machine.compare("compare.algorithms=[dpo]")
+    machine.compare("compare.algorithms=[dpo, ipo]", "compare.overrides.ipo={algorithm.beta: 0.5}")
+    assert machine.ran[-2:] == ["ipo-seed-0", "ipo-seed-0-eval"]
+
+
+def test_a_folder_that_holds_something_else_is_left_alone(tmp_path: Path) -> None:
+    machine = Machine(tmp_path)
+    machine.folder.mkdir()
+    (machine.folder / "thesis.tex").write_text("everything")
+    with pytest.raises(InputError, match="holds no comparison"):
+        machine.compare("compare.algorithms=[dpo]")
+    assert [file.name for file in machine.folder.iterdir()] == ["thesis.tex"]
+
+
+def test_a_run_folder_can_be_read_at_any_time(tmp_path: Path) -> None:
+    """After each evaluation the files hold what is known by then."""
+    seen: list[int] = []
+    machine = Machine(tmp_path)
+    machine.before = lambda stage: seen.append(_num_measured(machine.folder))
+    machine.compare("compare.algorithms=[grpo, rloo]")
+    assert seen == [0, 1, 1, 2, 2] and _num_measured(machine.folder) == 3
+
+
+def _num_measured(folder: Path) -> int:
+    if not (folder / JSON).exists():
+        return 0
+    return sum(row["measures"] is not None for row in json.loads((folder / JSON).read_text())["rows"])
+
+
+# --- the page and the command ---------------------------------------------------------------------
+
+
+def test_the_section_of_a_page_is_written_between_its_markers(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(f"# before\n\n{BEGIN}\nold\n{END}\n\nafter\n")
+    machine = Machine(tmp_path / "runs")
+    machine.compare("compare.algorithms=[grpo]", page=page)
+    text = page.read_text()
+    assert text.startswith("# before\n") and text.endswith("\n\nafter\n") and "old" not in text and "| GRPO |" in text
+    assert (tmp_path / "figures" / PLOT).exists() and f"(figures/{PLOT})" in text
+    with pytest.raises(ValueError, match="in this order"):
+        renewed(f"{END}{BEGIN}", "")
+
+
+def test_a_page_without_markers_is_refused_before_anything_runs(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("nothing")
+    machine = Machine(tmp_path / "runs")
+    with pytest.raises(InputError, match="--page"):
+        machine.compare("compare.algorithms=[grpo]", page=page)
+    assert not machine.ran
+
+
+def called(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> tuple[int, list[CompareConfig]]:
+    """The exit code of the command, and the configurations that it would have compared."""
+    found: list[CompareConfig] = []
+
+    def record(config: CompareConfig, *_: Any) -> Sequence[Any]:
+        found.append(config)
+        return []
+
+    monkeypatch.setattr("launch.compare.compare", record)
+    return main(["compare", "cpu-compare", *arguments]), found
+
+
+def test_the_options_stand_for_keys(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    code, (config,) = called(
+        monkeypatch, "--algorithms", "dpo,ipo", "reinforce++", "run.seed=4", "--seeds", "1,2", "--budget", "128",
+        "--directory", str(tmp_path / "here"),
+    )  # fmt: skip
+    assert code == 0 and config.run.seed == 4
+    assert config.compare.algorithms == ("dpo", "ipo", "reinforce_plus_plus")
+    assert config.compare.seeds == (1, 2) and config.compare.budget == 128
+    assert (config.run.directory, config.run.name) == (str(tmp_path), "here")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--algorithms", "grbo"), "compare.algorithms"),
+        (("--budget", "10"), "compare.budget"),
+        (("--seeds", "x"), "compare.seeds"),
+    ],
+)
+def test_a_wrong_option_is_refused_in_one_line(
+    arguments: Sequence[str], words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, found = called(monkeypatch, *arguments)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert code == 2 and not found and words in line
+
+
+def test_a_comparison_is_not_trained_and_a_run_is_not_compared(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "cpu-compare"]) == 2 and "burnish compare" in capsys.readouterr().err
+    assert main(["compare", "cpu-demo"]) == 2 and "burnish train" in capsys.readouterr().err
