@@ -107,7 +107,8 @@ def dequantised(module: Any) -> torch.Tensor:
         return found
     from peft.utils.integrations import dequantize_module_weight
 
-    return dequantize_module_weight(module).detach()
+    whole: torch.Tensor = dequantize_module_weight(module)
+    return whole.detach()
 
 
 class Adapter:
