@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import multiprocessing
 import tempfile
 from pathlib import Path
@@ -159,7 +160,8 @@ def test_a_run_that_pushes_the_adapter_samples_what_one_that_pushes_the_merged_m
         assert a["push/num_bytes"] < m["push/num_bytes"] / 4
         assert a["reward"] == m["reward"] and a["learner/reference_s"] > 0
         assert a["loss"] == pytest.approx(m["loss"], rel=1e-3, abs=1e-6)
-    assert rows["adapter"][0]["kl"] == pytest.approx(0, abs=1e-6) < rows["adapter"][-1]["kl"]
+    first, last = (rows["adapter"][i]["kl"] for i in (0, -1))
+    assert first == pytest.approx(0, abs=1e-6) and last > 1e-6
     for step in range(1, STEPS + 1):
         a, m = (trajectories(run.folder, step) for run in by.values())
         assert [row["completion_ids"] for row in a] == [row["completion_ids"] for row in m]
@@ -204,7 +206,7 @@ def test_preference_learning_with_an_adapter_starts_no_reference_and_resumes(tmp
     run_preferences(tmp_path, "sigmoid", *more, "run.num_steps=4", name="cut")
     resumed = run_preferences(tmp_path, "sigmoid", *more, "--resume", name="cut")
     found = [list(map(json.loads, (f / "metrics.jsonl").read_text().splitlines())) for f in (whole, resumed)]
-    assert found[0][1]["loss"] == pytest.approx(0.6931472, abs=1e-5) > found[0][-1]["loss"]
+    assert found[0][1]["loss"] == pytest.approx(math.log(2), abs=1e-5) and found[0][-1]["loss"] < 0.69
     for ours, theirs in zip(*found, strict=True):
         assert ours["step"] == theirs["step"] and ours.get("loss") == pytest.approx(theirs.get("loss"), abs=1e-5)
     kinds = {json.loads(line)["kind"] for line in (whole / "events.jsonl").read_text().splitlines()}
