@@ -137,7 +137,8 @@ def test_deepspeed_leaves_every_bit_of_the_base_and_a_checkpoint_holds_the_adapt
 
     found = found_by(ranks, zero_stage)
     assert found["base before"] == found["base after"]
-    assert all(torch.equal(found["next update"][1][n], t) for n, t in found["next update again"][1].items())
+    for name, tensor in found["next update again"][1].items():
+        torch.testing.assert_close(found["next update"][1][name], tensor, rtol=0, atol=1e-6)
     state = Path(found["folder"]) / "state"
     saved = sum(file.stat().st_size for file in state.glob("rank-*.safetensors"))
     assert saved < 3 * 4 * 2 * sum(t.numel() for t in found["one update"][1].values())
