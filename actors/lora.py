@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -103,12 +103,10 @@ def dequantised(module: Any) -> torch.Tensor:
     weight = module.weight
     if type(weight).__name__ == "Int8Params":  # one scale a row, kept by the layer from its first pass on
         scales = module.state.SCB if module.state.SCB is not None else weight.SCB
-        found: torch.Tensor = weight.data.float() * scales.float()[:, None] / 127
-        return found
+        return cast(torch.Tensor, weight.data.float() * scales.float()[:, None] / 127)
     from peft.utils.integrations import dequantize_module_weight
 
-    whole: torch.Tensor = dequantize_module_weight(module)
-    return whole.detach()
+    return cast(torch.Tensor, dequantize_module_weight(module).detach())
 
 
 class Adapter:

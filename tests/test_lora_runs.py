@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import multiprocessing
 import tempfile
 from pathlib import Path
@@ -136,7 +137,8 @@ def test_deepspeed_leaves_every_bit_of_the_base_and_a_checkpoint_holds_the_adapt
 
     found = found_by(ranks, zero_stage)
     assert found["base before"] == found["base after"]
-    assert all(torch.equal(found["next update"][1][n], t) for n, t in found["next update again"][1].items())
+    for name, tensor in found["next update again"][1].items():
+        torch.testing.assert_close(found["next update"][1][name], tensor, rtol=0, atol=1e-6)
     state = Path(found["folder"]) / "state"
     saved = sum(file.stat().st_size for file in state.glob("rank-*.safetensors"))
     assert saved < 3 * 4 * 2 * sum(t.numel() for t in found["one update"][1].values())
@@ -159,7 +161,8 @@ def test_a_run_that_pushes_the_adapter_samples_what_one_that_pushes_the_merged_m
         assert a["push/num_bytes"] < m["push/num_bytes"] / 4
         assert a["reward"] == m["reward"] and a["learner/reference_s"] > 0
         assert a["loss"] == pytest.approx(m["loss"], rel=1e-3, abs=1e-6)
-    assert rows["adapter"][0]["kl"] == pytest.approx(0, abs=1e-6) < rows["adapter"][-1]["kl"]
+    first, last = (rows["adapter"][i]["kl"] for i in (0, -1))
+    assert first == pytest.approx(0, abs=1e-6) and last > 1e-6
     for step in range(1, STEPS + 1):
         a, m = (trajectories(run.folder, step) for run in by.values())
         assert [row["completion_ids"] for row in a] == [row["completion_ids"] for row in m]
@@ -204,7 +207,7 @@ def test_preference_learning_with_an_adapter_starts_no_reference_and_resumes(tmp
     run_preferences(tmp_path, "sigmoid", *more, "run.num_steps=4", name="cut")
     resumed = run_preferences(tmp_path, "sigmoid", *more, "--resume", name="cut")
     found = [list(map(json.loads, (f / "metrics.jsonl").read_text().splitlines())) for f in (whole, resumed)]
-    assert found[0][1]["loss"] == pytest.approx(0.6931472, abs=1e-5) > found[0][-1]["loss"]
+    assert found[0][1]["loss"] == pytest.approx(math.log(2), abs=1e-5) and found[0][-1]["loss"] < 0.69
     for ours, theirs in zip(*found, strict=True):
         assert ours["step"] == theirs["step"] and ours.get("loss") == pytest.approx(theirs.get("loss"), abs=1e-5)
     kinds = {json.loads(line)["kind"] for line in (whole / "events.jsonl").read_text().splitlines()}
