@@ -30,7 +30,7 @@ ensemble-study: install ## the same of one reward model against three as one, at
 iterate: install ## label the policy's own samples, retrain the reward model: accuracy by round (after make pipeline)
 	@$(BIN)/python -m scripts.iterate --directory $(RUN_DIR)/pipeline
 
-compare: install ## thirteen algorithms on one task and budget, two seeds each: docs/compare.md (two hours)
+compare: install ## thirteen algorithms on one task and budget, two seeds each: docs/compare.md (some hours)
 	@$(BIN)/python -m launch.cli compare cpu-compare --directory $(RUN_DIR)/compare --page docs/compare.md
 
 chaos: install ## faults under real runs: 100 on a seeded schedule, two hours (docs/chaos.md)
