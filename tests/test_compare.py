@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -216,6 +217,16 @@ def test_what_ended_is_not_run_again_and_what_is_added_is(tmp_path: Path) -> Non
         "ipo-seed-0", "ipo-seed-0-eval", "label-seed-1", "grpo-seed-1", "grpo-seed-1-eval", "ipo-seed-1",
         "ipo-seed-1-eval",
     ]  # fmt: skip
+
+
+def test_a_run_whose_folders_are_removed_is_run_again(tmp_path: Path) -> None:
+    machine = Machine(tmp_path)
+    machine.compare("compare.algorithms=[dpo, grpo]")
+    ran = len(machine.ran)
+    for name in ("grpo-seed-0", "grpo-seed-0-eval"):
+        shutil.rmtree(machine.folder / name)
+    rows = machine.compare("compare.algorithms=[dpo, grpo]")
+    assert machine.ran[ran:] == ["grpo-seed-0", "grpo-seed-0-eval"] and {row.status for row in rows} == {OK}
 
 
 def test_checkpoints_and_models_go_unless_models_are_kept(tmp_path: Path) -> None:
