@@ -34,6 +34,8 @@ iterate-dpo: install ## label the policy's own samples, train by DPO on them, re
 	@$(BIN)/python -m scripts.iterate_dpo --directory $(RUN_DIR)/pipeline
 
 compare: install ## thirteen algorithms on one task and budget, two seeds each: docs/compare.md (two hours)
+
+compare: install ## thirteen algorithms on one task and budget, two seeds each: docs/compare.md (some hours)
 	@$(BIN)/python -m launch.cli compare cpu-compare --directory $(RUN_DIR)/compare --page docs/compare.md
 
 chaos: install ## faults under real runs: 100 on a seeded schedule, two hours (docs/chaos.md)

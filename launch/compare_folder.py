@@ -109,7 +109,8 @@ class Folder:
     # --- stages ---------------------------------------------------------------------------------
 
     def is_done(self, name: str) -> bool:
-        return name in self.ended and self.ended[name].status == DONE
+        """Whether it ended well and its run folder is still there: who removes it wants it again."""
+        return name in self.ended and self.ended[name].status == DONE and (self.path / name).is_dir()
 
     def result(self, stage: Stage) -> Path:
         """What it left.  StageError where that is gone."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from launch.compare_page import BEGIN, END, JSON, MARKDOWN, PAGE, PLOT, renewed
 from launch.compare_plan import Plan, make_plan
 from launch.compare_recipes import drawn_per_step
 from launch.compare_rows import OK
+from launch.compare_stage import StageError, last_line, run_burnish
 from launch.config import RunConfig
 from launch.overrides import resolve
 from launch.tuning_config import TuningConfig
@@ -217,6 +219,16 @@ def test_what_ended_is_not_run_again_and_what_is_added_is(tmp_path: Path) -> Non
     ]  # fmt: skip
 
 
+def test_a_run_whose_folders_are_removed_is_run_again(tmp_path: Path) -> None:
+    machine = Machine(tmp_path)
+    machine.compare("compare.algorithms=[dpo, grpo]")
+    ran = len(machine.ran)
+    for name in ("grpo-seed-0", "grpo-seed-0-eval"):
+        shutil.rmtree(machine.folder / name)
+    rows = machine.compare("compare.algorithms=[dpo, grpo]")
+    assert machine.ran[ran:] == ["grpo-seed-0", "grpo-seed-0-eval"] and {row.status for row in rows} == {OK}
+
+
 def test_checkpoints_and_models_go_unless_models_are_kept(tmp_path: Path) -> None:
     machine = Machine(tmp_path)
     machine.compare("compare.algorithms=[grpo]")
@@ -329,6 +341,31 @@ def _num_measured(folder: Path) -> int:
     if not (folder / JSON).exists():
         return 0
     return sum(row["measures"] is not None for row in json.loads((folder / JSON).read_text())["rows"])
+
+
+def test_a_command_runs_in_a_process_of_its_own_and_says_why_it_failed(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    assert run_burnish(["recipes", "ls"], log, 60.0) > 0
+    first, *rest = log.read_text().splitlines()
+    assert first == "$ burnish recipes ls" and "cpu-compare" in rest
+    with pytest.raises(StageError, match="exit code 2: recipe = 'cpu-compar': .* did you mean cpu-compare"):
+        run_burnish(["recipes", "show", "cpu-compar"], log, 60.0)
+    with pytest.raises(StageError, match="was not done in 0.001 s"):
+        run_burnish(["recipes", "ls"], log, 0.001)
+
+
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        (["Traceback", "RuntimeError: the cause", "burnish: run.name = 'x': taken; choose another"], "run.name = 'x'"),
+        (["Traceback", "RuntimeError: the cause", "Exception ignored in", "bye"], "RuntimeError: the cause"),
+        (["started", "", "Killed"], "Killed"),
+        ([], "it printed nothing"),
+    ],
+)
+def test_the_line_that_says_why_is_found_in_a_log(lines: list[str], said: str, tmp_path: Path) -> None:
+    (tmp_path / "log").write_text("\n".join(lines))
+    assert last_line(tmp_path / "log").startswith(said)
 
 
 # --- the page and the command ---------------------------------------------------------------------
