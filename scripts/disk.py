@@ -23,6 +23,7 @@ LEFT_BYTES = 512 * 2**10  # on a full disk: some steps' rows fit, the ranks' par
 FILE_BYTES = 64 * 2**10  # the largest file of a rank with a limit
 MOUNT_DEADLINE_S = 20.0
 FILLER = ".filler"
+FILL_TRIES = 10
 
 
 class Disk(Protocol):
@@ -52,13 +53,20 @@ class SmallDisk:
         _command("mount", "-t", "tmpfs", "-o", f"size={SIZE_BYTES},mode=0700", "burnish-chaos", str(folder))
 
     def fill(self, writers: Sequence[psutil.Process]) -> None:
-        disk = os.statvfs(self.folder)
-        size = disk.f_bavail * disk.f_frsize - LEFT_BYTES
         descriptor = os.open(self.folder / FILLER, os.O_CREAT | os.O_WRONLY, 0o600)
         try:
-            os.posix_fallocate(descriptor, 0, max(1, size))
+            for _ in range(FILL_TRIES):
+                room = self._room()
+                if room <= LEFT_BYTES:
+                    break
+                with contextlib.suppress(OSError):  # the run has written meanwhile: there is less room to take now
+                    os.posix_fallocate(descriptor, os.fstat(descriptor).st_size, room - LEFT_BYTES)
         finally:
             os.close(descriptor)
+
+    def _room(self) -> int:
+        disk = os.statvfs(self.folder)
+        return disk.f_bavail * disk.f_frsize
 
     def free(self) -> None:
         (self.folder / FILLER).unlink(missing_ok=True)

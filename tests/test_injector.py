@@ -161,6 +161,30 @@ def test_a_small_disk_is_full_until_it_is_freed_and_leaves_nothing(tmp_path: Pat
     assert not (tmp_path / "disk").exists()
 
 
+def test_a_disk_on_which_somebody_writes_meanwhile_is_filled_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = open_disk(tmp_path / "disk")
+    if not isinstance(disk, SmallDisk):
+        pytest.skip("this user may not mount; make chaos says so too and limits the ranks' files instead")
+    looks, look = iter(range(100)), os.statvfs
+
+    def statvfs(path: Path) -> os.statvfs_result:
+        found = look(path)
+        if next(looks) == 0:
+            (disk.folder / "written").write_bytes(bytes(LEFT_BYTES * 3))
+        return found
+
+    try:
+        monkeypatch.setattr(os, "statvfs", statvfs)
+        disk.fill([])
+        with pytest.raises(OSError) as refused:
+            (disk.folder / "shard").write_bytes(bytes(2 * LEFT_BYTES))
+        assert refused.value.errno == errno.ENOSPC and next(looks) > 1
+    finally:
+        disk.close()
+
+
 # --- a supervised run -----------------------------------------------------------------------------
 
 DRIVER = '''
