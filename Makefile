@@ -33,8 +33,6 @@ iterate: install ## label the policy's own samples, retrain the reward model: ac
 iterate-dpo: install ## label the policy's own samples, train by DPO on them, repeat (after make pipeline)
 	@$(BIN)/python -m scripts.iterate_dpo --directory $(RUN_DIR)/pipeline
 
-compare: install ## thirteen algorithms on one task and budget, two seeds each: docs/compare.md (two hours)
-
 compare: install ## thirteen algorithms on one task and budget, two seeds each: docs/compare.md (some hours)
 	@$(BIN)/python -m launch.cli compare cpu-compare --directory $(RUN_DIR)/compare --page docs/compare.md
 
