@@ -1,8 +1,9 @@
-"""Low-rank adapters on a frozen model, through peft: the only file that imports it, or bitsandbytes.
+"""Low-rank adapters on a frozen model, through peft: the only file that imports it.
 
 The layers are put into the Hugging Face model in place (no ``PeftModel`` around it), so everything that runs the model
 goes on to.  The base is frozen in the compute dtype, or quantised; the adapter's matrices are float32 master weights.
-May import: torch, peft, transformers, actors.{adapter_files, lora_settings}, cluster.low_rank, trainers.errors.
+May import: torch, peft, transformers, actors.{adapter_files, lora_settings, quantization}, cluster.low_rank,
+trainers.errors.
 """
 
 from __future__ import annotations
@@ -10,19 +11,19 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
 
 from actors.adapter_files import read_adapter
-from actors.lora_settings import ALL_LINEAR, LoRAPlan, LoRASettings, Quantization
+from actors.lora_settings import ALL_LINEAR, LoRAPlan, LoRASettings
+from actors.quantization import dequantised, is_packed
 from cluster.low_rank import Delta, merge
 from trainers.errors import InputError
 
 NAME = "default"  # peft's name of an adapter that is alone
 HEAD = "score"  # of a scalar model: trained whole beside the adapter
-PACKED = ("Params4bit", "Int8Params")  # bitsandbytes' parameters, whose shape is not the layer's
 Shape = tuple[int, int]  # [out, in]
 
 
@@ -72,41 +73,6 @@ def skeleton(path: str) -> nn.Module:
     with torch.device("meta"):
         model: nn.Module = AutoModelForCausalLM.from_config(config)
     return model
-
-
-def check_quantization(kind: Quantization, field: str = "model.quantization") -> None:
-    """InputError where bitsandbytes is not installed."""
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise InputError(field, kind, "bitsandbytes is not installed", "pip install 'burnish[qlora]', or leave it out")
-
-
-def loading_options(plan: LoRAPlan | None, dtype: torch.dtype, device: str) -> dict[str, Any]:
-    """Arguments of ``from_pretrained`` for the base of a plan: its dtype, and how it is quantised."""
-    if plan is None or plan.quantization is None:
-        return {"dtype": dtype}
-    from transformers import BitsAndBytesConfig
-
-    check_quantization(plan.quantization)
-    if plan.quantization == "int8":
-        quantized = BitsAndBytesConfig(load_in_8bit=True)
-    else:
-        quantized = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type=plan.quantization, bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype, bnb_4bit_quant_storage=torch.uint8,
-        )  # fmt: skip
-    return {"dtype": dtype, "quantization_config": quantized, "device_map": {"": device}}
-
-
-@torch.no_grad()
-def dequantised(module: Any) -> torch.Tensor:
-    """[out, in]: the weight that a quantised layer computes with."""
-    weight = module.weight
-    if type(weight).__name__ == "Int8Params":  # one scale a row, kept by the layer from its first pass on
-        scales = module.state.SCB if module.state.SCB is not None else weight.SCB
-        return cast(torch.Tensor, weight.data.float() * scales.float()[:, None] / 127)
-    from peft.utils.integrations import dequantize_module_weight
-
-    return cast(torch.Tensor, dequantize_module_weight(module).detach())
 
 
 class Adapter:
@@ -183,7 +149,7 @@ class Adapter:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Of every tensor of :meth:`base`, by its name in a Hugging Face checkpoint."""
         return {
-            name: tuple(p.shape) if type(p).__name__ not in PACKED else (module.out_features, module.in_features)
+            name: (module.out_features, module.in_features) if is_packed(p) else tuple(p.shape)
             for name, p, module in self._unadapted()
         }
 
@@ -194,8 +160,7 @@ class Adapter:
         """
         dtype: torch.dtype = self.model.get_input_embeddings().weight.dtype  # type: ignore[operator]
         for name, parameter, module in self._unadapted():
-            packed = type(parameter).__name__ in PACKED
-            yield name, dequantised(module).to(dtype) if packed else parameter.detach()
+            yield name, dequantised(module).to(dtype) if is_packed(parameter) else parameter.detach()
 
     def whole(self) -> Iterator[tuple[str, torch.Tensor]]:
         """:meth:`base` with the adapter merged into it."""

@@ -10,9 +10,10 @@ from torch import nn
 
 from actors import attention
 from actors.logprobs import chunked_logprobs
-from actors.lora import Adapter, loading_options
+from actors.lora import Adapter
 from actors.lora_settings import LoRAPlan
 from actors.packing import Pack
+from actors.quantization import loading_options
 from trainers.errors import InputError
 
 

@@ -3,7 +3,7 @@
 Both are a standard ``AutoModelForSequenceClassification`` with one label, run over packs.  A reward model reads
 its score at the last token of a text, a critic its values at the state before each completion token; which hidden
 states are read stands in the pack (``predict_index``).
-May import: torch, transformers, actors.{attention, lora, lora_settings, modeling, packing}, trainers.errors.
+May import: torch, transformers, actors.*, trainers.errors.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ import torch
 from torch import nn
 
 from actors import attention
-from actors.lora import Adapter, loading_options
+from actors.lora import Adapter
 from actors.lora_settings import LoRAPlan
 from actors.modeling import without_padding
 from actors.packing import Pack
+from actors.quantization import loading_options
 from trainers.errors import InputError
 
 

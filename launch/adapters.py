@@ -1,6 +1,6 @@
 """The policy of a run that trains it, checked before anything is allocated: a whole model, or an adapter on one.
 
-May import: actors.{adapted_model, adapter_files, lora, lora_settings, model_folders}, cluster.errors, launch.*.
+May import: actors.*, cluster.low_rank, launch.model_facts, trainers.errors.
 """
 
 from __future__ import annotations
@@ -65,7 +65,8 @@ def check_policy(model: TrainedModelSettings, with_head: bool = False, served_fr
     facts = check_model_folder(path)
     if model.lora is None:
         return PolicyFolder(path, None, facts)
-    from actors.lora import check_quantization, num_adapter_params, target_shapes
+    from actors.lora import num_adapter_params, target_shapes
+    from actors.quantization import check_quantization
 
     if model.quantization is not None:
         check_quantization(model.quantization)

@@ -165,7 +165,7 @@ def test_an_adapter_is_gone_on_from_on_the_base_it_names_or_the_one_that_is_give
 def test_quantisation_without_its_library_is_refused_with_how_to_install_it(
     base: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("actors.lora.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("actors.quantization.importlib.util.find_spec", lambda name: None)
     told = r"model.quantization = 'nf4': bitsandbytes is not installed; pip install 'burnish\[qlora\]'"
     with pytest.raises(InputError, match=told):
         check_policy(settings(base, quantization="nf4"))
