@@ -39,6 +39,7 @@ from trainers.experience import WeightVersion
 from trainers.loop import TrainingLoop
 
 ASK_DEADLINE_S = 60.0  # Ray knows of a dead process at once, of a dead node after up to a minute
+NAMED_DEADLINE_S = 5.0  # where the error names a rank, so that all start again whoever else has died
 
 Dead = Mapping[tuple[str, int], str]  # (role, rank) -> how it ended
 
@@ -165,8 +166,10 @@ async def find_loss(
 ) -> Loss | None:
     """The rank whose loss is behind ``error``, by asking all of them; None when it would come again."""
     groups = {role: group for role, group in groups.items() if not group.in_process}
-    dead = await dead_ranks(groups, deadline_s)
-    return lost_rank(error, dead, {role: len(group) for role, group in groups.items()})
+    num_ranks = {role: len(group) for role, group in groups.items()}
+    is_named = lost_rank(error, {}, num_ranks) is not None
+    dead = await dead_ranks(groups, min(NAMED_DEADLINE_S, deadline_s) if is_named else deadline_s)
+    return lost_rank(error, dead, num_ranks)
 
 
 async def dead_ranks(groups: Mapping[str, WorkerGroup], deadline_s: float) -> dict[tuple[str, int], str]:

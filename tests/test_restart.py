@@ -28,9 +28,10 @@ from actors.vllm_in_process import InProcessEngine
 from cluster.checkpoints import CheckpointStore
 from cluster.errors import DeadlineError, WorkerDiedError, WorkerError
 from cluster.settings import HealthSettings
+from launch import restart
 from launch.journal import read_rows
 from launch.overrides import load_config
-from launch.restart import Loss, Restarts, dead_ranks, lost_rank, train_on
+from launch.restart import Loss, Restarts, dead_ranks, find_loss, lost_rank, train_on
 from launch.resuming import earlier_attempts
 from launch.spool import UNTRAINED, read_spool
 from launch.telemetry import Telemetry
@@ -153,6 +154,18 @@ def test_ranks_are_asked_until_one_is_known_dead(
 ) -> None:
     groups: Any = {"learner": Ranks(learner), "critic": Ranks(critic)}
     assert bounded(lambda: dead_ranks(groups, deadline_s)).keys() == dead
+
+
+def test_a_rank_that_missed_its_deadline_is_lost_without_a_minute_of_asking_and_a_death_that_is_known_comes_first(
+    monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(restart, "NAMED_DEADLINE_S", 0.01)
+    late = DeadlineError("update", "learner[0]", 45.0)
+    frozen: Any = {"learner": Ranks(["silent", "silent"]), "critic": Ranks(["alive"])}
+    found = bounded(lambda: find_loss(late, frozen))
+    assert found == Loss("learner", 0, str(late))
+    killed: Any = {"learner": Ranks(["silent", "dead"]), "critic": Ranks(["alive"])}
+    assert bounded(lambda: find_loss(late, killed)) == Loss("learner", 1, "rank 1 died")
 
 
 # --- coming back, with fakes ----------------------------------------------------------------------
