@@ -36,9 +36,9 @@ CAUSES: Mapping[str, Cause] = {
     "load": Cause.START,
     "probe": Cause.START,
 }
-# A look at a worker, or its end: no work of its own.
+# A look at a worker, or its end, or for parts of a worker alone: no work of its own.
 UNCOUNTED = frozenset(
-    {"abort", "close", "meeting_point", "peak_memory_bytes", "ping", "save_outcome", "weight_version"}
+    {"abort", "close", "evaluating", "meeting_point", "peak_memory_bytes", "ping", "save_outcome", "weight_version"}
 )
 _SAMPLES = frozenset({Cause.GENERATE, Cause.SCORE, Cause.REFERENCE, Cause.VALUES})
 

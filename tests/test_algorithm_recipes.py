@@ -39,7 +39,7 @@ def test_every_policy_gradient_algorithm_runs_from_a_cpu_recipe_by_its_name(reci
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_policy_gradient_algorithm_fits_the_8_gpus_of_a_recipe(name: str) -> None:
-    recipe = "gpu-8x-ppo" if name == "ppo" else "gpu-8x-dapo"
+    recipe = {"ppo": "gpu-8x-ppo", "online_dpo": "gpu-8x-online-dpo"}.get(name, "gpu-8x-dapo")
     config = load_config(recipe, [f"algorithm.name={name}"]).config
     assert config.algorithm.name == name and config.cluster.device == "cuda"
     assert num_gpus_asked(config) == 8

@@ -99,7 +99,7 @@ def test_coefficient_and_texts_go_together() -> None:
     for wrong in (PTX[:1], PTX[1:]):
         with pytest.raises(InputError, match="the two go together"):
             load_config("cpu-ppo", wrong)
-    with pytest.raises(InputError, match="do nothing with name=grpo"):
+    with pytest.raises(InputError, match="does nothing with name=grpo"):
         load_config("cpu-demo", PTX)
 
 
