@@ -24,6 +24,7 @@ BAD = {"sampling/sampling_logp_difference/mean": 0.5}  # three such rows are an 
 GOOD = {"sampling/sampling_logp_difference/mean": 0.001}
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(RUN_S + 60)
 def test_a_run_goes_back_once_to_before_the_trouble_and_then_stops_with_a_checkpoint(start: Start) -> None:
     # The policy is the reference at step 1 and, with this learning rate, nowhere near it from step 2 on.

@@ -146,6 +146,7 @@ def test_every_verdict_stands_in_a_file_and_on_the_page(tmp_path: Path) -> None:
     assert "asked 2 times in both orders" in (tmp_path / "eval.html").read_text()
 
 
+@pytest.mark.slow
 def test_a_real_engine_judges_and_its_nonsense_is_counted(tmp_path: Path) -> None:
     base = AutoModelForCausalLM.from_pretrained(resolve_model(TINY))
     with torch.no_grad():

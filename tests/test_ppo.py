@@ -46,6 +46,7 @@ def reward_model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return folder
 
 
+@pytest.mark.slow
 def test_a_run_in_one_process_learns_values_and_goes_on_with_its_critic_when_resumed(start: Start) -> None:
     arguments = (*SMALL, *PPO, "cluster.backend=in_process", "checkpoint.every=0", "checkpoint.export=false",
                  "algorithm.ppo.value_warmup_steps=1")  # fmt: skip
