@@ -163,22 +163,23 @@ def _console():  # type: ignore[no-untyped-def]
     return Console()
 
 
-def _resolved(arguments: argparse.Namespace) -> ResolvedConfig | None:
-    """The recipe with its overrides; None when it was only to be printed."""
+def _resolved(arguments: argparse.Namespace, command: str | None = None) -> ResolvedConfig | None:
+    """The recipe with its overrides, one that ``command`` runs; None when it was only to be printed."""
     from launch.overrides import load_config, print_config
 
     resolved = load_config(arguments.recipe, arguments.overrides)
     if not arguments.print_config:
+        if command is not None:
+            _expect(resolved.config, command, arguments.recipe)
         return resolved
     print_config(resolved)
     return None
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    resolved = _resolved(arguments)
+    resolved = _resolved(arguments, "train")
     if resolved is None:
         return 0
-    _expect(resolved.config, "train", arguments.recipe)
     from launch.tuning_config import TuningConfig
 
     if isinstance(resolved.config, TuningConfig):
@@ -211,10 +212,9 @@ def _expect(config: object, command: str, recipe: str) -> None:
 
 
 def _label(arguments: argparse.Namespace) -> int:
-    resolved = _resolved(arguments)
+    resolved = _resolved(arguments, "label")
     if resolved is None:
         return 0
-    _expect(resolved.config, "label", arguments.recipe)
     from launch.label import label
 
     label(resolved.config, _console(), arguments.resume)
@@ -222,10 +222,9 @@ def _label(arguments: argparse.Namespace) -> int:
 
 
 def _select(arguments: argparse.Namespace) -> int:
-    resolved = _resolved(arguments)
+    resolved = _resolved(arguments, "select")
     if resolved is None:
         return 0
-    _expect(resolved.config, "select", arguments.recipe)
     from launch.select import select_answers
 
     select_answers(resolved.config, _console(), arguments.resume)
@@ -233,10 +232,9 @@ def _select(arguments: argparse.Namespace) -> int:
 
 
 def _answer(arguments: argparse.Namespace) -> int:
-    resolved = _resolved(arguments)
+    resolved = _resolved(arguments, "answer")
     if resolved is None:
         return 0
-    _expect(resolved.config, "answer", arguments.recipe)
     from launch.select import answer_one, answer_prompts
 
     if arguments.prompt is None:
@@ -247,10 +245,9 @@ def _answer(arguments: argparse.Namespace) -> int:
 
 
 def _revise(arguments: argparse.Namespace) -> int:
-    resolved = _resolved(arguments)
+    resolved = _resolved(arguments, "revise")
     if resolved is None:
         return 0
-    _expect(resolved.config, "revise", arguments.recipe)
     from launch.revise import revise_answers
 
     revise_answers(resolved.config, _console(), arguments.resume)
@@ -258,10 +255,9 @@ def _revise(arguments: argparse.Namespace) -> int:
 
 
 def _eval(arguments: argparse.Namespace) -> int:
-    resolved = _resolved(arguments)
+    resolved = _resolved(arguments, "eval")
     if resolved is None:
         return 0
-    _expect(resolved.config, "eval", arguments.recipe)
     from launch.evaluate import evaluate_models
 
     evaluate_models(resolved.config, _console())
@@ -283,10 +279,9 @@ def _compare(arguments: argparse.Namespace) -> int:
         place = Path(arguments.directory).absolute()
         keys += [f"run.name={place.name}", f"run.directory={place.parent}"]
     arguments.overrides = keys
-    resolved = _resolved(arguments)
+    resolved = _resolved(arguments, "compare")
     if resolved is None:
         return 0
-    _expect(resolved.config, "compare", arguments.recipe)
     from launch.compare import compare
     from launch.compare_page import num_missing
 
