@@ -71,11 +71,15 @@ def write_adapter(
         config: of adapter_config.json.
         base: :func:`base_fingerprint` of the base.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
     named = {PREFIX + name: tensor.contiguous() for name, tensor in tensors.items()}
-    save_file(named, str(folder / WEIGHTS), metadata={"format": "pt", BASE: base})
+    try:
+        save_file(named, str(folder / WEIGHTS), metadata={"format": "pt", BASE: base})
+    except SafetensorError as error:  # how it says that the disk is full
+        raise OSError(f"{folder / WEIGHTS} cannot be written: {error}") from error
     (folder / CONFIG).write_text(json.dumps(dict(config), indent=2, sort_keys=True, default=str) + "\n")
     entries = {}
     for name in (WEIGHTS, CONFIG):

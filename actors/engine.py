@@ -29,8 +29,11 @@ REDUCE_BUCKET = 20_000_000
 HEAD = "hf_model.score."  # parameters of a scalar head, as transformers' sequence classifiers name it
 
 
-def deepspeed_config(settings: LearnerSettings, dtype: torch.dtype) -> dict[str, Any]:
-    """DeepSpeed's configuration; ``settings.deepspeed`` is merged over it, section by section."""
+def deepspeed_config(settings: LearnerSettings, dtype: torch.dtype, adapter: bool = False) -> dict[str, Any]:
+    """DeepSpeed's configuration; ``settings.deepspeed`` is merged over it, section by section.
+
+    ``adapter``: only an adapter is trained.  Its gradients are few: they are reduced as the float32 that they are.
+    """
     zero: dict[str, Any] = {"stage": settings.zero_stage, "reduce_bucket_size": REDUCE_BUCKET}
     for section, where in (
         ("offload_optimizer", settings.offload_optimizer),
@@ -52,6 +55,8 @@ def deepspeed_config(settings: LearnerSettings, dtype: torch.dtype) -> dict[str,
     }
     if dtype == torch.bfloat16:
         config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
+        if adapter:
+            config["torch_autocast"]["lower_precision_safe_modules"] = []
     return _merge(config, settings.deepspeed)
 
 
@@ -78,6 +83,7 @@ class TrainingEngine:
 
     def __init__(self, model: nn.Module, settings: LearnerSettings, dtype: torch.dtype, device: torch.device) -> None:
         os.environ.setdefault("DS_ACCELERATOR", device.type)
+        os.environ.setdefault("LOCAL_RANK", "0")  # where the group is that of a vLLM engine of this process: no join()
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         import deepspeed
 
@@ -96,8 +102,9 @@ class TrainingEngine:
             weight_decay=optimizer.weight_decay,
             fused=True,  # one pass over the states: several times faster, on CPU too
         )
+        config = deepspeed_config(settings, dtype, adapter=getattr(model, "adapter", None) is not None)
         self.engine, *_ = deepspeed.initialize(
-            model=model, optimizer=self._adam, config=deepspeed_config(settings, dtype), dist_init_required=False
+            model=model, optimizer=self._adam, config=config, dist_init_required=False
         )
         self._spare: tuple[torch.Tensor, ...] = ()  # the last snapshot's buffers
         self.world_size = torch.distributed.get_world_size()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,8 +17,9 @@ import pyarrow as pa
 import torch
 from torch import nn
 
+from actors.adapter_reference import AdapterReference
 from actors.batch_rank import BatchRank, Share
-from actors.experience_batch import ExperienceBatch, contributing
+from actors.experience_batch import ExperienceBatch
 from actors.lora_settings import LoRAPlan
 from actors.modeling import load_policy, trained_dtype
 from actors.objective import TokenTerms, pack_loss
@@ -28,6 +29,7 @@ from actors.parameter_change import ParameterChange
 from actors.pretraining import PretrainingTerm
 from actors.scoring import score_samples
 from actors.settings import LearnerSettings, SamplingSettings
+from actors.update_plan import UpdatePlan, means
 from actors.update_totals import UpdateTotals
 from cluster.rendezvous import Rendezvous
 from cluster.transport import fetch
@@ -37,34 +39,6 @@ from trainers.ppo_targets import decode_targets, encode_targets, ppo_targets
 from trainers.protocols import LearnerGroup, PreparedBatch, UpdateReport
 
 
-@dataclass(frozen=True, slots=True)
-class _Fixed:
-    """What all updates of one batch have in common."""
-
-    batch: ExperienceBatch
-    algorithm: AlgorithmSettings
-    trainable: np.ndarray  # bool [samples]
-    advantages: np.ndarray  # float64 [samples], NaN where masked; the mean over a sample's tokens where they differ
-    token_advantages: Sequence[np.ndarray] | None  # float32 [T] a sample; None: one for all tokens of a sample
-    proximal: Sequence[np.ndarray] | None  # float32 [T] a sample; None: the policy itself, in its only update
-    references: Sequence[np.ndarray] | None  # float32 [T] a sample, by this model as it started; None: see the groups
-    pairs: OnlinePairs | None = None  # online DPO: weights and advantages are of one optimizer step
-    sample_weights: np.ndarray | None = None  # float64 [samples], of each token; None: the batch's own
-
-    def weights(self, members: Sequence[int]) -> np.ndarray:
-        """Token weights of one minibatch, float64 [members]."""
-        if self.sample_weights is not None:
-            return self.sample_weights[list(members)]
-        return self.batch.weights(members, self.trainable)
-
-    def chosen(self, members: Sequence[int], weights: np.ndarray) -> list[int]:
-        """The members whose gradient can be nonzero."""
-        largest, rows = self.advantages, self.token_advantages
-        if rows is not None:
-            largest = np.array([np.abs(row).max(initial=0.0) for row in rows])
-        return contributing(members, weights, largest, self.algorithm)
-
-
 class DeepSpeedLearner(BatchRank):
     """A rank.  Constructed on every rank at once, because DeepSpeed's set-up is a collective.
 
@@ -72,6 +46,8 @@ class DeepSpeedLearner(BatchRank):
         pretraining: file of the texts of PPO-ptx (actors/example_files.py), with ``algorithm.ppo.pretrain_coef`` only.
         lora: train an adapter; None: the whole model.
     """
+
+    _reference: AdapterReference | None = None  # None: reference log-probs come with the groups, or nobody asks for any
 
     def __init__(
         self,
@@ -103,8 +79,8 @@ class DeepSpeedLearner(BatchRank):
             tokenizer_path=model_path,
         )  # fmt: skip
         self._change: ParameterChange | None = ParameterChange(self.engine)  # None once it was measured
-        self._references: tuple[Any, list[np.ndarray]] | None = None  # of the batch with these summaries
-        self._reference_s = 0.0  # that they took
+        if self.adapter is not None and self.adapter.plan.reference:
+            self._reference = AdapterReference(self.adapter)
 
     # --- one lap ------------------------------------------------------------------------------
 
@@ -135,7 +111,7 @@ class DeepSpeedLearner(BatchRank):
         prepared = PreparedBatch(
             payload=None,
             metrics=summary.metrics(),
-            advantages=batch.by_group(_means([t.advantages for t in targets])),
+            advantages=batch.by_group(means([t.advantages for t in targets])),
             kl_per_sequence=summary.kl,
             num_samples=summary.num_samples,
         )
@@ -192,8 +168,8 @@ class DeepSpeedLearner(BatchRank):
         }
         if totals.num_trained or self.pretraining is not None:
             metrics["grad_norm"] = float(np.mean(norms))
-        if fixed.references is not None:
-            metrics["learner/reference_s"], self._reference_s = self._reference_s, 0.0
+        if self._reference is not None:
+            metrics["learner/reference_s"] = self._reference.took_s()
         if changed:
             metrics["learner/parameters_changed_fraction"] = changed[0]
         return UpdateReport(
@@ -226,30 +202,32 @@ class DeepSpeedLearner(BatchRank):
 
     def _before_update(
         self, groups: Sequence[LearnerGroup], targets: Sequence[Any] | None, kl_coef: float | None
-    ) -> _Fixed:
+    ) -> UpdatePlan:
         algorithm = self.algorithm if kl_coef is None else self.algorithm.model_copy(update={"kl_coef": kl_coef})
         batch = ExperienceBatch(groups, algorithm, self.sampling.max_tokens)
         own = self._own_references(batch)
         if algorithm.learns_from_pairs:
             pairs = OnlinePairs(batch, algorithm, self.payload_deadline_s, own)
             plain = algorithm.model_copy(update={"kl_coef": 0.0})  # the reference is in the loss of the pairs
-            return _Fixed(batch, plain, pairs.is_paired, pairs.advantages, None, None, own, pairs)
+            return UpdatePlan(batch, plain, pairs.is_paired, pairs.advantages, None, None, own, pairs)
         trainable = batch.trainable()
         if targets is not None:
             rows = decode_targets(fetch(targets[0], self.payload_deadline_s))
             per_token = [r.advantages for r in rows]
             before = [r.proximal_logprobs for r in rows]
-            return _Fixed(batch, algorithm, trainable, _means(per_token), per_token, before, own)
+            return UpdatePlan(batch, algorithm, trainable, means(per_token), per_token, before, own)
         in_reward = algorithm.kl_coef > 0 and algorithm.kl_placement == "reward"
         proximal = self._proximal(batch) if algorithm.num_updates > 1 or in_reward else None
         penalties = self._kl_penalties(batch, proximal, own) if in_reward and proximal is not None else None
         if algorithm.has_token_advantages:
             per_token = batch.token_advantages(penalties)
-            return _Fixed(batch, algorithm, trainable, _means(per_token), per_token, proximal, own)
+            return UpdatePlan(batch, algorithm, trainable, means(per_token), per_token, proximal, own)
         totals = None if penalties is None else np.array([row.sum() for row in penalties])
-        return _Fixed(batch, algorithm, trainable, batch.advantages(totals), None, proximal, own)
+        return UpdatePlan(batch, algorithm, trainable, batch.advantages(totals), None, proximal, own)
 
-    def _accumulate(self, fixed: _Fixed, members: Sequence[int], totals: UpdateTotals, step: int, index: int) -> None:
+    def _accumulate(
+        self, fixed: UpdatePlan, members: Sequence[int], totals: UpdateTotals, step: int, index: int
+    ) -> None:
         """Backward of everything that goes into the ``index``-th optimizer step on the batch of ``step``."""
         if fixed.pairs is not None:
             fixed = self._paired(fixed, fixed.pairs, members)
@@ -267,7 +245,7 @@ class DeepSpeedLearner(BatchRank):
         if self.pretraining is not None:
             totals.pretrain += self.pretraining.accumulate(self.engine, self.settings.token_budget, step, index)
 
-    def _terms(self, fixed: _Fixed, share: Share, weight_of: dict[int, float]) -> TokenTerms:
+    def _terms(self, fixed: UpdatePlan, share: Share, weight_of: dict[int, float]) -> TokenTerms:
         samples, pack = share.samples, share.pack
         tokens = [fixed.batch.tokens(i, self.payload_deadline_s) for i in samples]
         references = [t.reference_logprobs for t in tokens if t.reference_logprobs is not None]
@@ -287,7 +265,7 @@ class DeepSpeedLearner(BatchRank):
 
     # --- log-probs before the update ------------------------------------------------------------
 
-    def _paired(self, fixed: _Fixed, pairs: OnlinePairs, members: Sequence[int]) -> _Fixed:
+    def _paired(self, fixed: UpdatePlan, pairs: OnlinePairs, members: Sequence[int]) -> UpdatePlan:
         """What the pairs among ``members`` ask of their samples under the present weights; a collective."""
         weights, advantages = pairs.step(members, lambda samples: self._logprobs_of(fixed.batch, samples))
         return replace(fixed, sample_weights=weights, advantages=advantages)
@@ -307,21 +285,8 @@ class DeepSpeedLearner(BatchRank):
         return logprobs
 
     def _own_references(self, batch: ExperienceBatch) -> list[np.ndarray] | None:
-        """Log-probs of every sample under this model as it started; None where the groups bring them, or none is asked.
-
-        A batch that was prepared is not scored again for its update.
-        """
-        if self.adapter is None or not self.adapter.plan.reference:
-            return None
-        summaries = tuple(group.summary for group in batch.groups)
-        if self._references is not None and self._references[0] == summaries:
-            rows, self._references = self._references[1], None
-            return rows
-        started = time.perf_counter()
-        with self.adapter.as_started():
-            rows = self._proximal(batch)
-        self._references, self._reference_s = (summaries, rows), time.perf_counter() - started
-        return rows
+        """Log-probs of every sample under this model as it started, where that is the reference."""
+        return None if self._reference is None else self._reference.logprobs(batch, self._proximal)
 
     def _kl_penalties(
         self, batch: ExperienceBatch, proximal: Sequence[np.ndarray], own: Sequence[np.ndarray] | None
@@ -345,8 +310,3 @@ class DeepSpeedLearner(BatchRank):
             self.settings.token_budget, False, self.device,
         )  # fmt: skip
         return [rows[i] for i in range(len(prompts))]
-
-
-def _means(rows: Sequence[np.ndarray]) -> np.ndarray:
-    """float64 [rows], NaN for an empty one."""
-    return np.array([row.mean(dtype=np.float64) if row.size else np.nan for row in rows])

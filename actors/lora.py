@@ -9,7 +9,7 @@ trainers.errors.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -60,6 +60,14 @@ def target_shapes(settings: LoRASettings, linears: Mapping[str, Shape], field: s
     return {name: shape for name, shape in linears.items() if name in chosen}
 
 
+def short_names(targets: Iterable[str], linears: Iterable[str]) -> list[str]:
+    """What peft is told to adapt: the last parts of the names, or whole names where a part means others too."""
+    chosen = set(targets)
+    parts = {name.rpartition(".")[2] for name in chosen}
+    meant = {name for name in linears if name.rpartition(".")[2] in parts}
+    return sorted(parts if meant == chosen else chosen)
+
+
 def num_adapter_params(settings: LoRASettings, targets: Mapping[str, Shape]) -> int:
     """Elements of all A and B: rank (in + out) a layer."""
     return sum(settings.rank * (rows + columns) for rows, columns in targets.values())
@@ -94,14 +102,15 @@ class Adapter:
 
         self.model, self.plan, self.base_path = hf_model, plan, base_path
         settings = plan.settings
-        self.targets = target_shapes(settings, linear_shapes(hf_model), "model.lora")
+        linears = linear_shapes(hf_model)
+        self.targets = target_shapes(settings, linears, "model.lora")
         self._has_head = isinstance(getattr(hf_model, HEAD, None), nn.Linear)
         alpha = settings.alpha
         self.config = LoraConfig(
             r=settings.rank,
             lora_alpha=int(alpha) if alpha == int(alpha) else alpha,  # type: ignore[arg-type]
             lora_dropout=settings.dropout,
-            target_modules=sorted({name.rpartition(".")[2] for name in self.targets}),
+            target_modules=short_names(self.targets, linears),
             use_rslora=settings.rslora,
             task_type="SEQ_CLS" if self._has_head else "CAUSAL_LM",
             base_model_name_or_path=base_path,

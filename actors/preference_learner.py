@@ -129,7 +129,7 @@ class PreferenceLearner(EngineRank):
         return {
             **dict(zip(nothing, totals.tolist(), strict=True)),
             **({"kl": batch.kl} if batch.needs_kl else {}),
-            "num_tokens": float(sum(c.num_tokens for c in comparisons)),
+            "num_tokens": float(batch.num_judged_tokens),
             "learner/num_microbatches": float(len(plan) + num_kl),
             "learner/shared_prompt_fraction": 1.0 - computed / alone_everywhere,
         }

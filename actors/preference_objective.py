@@ -69,6 +69,11 @@ class PreferenceBatch:
         """Whether :meth:`settle_kl` comes before the first :meth:`outcome`."""
         return bool(self._mismatched)
 
+    @property
+    def num_judged_tokens(self) -> int:
+        """Tokens of the answers that have a gradient, each with its prompt."""
+        return sum(c.num_tokens for c in self._judged)
+
     def plan(self, rank: int, num_ranks: int, token_budget: int, mismatched: bool = False) -> list[tuple[int, ...]]:
         """Which comparisons stand in which pack of one rank; equally many packs on each, of which some may be empty.
 

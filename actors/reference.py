@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from actors.group_batch import GroupBatch
+from actors.model_folders import resolve_model
 from actors.modeling import load_policy
 from actors.packing import Pack
 from actors.scoring import score_samples
@@ -35,7 +36,8 @@ class ReferenceModel:
         self.device = torch.device(device)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
-        self._model = load_policy(settings.path or model_path, chunk, getattr(torch, dtype)).to(self.device).eval()
+        path = model_path if settings.path is None else resolve_model(settings.path)
+        self._model = load_policy(path, chunk, getattr(torch, dtype)).to(self.device).eval()
 
     def logprobs(self, payloads: list[Any], deadline_s: float) -> tuple[Any, ...]:
         """({"score_s"}, log-probs of the completions of each group in ``payloads``, an Arrow buffer a group)."""

@@ -19,6 +19,8 @@ from cluster.errors import WorkerDiedError
 
 T = TypeVar("T")
 
+_STEPS = threading.Lock()  # a forward pass keeps its context in a global of vLLM: one engine of a process at a time
+
 
 class InProcessEngine(Engine):
     """``LLMEngine`` stepped by a thread."""
@@ -58,11 +60,12 @@ class InProcessEngine(Engine):
                     self._commands.clear()
                     if self._closed:
                         return
-                for command in commands:
-                    command()
-                if self._has_work():
-                    for output in self._engine.step():
-                        self._deliver(output)
+                with _STEPS:
+                    for command in commands:
+                        command()
+                    outputs = self._engine.step() if self._has_work() else []
+                for output in outputs:
+                    self._deliver(output)
         except BaseException as error:
             self._fail(error)
             raise

@@ -265,6 +265,7 @@ def _eval(arguments: argparse.Namespace) -> int:
 
 
 def _compare(arguments: argparse.Namespace) -> int:
+    import signal
     from pathlib import Path
 
     # What the options say is written as the keys they stand for, behind those that were given as keys.
@@ -286,6 +287,7 @@ def _compare(arguments: argparse.Namespace) -> int:
     from launch.compare_page import num_missing
 
     page = None if arguments.page is None else Path(arguments.page)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what runs is told to stop, as by Ctrl-C
     return FAILED if num_missing(compare(resolved.config, _console(), page)) else 0
 
 
@@ -293,10 +295,16 @@ def _validate(arguments: argparse.Namespace) -> int:
     resolved = _resolved(arguments)
     if resolved is None:
         return 0
+    from launch.compare_config import CompareConfig
+
     if arguments.config_only:
+        if isinstance(resolved.config, CompareConfig):  # its runs have configurations too
+            from launch.compare import folder_of
+            from launch.compare_plan import make_plan
+
+            make_plan(resolved.config, folder_of(resolved.config))
         print(f"{arguments.recipe}: the configuration is valid")
         return 0
-    from launch.compare_config import CompareConfig
     from launch.eval_config import EvalConfig
     from launch.label_config import LabelConfig
     from launch.revise_config import ReviseConfig

@@ -155,6 +155,7 @@ def _say(console: Console, text: str) -> None:
 
 def _show(rows: list[Row], folder: Path, console: Console) -> None:
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(title="held out, with 95 % intervals")
     for column in ("algorithm", "reward", "KL, nats", "win rate", "seconds", "ended"):
@@ -163,7 +164,7 @@ def _show(rows: list[Row], folder: Path, console: Console) -> None:
         found = row.measures
         cells = ["", "", ""] if found is None else [str(found.reward), str(row.kl or ""), str(found.win_rate)]
         seconds = f"{row.cost.seconds:.0f}" if row.cost is not None and row.cost.seconds else ""
-        table.add_row(row.title, *cells, seconds, row.status)
+        table.add_row(*(Text(cell) for cell in (row.title, *cells, seconds, row.status)))  # a log's line is no markup
     console.print(table)
     if missing := num_missing(rows):
         _say(console, f"{missing} of {len(rows)} rows are not whole; the same command again runs what is missing")

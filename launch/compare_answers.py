@@ -1,7 +1,7 @@
 """What evaluations of one comparison measured, put on the same prompts: rewards, lengths, KL, who won.
 
 Axes: N held-out prompts, G answers to each, S seeds.
-May import: numpy, pyarrow, trainers.{calibration, crossed, win_rate}.
+May import: numpy, pyarrow, trainers.{calibration, crossed, kl_from_base, win_rate}.
 """
 
 from __future__ import annotations
@@ -12,10 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from trainers.calibration import Estimate
 from trainers.crossed import crossed_mean
+from trainers.kl_from_base import best_of_n_kl_of
 from trainers.win_rate import Comparison, WinRate, compare, win_rate
 
 COLUMNS = ["model", "completion_ids", "reward", "policy_logprobs", "base_logprobs"]
@@ -44,7 +46,7 @@ def read_answers(samples: Path, per_prompt: int) -> Answers:
         return values[rows].reshape(-1, per_prompt)
 
     reward = np.array(table.column("reward").to_pylist(), dtype=np.float64)  # null becomes NaN
-    length = np.array([len(ids) for ids in table.column("completion_ids").to_pylist()], dtype=np.float64)
+    length = pc.list_value_length(table.column("completion_ids")).to_numpy().astype(np.float64)
     kl = np.full(len(models), np.nan)
     if "policy_logprobs" in table.column_names:
         kl = _sums(table.column("policy_logprobs")) - _sums(table.column("base_logprobs"))
@@ -59,15 +61,16 @@ def best_of(drawn: Answers, num_answers: int, n: int) -> Answers:
     """The best of ``n`` by reward, ``num_answers`` times for each prompt.
 
     ``drawn``: of the base model, its first ``num_answers`` answers are what the others are compared with, so none of
-    them is among those that are chosen from.  Equal rewards: the first.
+    them is among those that are chosen from.  Equal rewards: the first.  KL: estimated from all rewards of a prompt.
     """
     rewards, lengths = (
         grid[:, num_answers:].reshape(len(grid), num_answers, -1)[:, :, :n] for grid in (drawn.reward, drawn.length)
     )
     chosen = np.where(np.isfinite(rewards), rewards, -np.inf).argmax(axis=2)[:, :, None]
     ours = [np.take_along_axis(grid, chosen, axis=2)[:, :, 0] for grid in (rewards, lengths)]
+    kl = np.array([best_of_n_kl_of(row, n) for row in drawn.base_reward])[:, None]
     base = drawn.base_reward[:, :num_answers], drawn.base_length[:, :num_answers]
-    return Answers(ours[0], ours[1], np.full(ours[0].shape, np.nan), *base)
+    return Answers(ours[0], ours[1], np.broadcast_to(kl, ours[0].shape), *base)
 
 
 def against_itself(base: Answers) -> Answers:

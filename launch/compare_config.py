@@ -30,7 +30,7 @@ Positive = Annotated[int, Field(ge=1)]
 # What is the same for all, or is set by the comparison itself.
 FIXED = ("run.name", "run.directory", "run.seed", "run.num_steps", "model", "base.path", "prompts", "rewards", "data",
          "generator.sampling", "sampling", "label", "keep", "output", "eval", "algorithm.name", "algorithm.loss",
-         "checkpoint.export")  # fmt: skip
+         "checkpoint.export", "reward_models", "judges", "reference.path", "run.max_staleness")  # fmt: skip
 
 
 class CompareRunSettings(Settings):

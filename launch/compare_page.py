@@ -105,7 +105,7 @@ def _row(row: Row) -> list[Cell]:
     trains = row.kind in ("offline", "online")
     kl: Cell = None if row.kl is None else row.kl
     if row.kl is not None and not trains:
-        kl = f"at most {row.kl.value:.3g}" if row.kl_is_bound else 0
+        kl = 0 if row.kl_bound is None else f"{row.kl} (at most {row.kl_bound:.3g})"
     labelled: Cell = round(cost.num_labelled) if trains else None
     if row.kind == "search":
         labelled = f"{row.settings['per_answer']} for each given"

@@ -1,7 +1,7 @@
 """The comparison as a picture: reward against KL from the base model, one mark an algorithm, with 95 % intervals.
 
 Colours are told apart by colour-blind readers, marks on a black-and-white print: open ones learned offline, filled ones
-online, and stars on a line are best-of-n, whose KL is a bound.
+online, and stars on a line are best-of-n.
 May import: matplotlib (in the function that draws), launch.{compare_methods, compare_rows, eval_page}.
 """
 
@@ -69,7 +69,7 @@ def _point(axes: Axes, row: Row) -> None:
 
 
 def _best_of(axes: Axes, rows: Sequence[Row]) -> None:
-    """From the base model, which is the best of one, along the bound."""
+    """From the base model, which is the best of one, on."""
     found = sorted(((row.kl.value, row) for row in rows if row.kl is not None), key=lambda pair: pair[0])
     for kl, row in found:
         assert row.measures is not None
@@ -85,7 +85,7 @@ def _best_of(axes: Axes, rows: Sequence[Row]) -> None:
     if any(row.kind == "search" for _, row in found):
         heights = [row.measures.reward.value for _, row in found if row.measures is not None]
         axes.plot([kl for kl, _ in found], heights, color=GREY, linestyle="--", linewidth=1.0,
-                  label="best-of-n (bound of KL)")  # fmt: skip
+                  label="best-of-n")  # fmt: skip
 
 
 def _reach(estimate: Estimate, floor: float = -np.inf) -> list[list[float]]:

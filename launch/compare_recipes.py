@@ -90,9 +90,12 @@ class Recipes:
             rows = {"name": "labelled", "path": str(rows_path(self._folder, method, 0))}
             form = {k: v for k, v in self._shown.items() if k != "shuffle"}
             reference = self._sections("reference") if method.has_reference else {}
+            algorithm = dict(method.algorithm)
+            if method.has_reference:  # one cache for all would let the first algorithm pay for the others
+                algorithm["reference_cache"] = str(self._folder / "reference-logprobs" / method.name)
             return {
                 "run": self._run(name) | run, **shared, "data": {"train": [rows], "format": form},
-                "algorithm": dict(method.algorithm), **reference, **ends,
+                "algorithm": algorithm, **reference, **ends,
             }  # fmt: skip
         preset = PRESETS[method.name]
         groups, samples = compare.groups_per_step, compare.samples_per_prompt

@@ -47,7 +47,7 @@ class Row:
     seeds: tuple[int, ...] = ()  # that were evaluated
     measures: Measures | None = None
     kl: Estimate | None = None
-    kl_is_bound: bool = False
+    kl_bound: float | None = None  # of best-of-n, whatever the rewards
     cost: Cost | None = None
     settings: dict[str, Any] = field(default_factory=dict)
 
@@ -95,10 +95,9 @@ def _best_of(config: CompareConfig, folder: Folder, known: Known) -> list[Row]:
             rows.append(Row(name, title, "search", _why(folder, BEST), settings={"per_answer": n}))
             continue
         found = _measured(known, name, partial(_best, path, per_prompt, num, n))
-        bound = best_of_n_kl(n)
         rows.append(
-            Row(name, title, "search", OK, measures=found, kl=Estimate(bound, bound, bound, found.kl.n),
-                kl_is_bound=True, cost=Cost(0, 0, 0, 0.0), settings={"per_answer": n})
+            Row(name, title, "search", OK, measures=found, kl=found.kl, kl_bound=best_of_n_kl(n),
+                cost=Cost(0, 0, 0, 0.0), settings={"per_answer": n})
         )  # fmt: skip
     return rows
 

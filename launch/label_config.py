@@ -175,20 +175,25 @@ class LabelTelemetrySettings(Settings):
     progress: bool | None = Field(None, description="live progress; default: when the output is a terminal")
 
 
-class LabelConfig(Settings):
-    """A complete labelling run; a recipe is one when it has the key ``label``."""
+class LabellingSections(Settings):
+    """What every run has that samples candidates and has them judged."""
 
     run: LabelRunSettings
     model: ModelSettings
     prompts: PromptSettings
-    sampling: CandidateSettings = CandidateSettings()
     label: LabellerSettings
-    keep: KeepSettings = KeepSettings()
-    output: OutputSettings = OutputSettings()
     generator: GeneratorSettings = GeneratorSettings()
     reward_workers: RewardWorkerSettings = RewardWorkerSettings()
     telemetry: LabelTelemetrySettings = LabelTelemetrySettings()
     cluster: ClusterSettings = ClusterSettings()
+
+
+class LabelConfig(LabellingSections):
+    """A complete labelling run; a recipe is one when it has the key ``label``."""
+
+    sampling: CandidateSettings = CandidateSettings()
+    keep: KeepSettings = KeepSettings()
+    output: OutputSettings = OutputSettings()
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:

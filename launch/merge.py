@@ -79,7 +79,7 @@ def merge_adapter(adapter: str, out: Path, base: str | None) -> list[str]:
 def settings_of(said: dict[str, Any], folder: str) -> LoRASettings:
     """The settings that an adapter_config.json describes; its layers are those it has tensors for."""
     shapes, _ = adapter_shapes(folder, ADAPTER)
-    layers = {name.rpartition(".lora_")[0].rpartition(".")[2] for name in shapes if ".lora_" in name}
+    layers = {name.rpartition(".lora_")[0] for name in shapes if ".lora_" in name}
     return LoRASettings(
         rank=int(said["r"]), alpha=float(said["lora_alpha"]), rslora=bool(said.get("use_rslora")),
         target_modules=tuple(sorted(layers)),

@@ -10,16 +10,11 @@ from typing import Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
-from actors.settings import GeneratorSettings, ModelSettings, RewardWorkerSettings
-from cluster.settings import ClusterSettings
-from launch.config import PromptSettings
 from launch.label_config import (
     CandidateSettings,
     KeepSettings,
     LabelConfig,
-    LabellerSettings,
-    LabelRunSettings,
-    LabelTelemetrySettings,
+    LabellingSections,
     OutputSettings,
     Positive,
 )
@@ -59,20 +54,12 @@ class SelectedSettings(Settings):
     format: Literal["parquet", "jsonl"] = Field("parquet", description="of the file")
 
 
-class SelectConfig(Settings):
+class SelectConfig(LabellingSections):
     """A complete run of sampling and choosing; a recipe is one when it has the key ``select``."""
 
-    run: LabelRunSettings
-    model: ModelSettings
-    prompts: PromptSettings
     sampling: DrawSettings = DrawSettings()
-    label: LabellerSettings
     select: SelectSettings = SelectSettings()
     output: SelectedSettings = SelectedSettings()
-    generator: GeneratorSettings = GeneratorSettings()
-    reward_workers: RewardWorkerSettings = RewardWorkerSettings()
-    telemetry: LabelTelemetrySettings = LabelTelemetrySettings()
-    cluster: ClusterSettings = ClusterSettings()
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:
@@ -105,10 +92,9 @@ class SelectConfig(Settings):
     def labelling(self, name: str) -> LabelConfig:
         """The run that samples and scores; ``name`` as in :meth:`target`."""
         return LabelConfig(
-            run=self.run, model=self.model, prompts=self.prompts, sampling=self.sampling, label=self.label,
+            **{section: getattr(self, section) for section in LabellingSections.model_fields},
+            sampling=self.sampling,
             # What is scored one by one needs no pairs, of which a record would hold C(n, 2).
             keep=KeepSettings(pairs="all" if self.compares else "random"),
             output=OutputSettings(path=str(self.target(name)), format=self.output.format),
-            generator=self.generator, reward_workers=self.reward_workers, telemetry=self.telemetry,
-            cluster=self.cluster,
-        )  # fmt: skip
+        )

@@ -90,6 +90,8 @@ class SFTTask:
         return list(drawn)
 
     async def evaluate(self, fleet: TuningFleet, step: int) -> Mapping[str, float]:
+        if not self._held_out:
+            return {}
         found = await fleet.call("evaluate")
         return {f"eval/{name}": value for name, value in found.items()}
 

@@ -36,7 +36,7 @@ from scripts.sites import OneMachine, open_hosts
 NUM_SEEDS = 3
 LONG = {f"async-{i}": ("async", i) for i in range(NUM_SEEDS)} | {name: (name, 0) for name in ("ppo", "beside", "hosts")}
 NUM_STEPS = 16 * EPOCH_STEPS
-HOST_STEPS = 4 * EPOCH_STEPS  # for each lost host: more than come before it is back
+HOST_STEPS = 2 * EPOCH_STEPS  # for each lost host: more than come before it is back
 MORE_STEPS = 16 * EPOCH_STEPS  # when a run ends before its faults are through: more than any recovery takes
 QUICK_STEPS, SHORT_STEPS = 12 * EPOCH_STEPS, 4 * EPOCH_STEPS
 QUICK = ("kill_generator", "stall_push", "pause_generator", "slow_generator", "kill_reward_worker", "kill_reference",

@@ -81,6 +81,11 @@ def run_members(stages: Stages, study: Study) -> list[Path]:
     return members
 
 
+# Seven processes of SmolLM2 in float32 have to fit into 24 GB; how much a pass takes at once changes no gradient.
+SMALL = ("learner.token_budget=512", "learner.logprob_chunk=256", "critic.token_budget=512",
+         "reference.token_budget=1024")  # fmt: skip
+
+
 def run_policies(stages: Stages, study: Study, members: Sequence[Path]) -> dict[str, list[Path]]:
     """PPO run folders of both arms, one a member each."""
     directory, data = stages.directory, stages.directory / "data"
@@ -103,7 +108,7 @@ def run_policies(stages: Stages, study: Study, members: Sequence[Path]) -> dict[
                  f"prompts.eval.path={data / 'held-out-prompts.jsonl'}", f"reward_models={json.dumps(models)}",
                  f"critic.path={member}", f"algorithm.kl_coef={study.kl_coef}", "algorithm.measure_kl=true",
                  "algorithm.num_minibatches=1", "learner.optimizer.lr=1e-4", "critic.optimizer.lr=1e-4",
-                 "run.groups_per_step=16", "generator.sampling.max_tokens=32",
+                 "run.groups_per_step=16", "generator.sampling.max_tokens=32", *SMALL,
                  *(QUICK["ppo"] if study.quick else ()), f"run.num_steps={study.num_steps}", "evaluation.every=0",
                  "checkpoint.export=false"],
                 f"{name}/metrics.jsonl",

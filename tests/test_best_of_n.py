@@ -21,7 +21,7 @@ from launch.eval_files import samples_table, write_results
 from launch.eval_report import Measured, build_report
 from launch.evaluate import evaluate_models
 from trainers.best_of_n import best_of_n, by_rank, subset_weights, top_indices, win_shares
-from trainers.kl_from_base import best_of_n_kl, exact_kl
+from trainers.kl_from_base import best_of_n_kl, best_of_n_kl_of, exact_kl
 
 NAN = float("nan")
 
@@ -83,6 +83,23 @@ def test_the_bound_has_its_closed_form_and_bounds_the_exact_kl_of_an_enumerable_
         below = np.cumsum([0.0, *probabilities])  # in ascending order of the reward
         best = below[1:] ** n - below[:-1] ** n
         assert 0 < exact_kl(best, probabilities) <= best_of_n_kl(n)
+
+
+@pytest.mark.parametrize("n", [1, 2, 16])
+def test_the_kl_by_rewards_is_exact_where_all_tie_in_values_and_the_bound_where_none_do(n: int) -> None:
+    for counts in ([6, 4], [5, 3, 2], [10]):
+        probabilities = np.array(counts) / sum(counts)
+        below = np.cumsum([0.0, *probabilities])
+        rewards = np.repeat(np.arange(len(counts), dtype=float), counts)
+        exact = exact_kl(below[1:] ** n - below[:-1] ** n, probabilities)
+        assert best_of_n_kl_of(np.random.default_rng(0).permutation(rewards), n) == pytest.approx(exact, abs=1e-12)
+    untied = np.random.default_rng(1).normal(size=34)
+    assert best_of_n_kl_of(untied, n) == pytest.approx(best_of_n_kl(n), abs=1e-12)
+    mixed = best_of_n_kl_of([*untied, 9.0, 9.0], n)
+    assert 0.7 * best_of_n_kl(n) - 1e-12 <= mixed <= best_of_n_kl(n) + 1e-12
+    assert best_of_n_kl_of([NAN, NAN, 1.0, 1.0], n) == best_of_n_kl_of([0.0, 0.0, 1.0, 1.0], n)
+    with pytest.raises(ValueError, match="rewards of one prompt"):
+        best_of_n_kl_of([], n)
 
 
 def test_a_value_beats_its_share_of_the_opponents_and_ties_count_half() -> None:

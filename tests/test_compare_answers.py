@@ -36,6 +36,7 @@ def test_the_best_of_n_is_chosen_among_answers_that_are_not_the_bases() -> None:
     assert found.reward.shape == (N, G) and (found.base_reward == rewards[:, :G]).all()
     pools = rewards[:, G:].reshape(N, G, 4)
     assert (found.reward == pools.max(axis=2)).all()
+    assert (found.kl > 0).all() and (found.kl[:, 0] == found.kl[:, 1]).all()
     two = best_of(drawn, G, 2)
     assert (two.reward <= found.reward).all() and (two.reward == pools[:, :, :2].max(axis=2)).all()
 

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-RANK_0 = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+RANK_0 = {"RANK": "0", "WORLD_SIZE": "1"}  # no LOCAL_RANK: a vLLM engine that made the group sets none
 ENGINE = """
 import torch
 from actors.engine import TrainingEngine

@@ -23,6 +23,7 @@ from actors import preference_learner
 from actors.adapted_model import TrainedModelSettings
 from actors.adapter_export import AdapterCopy, export_adapter
 from actors.adapter_files import CONFIG
+from actors.adapter_reference import AdapterReference
 from actors.experience_batch import ExperienceBatch
 from actors.lora_settings import LoRASettings
 from actors.model_folders import resolve_model
@@ -236,7 +237,7 @@ def test_the_policys_own_reference_gives_the_gradient_of_one_that_is_asked(base:
     for own, batch_of in ((True, alone), (False, asked)):
         policy = moved(policy_of(base, reference=own))
         learner = PlainLearner(policy, algorithm)
-        learner.adapter, learner._references, learner._reference_s = policy.adapter, None, 0.0
+        learner._reference = AdapterReference(policy.adapter) if own else None
         fixed = learner._before_update(batch_of, None, None)
         assert (fixed.references is not None) == own
         learner._accumulate(fixed, fixed.batch.minibatches()[0], UpdateTotals(CPU), 0, 0)
@@ -249,14 +250,18 @@ def test_the_policys_own_reference_gives_the_gradient_of_one_that_is_asked(base:
 def test_a_batch_that_was_prepared_is_not_scored_by_the_reference_again(base: str) -> None:
     policy = policy_of(base, reference=True)
     learner = PlainLearner(policy, AlgorithmSettings(kl_coef=0.1))
-    learner.adapter, learner._references, learner._reference_s = policy.adapter, None, 0.0
     batch = ExperienceBatch(recorded_batch(), learner.algorithm, MAX_TOKENS)
-    first = learner._own_references(batch)
-    assert first is not None and learner._reference_s > 0
-    learner._proximal = None  # type: ignore[method-assign,assignment]
-    assert learner._own_references(batch) is first
-    with pytest.raises(TypeError):
-        learner._own_references(batch)
+    reference, num_scored = AdapterReference(policy.adapter), 0
+
+    def score(batch: ExperienceBatch) -> list[np.ndarray]:
+        nonlocal num_scored
+        num_scored += 1
+        return learner._proximal(batch)
+
+    prepared = reference.logprobs(batch, score)
+    assert reference.logprobs(batch, score) is prepared and num_scored == 1
+    assert reference.logprobs(batch, score) is not prepared and num_scored == 2
+    assert reference.took_s() > 0 and reference.took_s() == 0
 
 
 def test_preference_learning_starts_at_ln_2_and_its_reference_does_not_move(
@@ -345,6 +350,16 @@ def test_merge_writes_the_model_that_an_export_writes(
         merge_adapter(base, tmp_path / "x", None)
     with pytest.raises(InputError, match="adapter = .*another base"):
         merge_adapter(str(tmp_path / "export" / "adapter"), tmp_path / "x", other_base(base, tmp_path / "other"))
+
+
+def test_one_layer_of_several_of_a_name_is_adapted_alone_and_merged_again(base: str, tmp_path: Path) -> None:
+    one = LORA.model_copy(update={"target_modules": ("layers.1.self_attn.q_proj",)})
+    policy = moved(policy_of(base, settings=one))
+    assert {name.partition(".lora_")[0] for name, _ in policy.adapter.matrices()} == {"model.layers.1.self_attn.q_proj"}
+    export_adapter(policy.adapter, tmp_path / "export", torch.float32)
+    merge_adapter(str(tmp_path / "export" / "adapter"), tmp_path / "merged", base)
+    assert not torch.equal(logprobs(policy), logprobs(load_policy(base, 64)))
+    torch.testing.assert_close(logprobs(load_policy(str(tmp_path / "merged"), 64)), logprobs(policy), atol=1e-5, rtol=0)
 
 
 def test_an_adapter_where_a_whole_model_is_needed_is_refused(base: str, tmp_path: Path) -> None:

@@ -79,3 +79,31 @@ def best_of_n_kl(n: int) -> float:
     if n < 1:
         raise ValueError(f"best of {n} samples is nothing")
     return math.log(n) - (n - 1) / n
+
+
+def best_of_n_kl_of(rewards: ArrayLike, n: int) -> float:
+    """KL from base of the best of ``n`` answers to one prompt, estimated from the rewards [K] of other answers to it.
+
+    Of equals any may be the best.  With F the distribution of rewards, a value v of mass p = F(v) - F(v-) is picked
+    with w = F(v)^n - F(v-)^n and brings w ln(w / p); where rewards do not tie the density n F^(n-1) brings its own
+    integral, and all of it is :func:`best_of_n_kl`.  Values that more than one of the K have count as ties, F is that
+    of the K.  A reward that is not finite ranks lowest.
+    """
+    if n < 1:
+        raise ValueError(f"best of {n} samples is nothing")
+    values = np.asarray(rewards, dtype=np.float64)
+    if values.ndim != 1 or not values.size:
+        raise ValueError(f"need the rewards of one prompt's answers, not {values.shape}")
+    _, counts = np.unique(np.where(np.isfinite(values), values, -np.inf), return_counts=True)
+    edges = np.concatenate([[0.0], np.cumsum(counts) / values.size])
+    low, high = edges[:-1], edges[1:]
+    picked = high**n - low**n
+    tied = picked * np.log(picked / (high - low))
+    untied = _integral(high, n) - _integral(low, n)
+    return float(np.where(counts > 1, tied, untied).sum())
+
+
+def _integral(u: np.ndarray, n: int) -> np.ndarray:
+    """Of n x^(n-1) ln(n x^(n-1)) over x from 0 to ``u``."""
+    logs = np.log(np.where(u > 0, u, 1.0))
+    return np.asarray(u**n * (math.log(n) + (n - 1) * logs - (n - 1) / n))
