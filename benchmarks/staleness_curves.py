@@ -36,7 +36,7 @@ from scripts.stages import StageError, Stages
 FIGURES = ROOT / "docs" / "figures"
 STALENESS, QUICK_STALENESS = (0, 1, 4, 16), (0, 1)
 ALWAYS = ("checkpoint.every=0", "checkpoint.export=false", "telemetry.progress=false", "telemetry.wandb=disabled")
-TAIL = 5  # last steps whose training reward is averaged
+TAIL = 16  # last steps whose training reward is averaged
 # Two-sided 95 % quantiles of Student's t by degrees of freedom; beyond, the normal one.
 T95 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}
 COLOURS = ("#000000", "#0072B2", "#E69F00", "#D55E00")  # told apart by colour-blind readers
@@ -60,7 +60,7 @@ STUDIES = {
         (
             f"rewards.0.function={ROOT / 'benchmarks' / 'letters.py'}:half", "rewards.0.args={}",
             "generator.num_workers=1", "learner.num_workers=1", "learner.zero_stage=0", "model.dtype=float32",
-            "learner.optimizer.lr=3e-3", "run.samples_per_prompt=8", "generator.max_num_seqs=64",
+            "learner.optimizer.lr=1e-3", "run.samples_per_prompt=8", "generator.max_num_seqs=64",
             "learner.token_budget=224",  # small packs are slow ones: what was sampled waits for the learner
         ),
         "A tiny random model, half of whose characters are to be letters from a to k",
