@@ -40,7 +40,8 @@ TAIL = 16  # last steps whose training reward is averaged
 # Two-sided 95 % quantiles of Student's t by degrees of freedom; beyond, the normal one.
 T95 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}
 COLOURS = ("#000000", "#0072B2", "#E69F00", "#D55E00")  # told apart by colour-blind readers
-COLUMNS = ("max_staleness", "correction", "seeds", "lag, steps", "held-out reward at the end",
+HELD_OUT = "held-out reward at the end"
+COLUMNS = ("max_staleness", "correction", "seeds", "lag, steps", HELD_OUT,
            f"reward, last {TAIL} steps", "95 % interval over seeds")  # fmt: skip
 
 
@@ -52,6 +53,7 @@ class Study:
     num_steps: int
     overrides: tuple[str, ...]
     says: str
+    is_judged_greedily: bool = True  # else the held-out reward, that of the likeliest answers, says nothing
 
 
 STUDIES = {
@@ -64,6 +66,7 @@ STUDIES = {
             "learner.token_budget=224",  # small packs are slow ones: what was sampled waits for the learner
         ),
         "A tiny random model, half of whose characters are to be letters from a to k",
+        is_judged_greedily=False,
     ),
     "arithmetic": Study("cpu-demo", 32, (), "SmolLM2-135M-Instruct, the recipe `cpu-demo`"),
 }  # fmt: skip
@@ -196,11 +199,16 @@ def run_all(
     return curves
 
 
-def text_of(name: str, rows: Sequence[Sequence[str]], num_steps: int) -> str:
+def without(cells: Sequence[str]) -> tuple[str, ...]:
+    """``cells`` of a row without that of the held-out reward."""
+    return tuple(cell for cell, column in zip(cells, COLUMNS, strict=True) if column != HELD_OUT)
+
+
+def text_of(name: str, columns: Sequence[str], rows: Sequence[Sequence[str]], num_steps: int) -> str:
     """The section of the page."""
     return "\n\n".join([
         f"{STUDIES[name].says}, {num_steps} steps.",
-        markdown_table(COLUMNS, rows),
+        markdown_table(columns, rows),
         "![Training reward by step at max_staleness 0, 1, 4, 16, with correction and without]"
         f"(figures/staleness-{name}.svg)",
     ])  # fmt: skip
@@ -229,13 +237,15 @@ def main() -> int:
             print(f"staleness_curves: {error}", file=sys.stderr)
             return 1
         draw(curves, directory / figure.name if arguments.quick else figure)
-    rows = table_rows(curves)
-    table = Table(*COLUMNS, title="stale runs")
+    rows, columns = table_rows(curves), COLUMNS
+    if not study.is_judged_greedily:
+        rows, columns = [without(row) for row in rows], without(COLUMNS)
+    table = Table(*columns, title="stale runs")
     for row in rows:
         table.add_row(*row)
     console.print(table)
     if not arguments.quick:
-        PAGE.write_text(replace_section(PAGE.read_text(), text_of(name, rows, steps), f"staleness-{name}"))
+        PAGE.write_text(replace_section(PAGE.read_text(), text_of(name, columns, rows, steps), f"staleness-{name}"))
         console.print(f"written: {figure.relative_to(ROOT)} and {PAGE.relative_to(ROOT)}")
     return 0
 
