@@ -139,8 +139,8 @@ def test_intervals_over_seeds_are_students() -> None:
 
 def curves() -> dict[staleness_curves.Variant, list[staleness_curves.Curve]]:
     rows = [{"step": 0, "eval/reward": 0.1}] + [
-        {"step": s, "reward": s / 10, "staleness/mean": 1.0, "eval/reward": 0.4 if s == 8 else None}
-        for s in range(1, 9)
+        {"step": s, "reward": s / 10, "staleness/mean": 1.0, "eval/reward": 0.4 if s == 20 else None}
+        for s in range(1, 21)
     ]
     curve = staleness_curves.read_curve(rows)
     return {variant: [curve, curve] for variant in staleness_curves.variants(staleness_curves.STALENESS)}
@@ -161,10 +161,11 @@ def test_the_table_of_curves_has_the_last_steps_and_the_last_evaluation() -> Non
     rows = staleness_curves.table_rows(curves())
     assert [r[0] for r in rows] == ["0", "1", "1", "4", "4", "16", "16"]
     assert [r[1] for r in rows[:3]] == ["none needed", "token_truncate", "none"]
-    assert rows[0][2:] == ("2", "1.0", "0.400", "0.600", "0.600 to 0.600")
+    assert rows[0][2:] == ("2", "1.0", "0.400", "1.250", "1.250 to 1.250")
     for name in staleness_curves.STUDIES:
-        text = page.replace_section(page.PAGE.read_text(), staleness_curves.text_of(name, rows, 8), f"staleness-{name}")
-        assert "| 16 | none | 2 |" in text
+        section = staleness_curves.text_of(name, staleness_curves.COLUMNS, rows, 8)
+        assert "| 16 | none | 2 |" in page.replace_section(page.PAGE.read_text(), section, f"staleness-{name}")
+    assert staleness_curves.without(rows[0]) == (*rows[0][:4], *rows[0][5:])
 
 
 def test_the_figure_of_curves_is_the_same_every_time(tmp_path: Path) -> None:
