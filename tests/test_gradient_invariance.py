@@ -149,7 +149,7 @@ def settings(ranks: int, zero_stage: int, token_budget: int = 4096) -> LearnerSe
 
 
 def gradients_and_updates(learner: Any, folder: str) -> dict[str, Any]:
-    import actors.learner as module
+    import actors.update_plan as module
 
     groups = recorded_batch()
     found: dict[str, Any] = {}
