@@ -230,6 +230,7 @@ def test_the_losses_a_run_reports_are_transformers_own(whole: Path) -> None:
     assert rows[1]["num_tokens"] == sum(e.input_ids.shape[0] for e in batch)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_ends_with_the_weights_of_one_that_was_not_cut(whole: Path, tmp_path: Path) -> None:
     run(tmp_path, "run.num_epochs=0.4")
     resumed = run(tmp_path, "--resume")
@@ -239,6 +240,7 @@ def test_a_resumed_run_ends_with_the_weights_of_one_that_was_not_cut(whole: Path
         torch.testing.assert_close(tensor, expected[name], rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(2 * RUN_S)
 def test_two_ranks_with_zero_2_under_ray_train_as_one_rank_does(whole: Path, tmp_path: Path) -> None:
     two = run(
