@@ -8,7 +8,8 @@
 A run that has ended is not run again, so a study can be stopped and gone on with.  Writes the figure
 docs/figures/staleness-STUDY.svg and the section ``staleness-STUDY`` of docs/benchmarks.md; with ``--quick`` everything
 runs once, for two steps on the tiny model, and nothing is written there.
-May import: numpy, rich, matplotlib (in the function that draws), benchmarks.page, launch.*, scripts.stages.
+May import: numpy, rich, matplotlib (in the function that draws), benchmarks.page, launch.*, scripts.stages,
+trainers.calibration.
 """
 
 from __future__ import annotations
@@ -32,13 +33,12 @@ from benchmarks.process import ROOT
 from launch.journal import read_rows
 from launch.plots import smooth
 from scripts.stages import StageError, Stages
+from trainers.calibration import t_quantile
 
 FIGURES = ROOT / "docs" / "figures"
 STALENESS, QUICK_STALENESS = (0, 1, 4, 16), (0, 1)
 ALWAYS = ("checkpoint.every=0", "checkpoint.export=false", "telemetry.progress=false", "telemetry.wandb=disabled")
 TAIL = 16  # last steps whose training reward is averaged
-# Two-sided 95 % quantiles of Student's t by degrees of freedom; beyond, the normal one.
-T95 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}
 COLOURS = ("#000000", "#0072B2", "#E69F00", "#D55E00")  # told apart by colour-blind readers
 HELD_OUT = "held-out reward at the end"
 COLUMNS = ("max_staleness", "correction", "seeds", "lag, steps", HELD_OUT,
@@ -127,7 +127,7 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     mean = statistics.fmean(values)
     if len(values) < 2:
         return mean, float("nan")
-    return mean, T95.get(len(values) - 1, 1.96) * statistics.stdev(values) / len(values) ** 0.5
+    return mean, t_quantile(0.95, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
 
 
 def table_rows(curves: Mapping[Variant, Sequence[Curve]]) -> list[tuple[str, ...]]:
