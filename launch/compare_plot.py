@@ -72,11 +72,11 @@ def _best_of(axes: Axes, rows: Sequence[Row]) -> None:
     """From the base model, which is the best of one, on."""
     found = sorted(((row.kl.value, row) for row in rows if row.kl is not None), key=lambda pair: pair[0])
     for kl, row in found:
-        assert row.measures is not None
+        assert row.measures is not None and row.kl is not None
         is_base, reward = row.kind == "base", row.measures.reward
         axes.errorbar(
-            [kl], [reward.value], yerr=_reach(reward), fmt="s" if is_base else "*", color=GREY,
-            markersize=6 if is_base else 10, capsize=2, linewidth=1.1, label=row.title if is_base else None,
+            [kl], [reward.value], xerr=_reach(row.kl, 0.0), yerr=_reach(reward), fmt="s" if is_base else "*",
+            color=GREY, markersize=6 if is_base else 10, capsize=2, linewidth=1.1, label=row.title if is_base else None,
             clip_on=not is_base,  # it stands on the edge
         )  # fmt: skip
         if not is_base:
