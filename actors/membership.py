@@ -42,6 +42,7 @@ class Recruiting:
     catch_up: Callable[[Member], Awaitable[str]]  # pushes, verifies, admits to the roster; the version
     between_pushes: Callable[[], Awaitable[None]]  # returns when no push is going on
     vacate: Callable[[int], None]  # the worker has ended, its place is free
+    node_of: Callable[[int], str] | None = None  # Ray's id of the node that a worker is on; None: all in this process
 
 
 class Membership:
@@ -217,9 +218,10 @@ class Membership:
         self._admit(member)
         self._staffing.reset()
         now = time.perf_counter()
+        place = {} if recruiting.node_of is None else {"node": recruiting.node_of(member.index)}
         self.event(
             "generator_joined", worker=member.name, version=version, start_s=round(ready - started, 3),
-            catch_up_s=round(now - ready, 3), num_generators=len(self.roster),
+            catch_up_s=round(now - ready, 3), num_generators=len(self.roster), **place,
         )  # fmt: skip
         if self._lost:
             name, since = self._lost.pop(0)

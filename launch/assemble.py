@@ -128,8 +128,9 @@ class Fleet:
 
 
 def recruiting(
-    generators: WorkerGroup, places: Places, publisher: Publisher, kwargs_of: Callable[[int], dict[str, Any]]
-) -> Recruiting:
+    generators: WorkerGroup, places: Places, placement: Placement | None, publisher: Publisher,
+    kwargs_of: Callable[[int], dict[str, Any]],
+) -> Recruiting:  # fmt: skip
     """How a generator joins and leaves this run."""
 
     async def hire() -> int:
@@ -137,8 +138,9 @@ def recruiting(
         return generators.add(kwargs_of(generators.next_index), slot)
 
     return Recruiting(
-        hire, publisher.catch_up, publisher.between_pushes, lambda index: places.give_back(generators.slot(index))
-    )
+        hire, publisher.catch_up, publisher.between_pushes, lambda index: places.give_back(generators.slot(index)),
+        None if placement is None else lambda index: placement.node_of(generators.slot(index)),
+    )  # fmt: skip
 
 
 def why_not(num_generators: int, layout: Layout, num_gpus: int, transport: Transport) -> str:
@@ -256,7 +258,7 @@ async def assemble(
             if group is not None:
                 await group.ready()
         places = Places(layout.of("generator"), placement, config.cluster.placement_deadline_s)
-        generator.open(recruiting(generators, places, fleet.publisher, generator_kwargs))
+        generator.open(recruiting(generators, places, placement, fleet.publisher, generator_kwargs))
         watch = None if placement is None else node_watch(
             config, prepared.model_path, generator, placement, places, layout, facts, event
         )  # fmt: skip

@@ -299,8 +299,8 @@ def _validate(arguments: argparse.Namespace) -> int:
 
     if arguments.config_only:
         if isinstance(resolved.config, CompareConfig):  # its runs have configurations too
-            from launch.compare import folder_of
             from launch.compare_plan import make_plan
+            from launch.compare_prepare import folder_of
 
             make_plan(resolved.config, folder_of(resolved.config))
         print(f"{arguments.recipe}: the configuration is valid")
@@ -324,7 +324,7 @@ def _validate(arguments: argparse.Namespace) -> int:
 
         prepare_revise(resolved.config)
     elif isinstance(resolved.config, CompareConfig):
-        from launch.compare import prepare_compare
+        from launch.compare_prepare import prepare_compare
 
         prepare_compare(resolved.config)
     else:

@@ -23,55 +23,11 @@ from launch.compare_labels import write_labelled
 from launch.compare_methods import METHODS, WEIGHTS
 from launch.compare_page import MARKDOWN, check_page, num_missing, write_outputs, write_section, write_tables
 from launch.compare_plan import Plan, Stage, make_plan
+from launch.compare_prepare import Prompts, folder_of, prepare_compare
 from launch.compare_recipes import rows_path
 from launch.compare_rows import Row, make_rows
 from launch.compare_stage import StageError, run_burnish
-from launch.eval_config import EvalConfig
-from launch.eval_prepare import prepare_eval
 from launch.progress import duration
-from launch.prompts import load_prompts
-from trainers.errors import InputError
-from trainers.experience import Prompt
-
-Prompts = tuple[list[Prompt], list[Prompt]]
-
-
-def folder_of(config: CompareConfig) -> Path:
-    """Absolute."""
-    return (Path(config.run.directory) / config.run.name).absolute()
-
-
-def prepare_compare(config: CompareConfig) -> Prompts:
-    """(training, held-out) prompts, once the plan, the model and the rewards are such that it can run.
-
-    Raises:
-        InputError: the first thing that cannot be used, in one line.
-    """
-    from actors.model_folders import resolve_model
-    from actors.modeling import load_tokenizer
-
-    make_plan(config, folder_of(config))
-    given = config.model_dump(mode="json", exclude_unset=True)
-    same = ("model", "prompts", "rewards", "generator", "reward_workers", "cluster")
-    whole = {name: given[name] for name in same if name in given}
-    run = {"name": config.run.name, "directory": config.run.directory, "seed": config.run.seed}
-    evaluation = {"num_samples": config.compare.eval_samples, "num_prompts": config.compare.eval_prompts}
-    try:
-        prepared = prepare_eval(EvalConfig.model_validate({**whole, "run": run, "eval": evaluation}))
-    except InputError as error:
-        field = "compare.eval_prompts" if error.field == "eval.num_prompts" else error.field
-        raise InputError(field, error.value, error.reason, error.remedy) from error
-    longest = min(prepared.max_length, config.learner.token_budget, config.reference.token_budget)
-    room = longest - config.generator.sampling.max_tokens
-    if room < 1:
-        field, value = "generator.sampling.max_tokens", config.generator.sampling.max_tokens
-        raise InputError(field, value, f"leaves no room for a prompt in {longest} tokens", f"use less than {longest}")
-    tokenizer = load_tokenizer(resolve_model(config.model.path))
-    train, held_out, _ = load_prompts(config.prompts, tokenizer, room, config.run.seed)
-    if len({isinstance(prompt.source, str) for prompt in [*train, *held_out]}) > 1:
-        raise InputError("prompts", config.prompts.train.path, "some prompts are text and some are messages",
-                         "give all of them in one form")  # fmt: skip
-    return train, held_out
 
 
 def compare(

@@ -16,6 +16,7 @@ from launch.compare_config import CompareConfig
 from launch.compare_methods import BEST_OF_N, DEFAULTS, METHODS
 from launch.compare_page import BEGIN, END, JSON, MARKDOWN, PAGE, PLOT, renewed
 from launch.compare_plan import Plan, make_plan
+from launch.compare_prepare import check_rankings
 from launch.compare_recipes import drawn_per_step
 from launch.compare_rows import OK
 from launch.compare_stage import StageError, last_line, run_burnish
@@ -166,6 +167,26 @@ def test_a_budget_that_does_not_come_out_even_for_one_algorithm_is_refused() -> 
 
 
 # --- running --------------------------------------------------------------------------------------
+
+
+def test_answers_that_may_not_fit_one_comparison_are_refused_before_anything_is_sampled() -> None:
+    def refusal(longest_prompt: int, *overrides: str) -> InputError | None:
+        config = config_of("learner.token_budget=64", "cluster.device=cpu", *overrides)
+        assert (config.compare.samples_per_prompt, config.generator.sampling.max_tokens) == (4, 8)
+        try:
+            check_rankings(config, longest_prompt)
+        except InputError as error:
+            return error
+        return None
+
+    assert refusal(64 - 4 * 8) is None, "a CPU computes the prompt once"
+    found = refusal(65 - 4 * 8)
+    assert found is not None and found.field == "learner.token_budget"
+    assert "4 answers may have 65 tokens" in found.reason and found.remedy == "use 65 or more"
+    assert refusal(65 - 4 * 8, "compare.algorithms=[kto, grpo]") is None, "they compare nothing"
+    assert refusal(64 // 4 - 8, "learner.share_prompts=false") is None
+    assert refusal(64 // 4 - 7, "learner.share_prompts=false") is not None
+    assert refusal(65 - 4 * 8, "compare.overrides.offline={learner.token_budget: 65}") is None
 
 
 def test_every_algorithm_gets_a_row_a_mark_and_its_settings(tmp_path: Path) -> None:

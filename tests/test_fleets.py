@@ -127,7 +127,9 @@ def test_a_replacement_works_only_after_it_caught_up_and_a_waiting_group_goes_to
             await caught_up.wait()
             return await admit(member)
 
-        world.fleet._recruiting = Recruiting(world.hire, slowly, world.quiet.wait, world.vacated.append)  # type: ignore[arg-type]
+        world.fleet._recruiting = Recruiting(
+            world.hire, slowly, world.quiet.wait, world.vacated.append, node_of=lambda index: f"node-{index}"
+        )  # type: ignore[arg-type]
         world.gate.clear()
         asked = world.ask(1)
         await world.until(lambda: world.sampled)
@@ -144,6 +146,7 @@ def test_a_replacement_works_only_after_it_caught_up_and_a_waiting_group_goes_to
             "role": "generator", "worker": "generator-0", "by": "generator-1", "recover_s": 0,
         }  # fmt: skip
         assert world.vacated == [0] and world.kinds("generator_joined")[0]["version"] == "0.7"
+        assert world.kinds("generator_joined")[0]["node"] == "node-1"
         await world.fleet.close()
 
     run(law)

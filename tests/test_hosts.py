@@ -136,7 +136,7 @@ def heal(world: World, run: Run, victim: psutil.Process, num_generators: int) ->
     came = run.until(
         "events.jsonl", lambda e: e["kind"] == "generator_joined" and e["time_unix"] > joined["time_unix"]
     )
-    assert came["num_generators"] == num_generators
+    assert came["num_generators"] == num_generators and came["node"] == joined["node"]
     assert world.worker(came["worker"]).is_running()
     return str(came["worker"])
 
