@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from preference_kit import run as run_preferences
 from test_end_to_end import RUN_S, SMALL, Start, start, trajectories
 from test_gradient_invariance import (
     ALGORITHMS,
@@ -25,7 +26,6 @@ from test_gradient_invariance import (
     save,
     settings,
 )
-from test_preference_learning import run as run_preferences
 from transformers import AutoModelForCausalLM
 
 from actors.adapter_export import AdapterCopy

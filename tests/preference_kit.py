@@ -1,0 +1,128 @@
+"""What the tests of preference learning share: tiny comparisons, the model that reads them, runs of `cpu-dpo`."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from actors.model_folders import resolve_model
+from actors.modeling import PackedPolicy, load_policy, load_tokenizer
+from launch.journal import read_rows
+from trainers.comparisons import Comparison
+from trainers.labelled_answers import read_preference, with_mismatched
+from trainers.planted_pairs import labelled_rows, preference_rows
+from trainers.preference_training import LABELLED, LOSSES, PreferenceSettings
+from trainers.prompt_format import PromptFormat
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+TINY = "builtin:tiny-llama"
+PLAIN = PromptFormat(chat=False)
+OVERRIDES: dict[str, tuple[str, ...]] = {
+    "sigmoid": (),
+    "robust": ("algorithm.label_smoothing=0.2",),
+    "ipo": (),
+    "kto": tuple(f"data.{part}.function=trainers.planted_pairs:labelled_rows" for part in ("train.0", "eval")),
+    "orpo": (),
+    "simpo": (),
+}
+RUN_S = 300.0  # one run with Ray; about 20 s on two idle cores
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Matrices this small only lose by a second thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return load_tokenizer(resolve_model(TINY))
+
+
+@pytest.fixture(scope="module")
+def policy() -> PackedPolicy:
+    return load_policy(resolve_model(TINY), 256)
+
+
+def settings(loss: str) -> PreferenceSettings:
+    return PreferenceSettings(name="dpo", loss=loss, label_smoothing=0.2 * (loss == "robust"))  # type: ignore[arg-type]
+
+
+def comparisons(loss: str, tokenizer: Any, num: int = 9) -> list[Comparison]:
+    """Pairs, and a ranking of three answers, of unlike lengths; or labelled answers with mismatched ones."""
+    if LOSSES[loss].rows == LABELLED:  # type: ignore[index]
+        rows = labelled_rows(num, 3)
+    else:
+        ranking = {"prompt": "abc", "completions": ["x", "yy y", "z" * 40], "ranks": [2, 1, 3]}
+        rows = [*preference_rows(num - 1, 3), ranking]
+    read = [read_preference(row, "row", tokenizer, PLAIN, loss) for row in rows]  # type: ignore[arg-type]
+    return with_mismatched(read, 0, 1024, "data") if LOSSES[loss].rows == LABELLED else read  # type: ignore[index]
+
+
+def reference_of(loss: str, batch: Sequence[Comparison]) -> list[np.ndarray] | None:
+    """Numbers near those of the tiny model, so that no sigmoid saturates; None without a reference."""
+    draw = np.random.default_rng(5)
+    if not LOSSES[loss].has_reference:  # type: ignore[index]
+        return None
+    return [np.array([-5.77 * len(a) + draw.normal() for a in c.completion_ids]) for c in batch]
+
+
+def one_by_one(model: Any, batch: Sequence[Comparison]) -> list[list[torch.Tensor]]:
+    """Sums of log-probs by transformers' own attention, one text after the other."""
+    found = []
+    for c in batch:
+        row = []
+        for answer in c.completion_ids:
+            ids = torch.from_numpy(np.concatenate([c.prompt_ids, answer]).astype(np.int64))
+            logps = model(input_ids=ids[None]).logits[0, :-1].double().log_softmax(-1)
+            row.append(logps.gather(1, ids[1:, None])[len(c.prompt_ids) - 1 :].sum())
+        found.append(row)
+    return found
+
+
+def hf_model() -> Any:
+    return AutoModelForCausalLM.from_pretrained(resolve_model(TINY), dtype=torch.float32, local_files_only=True)
+
+
+# --- whole runs ---------------------------------------------------------------------------------
+
+NUM_STEPS = 6
+
+
+def run(folder: Path, loss: str, *more: str, name: str | None = None) -> Path:
+    """One run in a process of its own: DeepSpeed does not survive the end of its process group."""
+    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+    environment |= {"PYTHONPATH": str(REPOSITORY), "CUDA_VISIBLE_DEVICES": ""}
+    command = [
+        sys.executable, "-m", "launch.cli", "train", "cpu-dpo", f"run.directory={folder}", f"run.name={name or loss}",
+        f"model.path={TINY}", "model.dtype=float32", f"algorithm.loss={loss}", *OVERRIDES[loss],
+        f"run.num_steps={NUM_STEPS}", "run.batch_size=8", "data.train.0.args.num=48", "data.eval.args.num=16",
+        "learner.optimizer.lr=3e-4", "learner.optimizer.schedule=constant", "learner.optimizer.warmup_steps=0",
+        "evaluation.every=3", "checkpoint.every=2", "cluster.backend=in_process", "telemetry.wandb=disabled", *more,
+    ]  # fmt: skip
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=RUN_S, check=False, cwd=folder
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return folder / (name or loss)
+
+
+def rows_of(folder: Path, file: str = "metrics.jsonl") -> list[dict[str, Any]]:
+    return list(read_rows(folder / file))
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    exported = AutoModelForCausalLM.from_pretrained(folder / "export" / f"step-{NUM_STEPS:06d}", dtype=torch.float32)
+    return dict(exported.state_dict())
