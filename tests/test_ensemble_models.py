@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_reward_model import TINY, make_folder
+from reward_model_kit import TINY, make_folder
 
 from actors.model_folders import resolve_model
 from actors.modeling import load_tokenizer
