@@ -1,44 +1,27 @@
-"""A learner or critic rank dies: both start again from the newest checkpoint, and the generators stay."""
+"""A learner or critic rank dies: which failures restart it and its like, how often, and what the run goes back to."""
 
 from __future__ import annotations
 
 import asyncio
 import os
 import signal
-import threading
-import time
-from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import test_async_run
-import test_publisher
-from test_async_run import LONG
-from test_end_to_end import RUN_S, Run, Start, check_lineage, start, trajectories
-from test_faults import event, worker
-from test_ppo import PPO
 
-from actors.generator_fleet import GeneratorFleet
-from actors.roster import Member
-from actors.vllm_engine import SampleRequest
-from actors.vllm_in_process import InProcessEngine
 from cluster.checkpoints import CheckpointStore
 from cluster.errors import DeadlineError, WorkerDiedError, WorkerError
-from cluster.settings import HealthSettings
 from launch import restart
 from launch.journal import read_rows
 from launch.overrides import load_config
 from launch.restart import Loss, Restarts, dead_ranks, find_loss, lost_rank, train_on
 from launch.resuming import earlier_attempts
-from launch.spool import UNTRAINED, read_spool
 from launch.telemetry import Telemetry
 from trainers.errors import InputError, VerificationError
 from trainers.experience import WeightVersion
-
-__all__ = ["start"]  # the fixture
 
 LIMIT_S = 30.0  # for a whole law; the waits in it are for events
 RANKS = {"learner": 2, "critic": 1}
@@ -350,260 +333,3 @@ def test_rows_after_the_checkpoint_are_set_aside_and_recorded_again(tmp_path: Pa
     assert superseded == [4.0, 5.0, 0.0, 1.0, 2.0, 3.0, 40.0]
     last = list(read_rows(tmp_path / "events.jsonl"))[-1]
     assert last["step"] == 3, "the last recorded step is the checkpoint's"
-
-
-# --- generators that stay ---------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("transport", test_publisher.TRANSPORTS)
-def test_another_learner_meets_every_generator_anew_and_who_joins_waits_for_its_push(
-    transport: test_publisher.Transport, tmp_path: Path
-) -> None:
-    async def law() -> None:
-        world = test_publisher.World(transport, 2, tmp_path)
-        await world.publisher.push(WeightVersion(0, 7))
-        met = len(world.asked("init_transfer"))
-        (tmp_path / ".weights-0.8.safetensors.partial").touch()
-        world.publisher.disconnect()
-        joiner = Member(2, "generator-2")
-        joining = asyncio.create_task(world.publisher.catch_up(joiner))
-        for _ in range(20):
-            await asyncio.sleep(0)
-        assert not joining.done() and 2 not in world.serves
-        world.publisher.learner = test_publisher.Side("learner", 1, world)  # type: ignore[assignment]
-        await world.publisher.push(WeightVersion(1, 6))
-        assert world.serves == {0: "1.6", 1: "1.6"} and world.expelled == []
-        assert len(world.asked("init_transfer")) == 2 * met
-        assert await joining == "1.6" and world.serves[2] == "1.6"
-        assert not list(tmp_path.glob(".weights-*")), "what a dead rank had half written"
-
-    bounded(law)
-
-
-class Generators:
-    """A worker group of generators that can be told to give up."""
-
-    name, in_process, start_deadline_s = "generator", False, 1.0
-
-    def __init__(self, faults: dict[int, BaseException]) -> None:
-        self.faults, self.told = faults, list[int]()
-
-    @property
-    def indices(self) -> tuple[int, ...]:
-        return (0, 1, 2)
-
-    def __len__(self) -> int:
-        return 3
-
-    def end(self, index: int) -> None: ...
-
-    async def call(self, index: int, method: str, *, deadline_s: float) -> None:
-        assert method == "abort"
-        if index in self.faults:
-            raise self.faults[index]
-        self.told.append(index)
-
-
-def test_every_generator_gives_up_what_it_samples_and_one_that_cannot_be_told_is_expelled() -> None:
-    async def law() -> None:
-        group = Generators({1: WorkerDiedError("generator[1] died"), 2: DeadlineError("abort", "generator[2]", 1.0)})
-        fleet = GeneratorFleet(group, LIMIT_S, HealthSettings())  # type: ignore[arg-type]
-        await fleet.abort(LIMIT_S)
-        assert group.told == [0] and [member.index for member in fleet.roster.members] == [0]
-
-    bounded(law)
-
-
-class FakeLLM:
-    """As much of vLLM's engine as samples that never end need; its next step still has what was aborted."""
-
-    def __init__(self) -> None:
-        self.requests: list[str] = []
-        self.aborted: list[str] = []
-        self.num_steps = 0
-        self.added, self.stepped = asyncio.Event(), asyncio.Event()
-        self.loop = asyncio.get_running_loop()
-        self.fails = False
-
-    def has_unfinished_requests(self) -> bool:
-        return bool(self.requests)
-
-    def add_request(self, request_id: str, prompt: Any, params: Any) -> None:
-        self.requests.append(request_id)
-        self.loop.call_soon_threadsafe(self.added.set)
-
-    def abort_request(self, request_ids: list[str]) -> None:
-        self.aborted += request_ids
-        self.requests = [r for r in self.requests if r not in request_ids]
-
-    def step(self) -> list[Any]:
-        time.sleep(0.001)  # a step takes time, and the thread that makes it may not spin
-        self.num_steps += 1
-        self.loop.call_soon_threadsafe(self.stepped.set)
-        return [SimpleNamespace(finished=True, request_id=name) for name in self.aborted]
-
-    def collective_rpc(self, method: str, args: Any = (), kwargs: Any = None) -> None:
-        if self.fails and method == "update_weights":
-            raise DeadlineError("bucket 1, version 0.8", "group weights-to-generator-0, rank 1 of 2", 5.0)
-
-
-class Sampling:
-    """An engine that is stepped by its thread, around a fake."""
-
-    def __init__(self) -> None:
-        self.llm = FakeLLM()
-        self.engine = engine = object.__new__(InProcessEngine)
-        engine._engine, engine._commands, engine._wake = self.llm, deque(), threading.Condition()  # type: ignore[assignment]
-        engine._waiting, engine._closed, engine._failure, engine.version = {}, False, None, "0.0"
-        engine._is_whole = True
-        engine._thread = threading.Thread(target=engine._run, daemon=True)
-        engine._thread.start()
-
-    async def ask(self, name: str) -> asyncio.Task[Any]:
-        request = SampleRequest(name, [1], 1.0, 4, 0, (), "")
-        self.llm.added.clear()
-        task = asyncio.create_task(self.engine.sample(request))
-        await self.llm.added.wait()
-        return task
-
-    async def step(self) -> None:
-        self.llm.stepped.clear()
-        await self.llm.stepped.wait()
-
-
-@pytest.fixture
-def plain_requests(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("actors.vllm_in_process.engine_prompt", lambda request: None)
-    monkeypatch.setattr("actors.vllm_in_process.sampling_params", lambda request: None)
-
-
-@pytest.mark.usefixtures("plain_requests")
-def test_an_engine_that_gives_up_tells_whoever_waits_and_goes_on() -> None:
-    async def law() -> None:
-        sampling = Sampling()
-        first = [await sampling.ask("a/0/0"), await sampling.ask("a/1/0")]
-        await sampling.engine.abort()
-        for waiting in first:
-            with pytest.raises(RuntimeError, match="given up"):
-                await waiting
-        assert sampling.llm.aborted == ["a/0/0", "a/1/0"]
-        later = await sampling.ask("b/0/1")
-        await sampling.step()
-        await sampling.engine.check()
-        assert not later.done(), "what is asked for afterwards is not given up"
-        later.cancel()
-        sampling.engine.close()
-
-    bounded(law)
-
-
-@pytest.mark.usefixtures("plain_requests")
-def test_an_engine_with_half_a_version_samples_nothing_until_it_has_a_whole_one() -> None:
-    async def law() -> None:
-        sampling = Sampling()
-        waiting = await sampling.ask("a/0/0")
-        await sampling.step()
-        sampling.llm.fails = True
-        with pytest.raises(DeadlineError, match="bucket 1"):
-            await sampling.engine.update_weights({}, "0.8")
-        stood_at = sampling.llm.num_steps
-        await sampling.engine.rpc("burnish_fingerprints")  # it answers
-        assert sampling.llm.num_steps == stood_at and sampling.engine.version == "0.0"
-        sampling.llm.fails = False
-        await sampling.engine.update_weights({}, "1.6")
-        await sampling.step()
-        assert sampling.engine.version == "1.6" and not waiting.done()
-        waiting.cancel()
-        sampling.engine.close()
-
-    bounded(law)
-
-
-# --- whole runs: a rank is killed -------------------------------------------------------------------
-
-COMMON = ("evaluation.every=0", "checkpoint.export=false", "checkpoint.keep=99")
-
-
-def kill(run: Run, title: str) -> dict[str, int]:
-    """Kill one rank; the generators' pids before it."""
-    pids = {name: worker(run, name).pid for name in ("generator-0", "generator-1")}
-    os.kill(worker(run, title).pid, signal.SIGKILL)
-    return pids
-
-
-def check_restart(run: Run, pids: dict[str, int], role: str, rank: int) -> dict[str, Any]:
-    """The event of the restart; nobody but the ranks was started again, and the run ended by itself."""
-    back = event(run, "learner_restarted")
-    assert {name: worker(run, name).pid for name in pids} == pids
-    assert run.end() == 0, run.tail()
-    events = run.rows("events.jsonl")
-    (died,) = [e for e in events if e["kind"] == "rank_died"]
-    assert (died["role"], died["rank"]) == (role, rank) == (back["role"], back["rank"])
-    assert not [e for e in events if e["kind"] in ("worker_died", "generator_joined", "start_failed", "failed")]
-    assert events[-1]["kind"] == "finished"
-    assert 0 < back["recover_s"] < RUN_S and back["version"] == f"1.{back['step']}"
-    superseded = [row["step"] for row in run.rows("metrics.superseded.jsonl")]
-    assert len(superseded) == back["num_superseded"] and superseded == sorted(superseded)
-    last = CheckpointStore(run.folder / "checkpoints").latest()
-    assert last is not None and last.metadata["incarnation"] == 1
-    assert last.metadata["ledger"]["entries"] == [], "at the end nothing is left over"
-    assert last.metadata["ledger"]["counts"] == {"trained": 4 * last.step, "dropped": 0, "failed": 0}
-    return back
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(2 * RUN_S + 300)
-def test_a_learner_rank_is_killed_and_the_generators_get_the_weights_of_the_checkpoint_over_new_groups(
-    start: Start,
-) -> None:
-    run = start(
-        "rank", *COMMON, "run.num_steps=12", "checkpoint.every=3", "learner.zero_stage=2", "push.backend=nccl",
-        "model.dtype=float32", "push.bucket_bytes=65536",
-    )  # fmt: skip
-    run.until("events.jsonl", lambda e: e["kind"] == "checkpoint" and e["step"] >= 3)
-    run.until("metrics.jsonl", lambda row: row["step"] >= 4)
-    back = check_restart(run, kill(run, "learner-1"), "learner", 1)
-    assert back["step"] >= 3
-    check_lineage(run.folder, 12, lambda step: 0 if step <= back["step"] else 1)
-    for row in run.rows("metrics.jsonl"):
-        assert row["sampling/sampling_logp_difference/max"] < 1e-4, "what was sampled with is what the learner holds"
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(2 * RUN_S + 300)
-def test_an_asynchronous_run_loses_its_learner_and_trains_what_was_spooled_and_every_position_once(
-    start: Start,
-) -> None:
-    run = start("async", *COMMON, *LONG, "run.num_steps=14", "checkpoint.every=3", "checkpoint.keep=10")
-    run.until("events.jsonl", lambda e: e["kind"] == "checkpoint" and e["step"] >= 3)
-    run.until("metrics.jsonl", lambda row: row["step"] >= 5)
-    back = check_restart(run, kill(run, "learner-0"), "learner", 0)
-    test_async_run.check_lineage(run.folder, 14)
-    assert Path(back["checkpoint"]).is_dir()
-    spool = Path(back["checkpoint"]) / UNTRAINED  # none when the learner was waiting for every group there was
-    spooled = {g.summary.group_id for g in read_spool(spool)} if spool.exists() else set()
-    old: set[str] = set()
-    for step in range(back["step"] + 1, 15):
-        for row in trajectories(run.folder, step):
-            for span in row["version_spans"]:
-                if span["incarnation"] == 0:
-                    assert span["step"] <= back["step"]
-                    old.add(row["group_id"])
-    assert old == spooled, "trajectories newer than the checkpoint that were not spooled with it, or lost ones"
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(2 * RUN_S + 300)
-def test_without_a_checkpoint_a_killed_critic_takes_both_models_back_to_the_beginning(start: Start) -> None:
-    run = start(
-        "critic", *COMMON, *PPO, "run.num_steps=6", "checkpoint.every=0", "learner.num_workers=1",
-        "learner.zero_stage=0", "critic.zero_stage=0", "model.dtype=float32",
-    )  # fmt: skip
-    run.until("metrics.jsonl", lambda row: row["step"] >= 2)
-    first = run.rows("metrics.jsonl")[0]
-    back = check_restart(run, kill(run, "critic-0"), "critic", 0)
-    assert back["step"] == 0 and back["checkpoint"] == "none: from the beginning"
-    check_lineage(run.folder, 6, lambda step: 1)
-    again = run.rows("metrics.jsonl")[0]
-    for name in ("reward", "completions/mean_length", "critic/value_mean"):
-        assert again[name] == pytest.approx(first[name]), "the same weights sample the same"
