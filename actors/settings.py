@@ -64,7 +64,7 @@ class GeneratorSettings(Settings):
     gpu_memory_utilization: float = Field(0.85, gt=0, le=1, description="share of the GPU for weights and KV cache")
     compile: bool | None = Field(None, description="torch.compile / CUDA graphs; default: on GPU only")
     engine_args: dict[str, Any] = Field(default_factory=dict, description="passed through to vLLM's EngineArgs")
-    start_deadline_s: float = Field(900.0, gt=0, description="for the engine to be ready")
+    start_deadline_s: float = Field(900.0, gt=0, description="for the engine to be ready, and for its first samples")
     group_deadline_s: float = Field(1800.0, gt=0, description="for one group of samples")
 
 

@@ -14,16 +14,19 @@ from trainers.errors import VerificationError
 
 
 async def probe(
-    publisher: Publisher, prompts: list[np.ndarray], max_tokens: int, seed: int, tolerance: float
+    publisher: Publisher, prompts: list[np.ndarray], max_tokens: int, seed: int, tolerance: float, deadline_s: float
 ) -> dict[str, float]:
     """``mean_difference`` of the log-probs of the same tokens, in nats, of the generator where it is largest.
 
-    Every member samples each of ``prompts`` (int32 [P]) once, the learner scores what came.
+    Every member samples each of ``prompts`` (int32 [P]) once, the learner scores what came.  ``deadline_s``, of a
+    member's samples and of their scores, is that of a start: an engine's first work takes as long as the libraries and
+    kernels that it needs for the first time take to load, on a machine that has just been started a good while.
 
     Raises:
+        DeadlineError: a generator or the learner did not answer.
         VerificationError: the mean absolute difference of some generator exceeds ``tolerance`` nats, or there is none.
     """
-    worst, deadline_s = 0.0, publisher.deadline_s
+    worst = 0.0
     if not len(publisher.roster):
         raise VerificationError(f"no generator took the first push in; {publisher.roster.last_reason}")
     for member in publisher.roster.members:

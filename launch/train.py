@@ -188,6 +188,7 @@ class _Run:
         found = await probe(
             fleet.publisher, [p.token_ids for p in self.prepared.train[:PROBE_PROMPTS]],
             min(PROBE_TOKENS, config.generator.sampling.max_tokens), config.run.seed, config.push.probe_tolerance,
+            max(config.generator.start_deadline_s, config.learner.start_deadline_s),
         )  # fmt: skip
         self.telemetry.event(
             "ready", step=self.first_step, version=str(self.version), start_s=round(start_s, 2),

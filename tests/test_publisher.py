@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from actors.publisher import Publisher, Transport
@@ -280,6 +281,23 @@ def test_a_joiner_that_cannot_load_is_not_admitted(transport: Transport, tmp_pat
     run(law)
 
 
+def test_the_first_samples_of_an_engine_have_the_time_of_a_start_and_not_that_of_a_push(tmp_path: Path) -> None:
+    async def law() -> None:
+        world = World("file", 2, tmp_path)
+        given: dict[str, set[float]] = {"probe": set(), "score": set()}
+
+        async def answered(index: int, method: str, *args: Any, deadline_s: float) -> Any:
+            given[method].add(deadline_s)
+            return ([1, 2], np.array([-1.0, -2.0])) if method == "probe" else [np.array([-1.0, -2.5])]
+
+        world.generators.call = world.learner.call = answered  # type: ignore[method-assign]
+        found = await probe(world.publisher, [np.array([1], np.int32)], 2, 0, 0.3, 40 * LIMIT_S)
+        assert found["mean_difference"] == 0.25
+        assert given == {"probe": {40 * LIMIT_S}, "score": {40 * LIMIT_S}}
+
+    run(law)
+
+
 def test_a_push_without_members_is_complete_and_who_comes_next_catches_up_with_it(tmp_path: Path) -> None:
     async def law() -> None:
         world = World("file", 1, tmp_path)
@@ -287,7 +305,7 @@ def test_a_push_without_members_is_complete_and_who_comes_next_catches_up_with_i
         report = await world.publisher.push(v(1))
         assert report.num_verified == 0 and report.pause_s == 0 and len(world.roster) == 0
         with pytest.raises(VerificationError, match=r"generator-0: push of version 0.1: WorkerDiedError: gen"):
-            await probe(world.publisher, [], 4, 0, 0.1)
+            await probe(world.publisher, [], 4, 0, 0.1, 1.0)
         await world.publisher.push(v(2))
         assert await world.publisher.catch_up(Member(1, "generator-1")) == "0.2"
 
