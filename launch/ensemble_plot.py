@@ -38,8 +38,8 @@ class StudyRun:
 def ensemble_plot(arms: Mapping[str, Sequence[StudyRun]], start: float, path: Path, unit: str) -> tuple[Path, Path]:
     """Draw into ``path`` as SVG and PNG; returns both files.
 
-    Left: gold of every policy, and the mean of the runs' laws with its 95 % interval over runs.  Middle: the proxy that
-    was trained on.  Right: the disagreement of the ensemble's members on the same samples.
+    Left: gold of every policy, and the mean of the runs' laws with its 95 % interval over runs, where all of them were.
+    Middle: the proxy that was trained on.  Right: the disagreement of the ensemble's members on the same samples.
     """
     import matplotlib as mpl
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -50,8 +50,8 @@ def ensemble_plot(arms: Mapping[str, Sequence[StudyRun]], start: float, path: Pa
     gold, proxy, apart = figure.subplots(1, 3)
     for number, (name, runs) in enumerate(arms.items()):
         colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
-        _points(gold, runs, [r.gold for r in runs], colour, marker, "")
-        _band(gold, runs, start, colour, name)
+        _points(gold, runs, [r.gold for r in runs], colour, marker, name)
+        _band(gold, runs, start, colour)
         _points(proxy, runs, [r.proxy for r in runs], colour, marker, name)
         _points(apart, runs, [r.disagreement for r in runs], colour, marker, name)
     titles = "gold, with 95 % interval over runs", "proxy: what each was trained on", "disagreement of the members"
@@ -82,12 +82,15 @@ def _points(
                       label=label if number == 0 and label else None)  # fmt: skip
 
 
-def _band(axes: Axes, runs: Sequence[StudyRun], start: float, colour: str, label: str) -> None:
-    """As far as two runs or more got: one run has no interval."""
-    reached = sorted((float(np.sqrt(max(r.kl.max(), 0.0))) for r in runs), reverse=True)
-    d = np.linspace(0.0, reached[min(1, len(reached) - 1)], NUM_DRAWN)
+def _band(axes: Axes, runs: Sequence[StudyRun], start: float, colour: str) -> None:
+    """Where all runs were: elsewhere the mean would jump, and the interval of two runs is wider than any picture."""
+    reach = [run.by_gold.reach for run in runs]
+    least, largest = (max((r[0] for r in reach if r), default=0.0), min((r[1] for r in reach if r), default=0.0))
+    if None in reach or least >= largest:
+        return
+    d = np.linspace(least, largest, NUM_DRAWN)
     curves = gold_curves([r.by_gold for r in runs], [float(x) for x in d], start)
     found = [mean_of(curves[:, i]) for i in range(d.size)]
-    axes.plot(d, [e.value for e in found], color=colour, linewidth=1.8, label=label)
+    axes.plot(d, [e.value for e in found], color=colour, linewidth=1.8)
     low, high = ([getattr(e, end) if e.n > 1 else np.nan for e in found] for end in ("low", "high"))
     axes.fill_between(d, low, high, color=colour, alpha=0.18, linewidth=0)

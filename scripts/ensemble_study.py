@@ -1,12 +1,12 @@
 """``make ensemble-study``: over-optimisation of one reward model against that of an ensemble, at equal KL.
 
-    python -m scripts.study --ensemble worst_case [--members 3] [--steps 12] [--kl-coef 0] [--quick]
+    python -m scripts.study --ensemble worst_case [--members 3] [--runs 4] [--steps 20] [--kl-coef 0] [--quick]
 
 Continues a directory in which ``make pipeline`` ran: its reward model is the first member, the others learn from the
-same labels under other seeds (order, and which prompts are held out).  Then PPO, once a member: run i against member
-i alone, and run i against all of them, from the same critic, prompts and seed.  In the first kind the ensemble is only
-measured.  A stage that has ended is not run again; one that was cut off starts afresh.
-Coste et al. 2023 (arXiv:2310.02743); with three members and 12 steps about 40 minutes on two cores.
+same labels under other seeds (order, and which prompts are held out).  Then PPO in pairs of runs: one against a single
+member (run i against member i modulo their number), one against all of them, from the same critic, prompts and seed.
+In the first kind the ensemble is only measured.  A stage that has ended is not run again; one that was cut off starts
+afresh.  Coste et al. 2023 (arXiv:2310.02743).
 May import: numpy, rich, scripts.{pipeline, stages}, launch.*, trainers.*.
 """
 
@@ -28,12 +28,13 @@ from launch.eval_report import plain
 from launch.journal import read_rows
 from scripts.pipeline import QUICK
 from scripts.stages import StageError, Stages
-from trainers.equal_kl import AtDistance, compare, mean_of
+from trainers.calibration import Estimate
+from trainers.equal_kl import MOVED, AtDistance, compare, mean_of, overall, verdict
 
 SINGLE, ENSEMBLE = "one reward model", "ensemble"
-DISTANCES = (0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 4.5, 5.0)  # sqrt(nats)
+DISTANCES = (0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 4.5, 5.0, 5.5, 6.0)  # sqrt(nats)
 UNIT = "standard deviations over SFT samples"
-QUICK_STEPS = 4
+STEPS, QUICK_STEPS = 20, 4  # gold begins to fall after a dozen
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +44,7 @@ class Study:
     combine: str
     uncertainty_coef: float | None
     num_members: int
+    num_runs: int  # of each kind
     num_steps: int
     kl_coef: float
     quick: bool
@@ -55,9 +57,23 @@ class Study:
 
     def run_name(self, arm: str, seed: int) -> str:
         """Names everything that decides the run, so that another study takes none of its stages for its own."""
-        coef = "" if self.uncertainty_coef is None else f"-{self.uncertainty_coef:g}"
-        what = "single" if arm == SINGLE else f"{self.combine}{coef}"
-        return f"es-{what}-of-{self.num_members}-beta-{self.kl_coef:g}-steps-{self.num_steps}-seed-{seed}"
+        return f"es-{self._of('single' if arm == SINGLE else self._combined)}-seed-{seed}"
+
+    def member_name(self, seed: int) -> str:
+        return f"reward-{seed}" + ("-quick" if self.quick else "")
+
+    @property
+    def name(self) -> str:
+        """Of the folder of its results."""
+        return f"ensemble-study-{self._of(self._combined)}-runs-{self.num_runs}"
+
+    @property
+    def _combined(self) -> str:
+        return self.combine + ("" if self.uncertainty_coef is None else f"-{self.uncertainty_coef:g}")
+
+    def _of(self, what: str) -> str:
+        quick = "-quick" if self.quick else ""
+        return f"{what}-of-{self.num_members}-beta-{self.kl_coef:g}-steps-{self.num_steps}{quick}"
 
 
 def run_members(stages: Stages, study: Study) -> list[Path]:
@@ -66,7 +82,7 @@ def run_members(stages: Stages, study: Study) -> list[Path]:
     own, sft = f"run.directory={directory}", only(directory, "sft/export/step-*")
     members = [only(directory, "reward/export/step-*")]
     for seed in range(1, study.num_members):
-        name = f"reward-{seed}"
+        name = study.member_name(seed)
         stages.cleared(name, directory / name)
         members.append(
             stages.run(
@@ -87,12 +103,13 @@ SMALL = ("learner.token_budget=512", "learner.logprob_chunk=256", "critic.token_
 
 
 def run_policies(stages: Stages, study: Study, members: Sequence[Path]) -> dict[str, list[Path]]:
-    """PPO run folders of both arms, one a member each."""
+    """PPO run folders of both arms, in pairs."""
     directory, data = stages.directory, stages.directory / "data"
     sft = only(directory, "sft/export/step-*")
     all_of_them = {"path": [str(m) for m in members], "normalize": True, "ensemble": study.combination}
     folders: dict[str, list[Path]] = {SINGLE: [], ENSEMBLE: []}
-    for seed, member in enumerate(members):
+    for seed in range(study.num_runs):
+        member = members[seed % len(members)]
         one = {"name": "proxy", "path": str(member), "normalize": True}
         entries = {
             SINGLE: [one, {"name": "ensemble", "weight": 0.0, **all_of_them}],
@@ -127,12 +144,12 @@ def only(directory: Path, pattern: str) -> Path:
 
 
 def study_runs(folders: Mapping[str, Sequence[Path]]) -> dict[str, list[StudyRun]]:
-    """Every run in units of the SFT model's own spread, which is that of the samples of all runs' first step."""
+    """Every run in units of the SFT model's own spread: that of the samples of steps before the policy moved."""
     rows = {
         arm: [[r for r in read_rows(f / "metrics.jsonl") if r.get("objective/kl") is not None] for f in of_arm]
         for arm, of_arm in folders.items()
     }
-    first = [runs[0] for of_arm in rows.values() for runs in of_arm if runs]
+    first = [row for of_arm in rows.values() for recorded in of_arm for row in _unmoved(recorded)]
     if not first:
         raise StageError("no PPO run recorded objective/kl: nothing can be compared")
 
@@ -142,7 +159,7 @@ def study_runs(folders: Mapping[str, Sequence[Path]]) -> dict[str, list[StudyRun
 
     runs: dict[str, list[StudyRun]] = {}
     for arm, of_arm in rows.items():
-        starts = [recorded[0] for recorded in of_arm if recorded]
+        starts = [row for recorded in of_arm for row in _unmoved(recorded)]
         runs[arm] = [
             StudyRun(
                 np.array([max(float(row["objective/kl"]), 0.0) for row in recorded]),
@@ -156,35 +173,57 @@ def study_runs(folders: Mapping[str, Sequence[Path]]) -> dict[str, list[StudyRun
     return runs
 
 
-def report(runs: Mapping[str, Sequence[StudyRun]], console: Console) -> list[AtDistance]:
-    """Print both tables and the verdict; the comparison at each distance."""
+def _unmoved(recorded: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Rows of the SFT model's own samples: the first, and those that follow while only the critic learns."""
+    return [row for i, row in enumerate(recorded) if i == 0 or float(row["objective/kl"]) <= MOVED**2]
+
+
+@dataclass(frozen=True, slots=True)
+class Findings:
+    """What the study says."""
+
+    said: str
+    difference: Estimate  # of gold, ensemble less single, over ``distances``; it alone decides
+    distances: tuple[float, ...]  # sqrt(nats) that every run was at
+    at_equal_kl: tuple[AtDistance, ...]
+
+
+def findings(runs: Mapping[str, Sequence[StudyRun]]) -> Findings:
+    """Of runs of both arms, in pairs."""
+    single, ensemble = ([run.by_gold for run in runs[arm]] for arm in (SINGLE, ENSEMBLE))
+    distances, difference = overall(single, ensemble, DISTANCES, 0.0)
+    if difference.n < 2:
+        said = "nothing can be compared: there is no distance that every run was at, or only one pair of runs"
+    else:
+        said = {
+            "higher": "the ensemble reaches higher gold at equal KL",
+            "lower": "the ensemble reaches LOWER gold at equal KL",
+            "not told apart": "the study does not tell the two apart: the interval of the difference contains 0",
+        }[verdict(difference)]
+    return Findings(said, difference, distances, tuple(compare(single, ensemble, DISTANCES, 0.0)))
+
+
+def report(runs: Mapping[str, Sequence[StudyRun]], found: Findings, console: Console) -> None:
+    """Print both tables and the verdict."""
     ends = Table(title="at the last step, mean and 95 % interval over runs")
-    for column in ("trained on", "runs", "KL, nats", "proxy", "gold", "gold at its best", "disagreement"):
+    for column in ("trained on", "runs", "KL, nats", "proxy", "gold", "disagreement"):
         ends.add_column(column)
     for arm, of_arm in runs.items():
-        last = [[r.kl[-1], r.proxy[-1], r.gold[-1], r.gold.max(), r.disagreement[-1]] for r in of_arm]
+        last = [[r.kl[-1], r.proxy[-1], r.gold[-1], r.disagreement[-1]] for r in of_arm]
         ends.add_row(arm, str(len(of_arm)), *(str(mean_of(np.array(column))) for column in zip(*last, strict=True)))
     console.print(ends)
-    found = compare([r.by_gold for r in runs[SINGLE]], [r.by_gold for r in runs[ENSEMBLE]], DISTANCES, 0.0)
     equal = Table(title="gold at equal KL")
     for column in ("sqrt(KL)", SINGLE, ENSEMBLE, "difference", "the ensemble's gold is"):
         equal.add_column(column)
-    for at in found:
+    for at in found.at_equal_kl:
         if at.difference.n:
             difference = f"{at.difference} (n {at.difference.n})"
             equal.add_row(f"{at.d:g}", str(at.first), str(at.second), difference, at.verdict)
     console.print(equal)
-    verdicts = {at.verdict for at in found if at.difference.n > 1}
-    if "higher" in verdicts and "lower" not in verdicts:
-        said = "the ensemble reaches higher gold at equal KL"
-    elif "lower" in verdicts and "higher" not in verdicts:
-        said = "the ensemble reaches LOWER gold at equal KL"
-    elif len(verdicts & {"higher", "lower"}) == 2:
-        said = "which of the two reaches higher gold depends on the KL"
-    else:
-        said = "the study does not tell the two apart: every interval of the difference contains 0"
-    console.print(f"[bold]{said}[/bold]")
-    return found
+    if found.distances:
+        where = f"mean over sqrt(KL) {found.distances[0]:g} to {found.distances[-1]:g}, where every run was"
+        console.print(f"difference of gold, {where}: {found.difference} (n {found.difference.n})")
+    console.print(f"[bold]{found.said}[/bold]")
 
 
 def run_study(directory: Path, study: Study, console: Console) -> None:
@@ -192,13 +231,15 @@ def run_study(directory: Path, study: Study, console: Console) -> None:
     stages = Stages(directory, console)
     folders = run_policies(stages, study, run_members(stages, study))
     runs = study_runs(folders)
-    found = report(runs, console)
-    svg, png = ensemble_plot(runs, 0.0, directory / "ensemble-study.svg", UNIT)
+    found = findings(runs)
+    report(runs, found, console)
+    target = directory / study.name
+    svg, png = ensemble_plot(runs, 0.0, target / "study.svg", UNIT)
     rows = {
         arm: [{"kl": r.kl.tolist(), "gold": r.gold.tolist(), "proxy": r.proxy.tolist(),
                "disagreement": r.disagreement.tolist()} for r in of_arm]
         for arm, of_arm in runs.items()
     }  # fmt: skip
-    written = {"study": asdict(study), "at_equal_kl": found, "runs": rows}
-    (directory / "ensemble-study.json").write_text(json.dumps(plain(written), indent=1) + "\n", encoding="utf-8")
-    console.print(f"plot: {svg} and {png}; numbers: {directory / 'ensemble-study.json'}")
+    written = {"study": asdict(study), "findings": found, "runs": rows}
+    (target / "study.json").write_text(json.dumps(plain(written), indent=1) + "\n", encoding="utf-8")
+    console.print(f"plot: {svg} and {png}; numbers: {target / 'study.json'}")

@@ -24,7 +24,7 @@ from rich.table import Table
 
 from launch.journal import read_rows
 from launch.study_plot import Series, StudyPoint, fit_table, study_plot
-from scripts.ensemble_study import QUICK_STEPS, Study, run_study
+from scripts.ensemble_study import QUICK_STEPS, STEPS, Study, run_study
 from scripts.stages import StageError, Stages
 from trainers.ensembles import Combination
 from trainers.overoptimisation import BEST_OF_N, RL, Fit, bon_estimate, fit
@@ -114,8 +114,8 @@ def ensemble_study(arguments: argparse.Namespace, directory: Path, console: Cons
         coef = 0.5
     quick = arguments.quick
     study = Study(
-        arguments.ensemble, coef, 2 if quick else arguments.members,
-        arguments.steps or (QUICK_STEPS if quick else 12), arguments.kl_coef, quick,
+        arguments.ensemble, coef, 2 if quick else arguments.members, 2 if quick else arguments.runs,
+        arguments.steps or (QUICK_STEPS if quick else STEPS), arguments.kl_coef, quick,
     )  # fmt: skip
     try:
         run_study(directory, study, console)
@@ -129,17 +129,20 @@ def main() -> int:
     """Run what is missing, draw, print the fits; exit code 1 when a stage failed."""
     parser = argparse.ArgumentParser(prog="study")
     parser.add_argument("--directory", type=Path, default=Path("runs/pipeline"))
-    parser.add_argument("--steps", type=int, help="PPO steps of each run; default: 16, with --ensemble 12")
+    parser.add_argument("--steps", type=int, help=f"PPO steps of each run; default: 16, with --ensemble {STEPS}")
     ensemble = parser.add_argument_group("one reward model against an ensemble")
     ensemble.add_argument("--ensemble", choices=get_args(Combination), help="how the members become one reward")
     ensemble.add_argument("--uncertainty-coef", type=float, help="with mean_minus_variance; default: 0.5")
-    ensemble.add_argument("--members", type=int, default=3, help="reward models, and runs of each kind")
+    ensemble.add_argument("--members", type=int, default=3, help="reward models")
+    ensemble.add_argument("--runs", type=int, default=4, help="runs of each kind; they give the interval")
     ensemble.add_argument("--kl-coef", type=float, default=0.0, help="beta of every run")
     ensemble.add_argument("--quick", action="store_true", help="two tiny members, few steps: does everything run?")
     arguments = parser.parse_args()
     directory, console = arguments.directory.absolute(), Console()
     if arguments.members < 2:
         parser.error(f"--members={arguments.members}: an ensemble has at least two")
+    if arguments.runs < 2:
+        parser.error(f"--runs={arguments.runs}: one pair of runs has no interval")
     if arguments.uncertainty_coef is not None and arguments.ensemble != "mean_minus_variance":
         parser.error(f"--uncertainty-coef has no meaning with --ensemble={arguments.ensemble}")
     if arguments.ensemble is not None:

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from launch.journal import read_rows
 from scripts import ensemble_study, iterate, study
 from scripts.ensemble_study import ENSEMBLE, SINGLE, Study, study_runs
 from scripts.stages import StageError, Stages
-from trainers.equal_kl import KLRun, compare, gold_curves
+from trainers.equal_kl import MOVED, KLRun, compare, gold_curves, overall
 
 ENVIRONMENT = os.environ | {"WANDB_MODE": "offline", "HF_HUB_OFFLINE": "1"}
 
@@ -35,7 +36,8 @@ def test_a_planted_difference_is_found_and_only_where_both_were() -> None:
     better = [planted(1.2, 0.5, 2.5, 0.05, 10 + i) for i in range(4)]
     found = compare(worse, better, (1.0, 2.0, 3.0), 0.0)
     assert [at.verdict for at in found] == ["higher", "higher", "not told apart"]
-    assert [at.difference.n for at in found] == [4, 4, 0] and [at.first.n for at in found] == [4, 4, 4]
+    assert [at.difference.n for at in found] == [4, 4, 0] == [at.first.n for at in found]
+    assert all(at.second.value - at.first.value == pytest.approx(at.difference.value) for at in found[:2])
     assert found[0].difference.value == pytest.approx(0.2, abs=0.1)
     swapped = compare(better, worse, (1.0, 2.0), 0.0)
     assert [at.verdict for at in swapped] == ["lower", "lower"]
@@ -46,6 +48,24 @@ def test_a_run_against_itself_differs_by_nothing() -> None:
     for at in compare(runs, runs, (0.5, 1.5), 0.0):
         assert at.difference.value == at.difference.low == at.difference.high == 0
         assert at.verdict == "not told apart"
+
+
+def test_nothing_is_read_where_a_run_never_was_nor_off_the_rounding_of_its_start() -> None:
+    d = np.array([0.0, MOVED / 2, 1.5, 2.0, 3.0])
+    (curve,) = gold_curves([KLRun(d**2, d * 0.5)], (MOVED / 2, 0.5, 1.4, 1.5, 3.0, 3.1), 0.0)
+    assert np.isfinite(curve).tolist() == [False, False, False, True, True, False]
+
+
+def test_one_number_decides_over_the_distances_that_every_run_was_at() -> None:
+    short = [planted(1.0, 0.6, 4.0, 0.05, i) for i in range(4)]
+    better = [planted(1.2, 0.6, 2.2, 0.05, 10 + i) for i in range(4)]
+    distances, difference = overall(short, better, (0.1, 1.0, 2.0, 3.0), 0.0)
+    assert distances == (1.0, 2.0) and difference.n == 4
+    each = [at.difference.value for at in compare(short, better, distances, 0.0)]
+    assert difference.value == pytest.approx(np.mean(each)) and difference.low > 0
+    still = KLRun(np.zeros(4), np.zeros(4))
+    distances, nothing = overall([*short, still], [*better, planted(1, 0.5, 2)], (1.0, 2.0), 0.0)
+    assert distances == () and nothing.n == 0
 
 
 def test_one_pair_of_runs_tells_nothing_apart() -> None:
@@ -67,11 +87,13 @@ def test_unequal_numbers_of_runs_are_refused() -> None:
 # --- what the scripts read and draw -----------------------------------------------------------
 
 
-def write_run(folder: Path, gold: list[float], disagreement: list[float] | None) -> Path:
+def write_run(
+    folder: Path, gold: list[float], disagreement: list[float] | None, kl: list[float] | None = None
+) -> Path:
     folder.mkdir(parents=True)
     rows: list[dict[str, Any]] = [
-        {"step": i + 1, "objective/kl": 0.5 * i - 0.001, "rewards/gold/mean": g, "rewards/gold/std": 2.0,
-         "rewards/proxy/mean": 1.0 + i, "rewards/proxy/std": 1.0}
+        {"step": i + 1, "objective/kl": 0.5 * i - 0.001 if kl is None else kl[i], "rewards/gold/mean": g,
+         "rewards/gold/std": 2.0, "rewards/proxy/mean": 1.0 + i, "rewards/proxy/std": 1.0}
         | ({} if disagreement is None else {"disagreement/mean": disagreement[i]})
         for i, g in enumerate(gold)
     ]  # fmt: skip
@@ -89,8 +111,28 @@ def test_gold_is_in_units_of_the_first_step_of_all_runs(tmp_path: Path) -> None:
     np.testing.assert_allclose(runs[SINGLE][0].gold, [-0.5, 0.5, 1.5, 0.0])  # start 2, spread 2
     assert runs[SINGLE][0].kl[0] == 0 and np.isnan(runs[SINGLE][0].disagreement).all()
     np.testing.assert_allclose(runs[ENSEMBLE][1].proxy, [0.0, 1.0, 2.0, 3.0])
-    found = ensemble_study.report(runs, Console(quiet=True))
-    assert [at.d for at in found] == list(ensemble_study.DISTANCES)
+    found = ensemble_study.findings(runs)
+    ensemble_study.report(runs, found, Console(quiet=True))
+    assert [at.d for at in found.at_equal_kl] == list(ensemble_study.DISTANCES)
+    assert found.distances == (1.0,) and found.difference.n == 2, "steps 2 to 4 lie between 0.7 and 1.2"
+
+
+def test_the_steps_before_the_policy_moves_are_all_samples_of_the_start(tmp_path: Path) -> None:
+    folders = {SINGLE: [write_run(tmp_path / "s", [1.0, 3.0, 5.0], None, kl=[0.0, 0.0, 1.0])],
+               ENSEMBLE: [write_run(tmp_path / "e", [1.0, 3.0, 5.0], None, kl=[0.001, 1.0, 2.0])]}  # fmt: skip
+    runs = study_runs(folders)
+    np.testing.assert_allclose(runs[SINGLE][0].gold, (np.array([1.0, 3.0, 5.0]) - 5 / 3) / 2)
+    np.testing.assert_allclose(runs[SINGLE][0].proxy, [-0.5, 0.5, 1.5])
+    np.testing.assert_allclose(runs[ENSEMBLE][0].proxy, [0.0, 1.0, 2.0])
+
+
+def test_a_study_in_which_nothing_can_be_compared_says_so() -> None:
+    nowhere = np.full(4, np.nan)
+    still = StudyRun(np.zeros(4), np.zeros(4), np.zeros(4), nowhere)
+    run = StudyRun(np.array([0.0, 1.0, 4.0, 9.0]), np.arange(4.0), np.arange(4.0), nowhere)
+    found = ensemble_study.findings({SINGLE: [run, still], ENSEMBLE: [run, run]})
+    assert found.said.startswith("nothing can be compared") and found.distances == ()
+    ensemble_study.report({SINGLE: [run, still], ENSEMBLE: [run, run]}, found, Console(quiet=True))
 
 
 def test_the_study_is_drawn_and_the_same_runs_give_the_same_bytes(tmp_path: Path) -> None:
@@ -106,12 +148,15 @@ def test_the_study_is_drawn_and_the_same_runs_give_the_same_bytes(tmp_path: Path
 
 
 def test_stages_of_unlike_studies_have_unlike_names() -> None:
-    studies = [Study("worst_case", None, 3, 12, 0.0, False), Study("mean", None, 3, 12, 0.0, False),
-               Study("mean_minus_variance", 0.5, 3, 12, 0.0, False), Study("worst_case", None, 3, 9, 0.0, False),
-               Study("worst_case", None, 3, 12, 0.1, False), Study("worst_case", None, 2, 12, 0.0, False)]  # fmt: skip
+    base = Study("worst_case", None, 3, 4, 12, 0.0, False)
+    studies = [base, replace(base, combine="mean"), Study("mean_minus_variance", 0.5, 3, 4, 12, 0.0, False),
+               replace(base, num_steps=9), replace(base, kl_coef=0.1), replace(base, num_members=2),
+               replace(base, quick=True)]  # fmt: skip
     names = [s.run_name(ENSEMBLE, 1) for s in studies]
     assert len(set(names)) == len(names) and all(len(name) <= 64 for name in names)
-    assert studies[0].run_name(SINGLE, 0) != studies[0].run_name(ENSEMBLE, 0)
+    assert len({s.name for s in [*studies, replace(base, num_runs=5)]}) == len(studies) + 1
+    assert base.run_name(SINGLE, 0) != base.run_name(ENSEMBLE, 0) == replace(base, num_runs=5).run_name(ENSEMBLE, 0)
+    assert base.member_name(1) != replace(base, quick=True).member_name(1), "a tiny model would be taken for a member"
 
 
 def test_a_stage_that_was_cut_off_is_cleared_and_one_that_ended_is_not(tmp_path: Path) -> None:
@@ -128,11 +173,12 @@ def test_without_the_pipeline_both_say_what_to_run(tmp_path: Path) -> None:
     with pytest.raises(StageError, match="make pipeline"):
         iterate.run_rounds(stages, 1, True)
     with pytest.raises(StageError, match="make pipeline"):
-        ensemble_study.run_members(stages, Study("mean", None, 2, 4, 0.0, True))
+        ensemble_study.run_members(stages, Study("mean", None, 2, 2, 4, 0.0, True))
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--ensemble", "mean", "--members", "1"], ["--quick"], ["--uncertainty-coef", "1"]]
+    "arguments", [["--ensemble", "mean", "--members", "1"], ["--ensemble", "mean", "--runs", "1"], ["--quick"],
+                  ["--uncertainty-coef", "1"]]
 )
 def test_a_study_that_makes_no_sense_is_refused(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["study", *arguments])
@@ -169,13 +215,14 @@ def test_every_command_of_the_ensemble_study_is_a_valid_configuration(
     quick: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     commands = recorded(tmp_path, monkeypatch)
-    chosen = Study("mean_minus_variance", 0.5, 3, 12, 0.0, quick)
+    chosen = Study("mean_minus_variance", 0.5, 3, 4, 12, 0.0, quick)
     stages = Stages(tmp_path, Console(quiet=True))
     members = ensemble_study.run_members(stages, chosen)
     folders = ensemble_study.run_policies(stages, chosen, members)
     configs = [valid(command) for command in commands]
-    assert len(configs) == 2 + 6 and {arm: len(f) for arm, f in folders.items()} == {SINGLE: 3, ENSEMBLE: 3}
-    assert [c.run.seed for c in configs] == [1, 2, 0, 0, 1, 1, 2, 2]
+    assert len(configs) == 2 + 8 and {arm: len(f) for arm, f in folders.items()} == {SINGLE: 4, ENSEMBLE: 4}
+    assert [c.run.seed for c in configs] == [1, 2, 0, 0, 1, 1, 2, 2, 3, 3]
+    assert configs[8].reward_models[0].path == str(members[0]), "a fourth run begins with the members anew"
     single, ensemble = configs[4:6]
     assert single.reward_models[0].path == str(members[1]) and single.reward_models[1].weight == 0
     assert ensemble.reward_models[0].paths == tuple(map(str, members))
@@ -235,7 +282,9 @@ def test_study_and_rounds_run_on_a_tiny_model_and_a_second_call_runs_no_stage_ag
         seconds = json.loads((directory / "stages.json").read_text())
         call(*arguments)
         assert json.loads((directory / "stages.json").read_text()) == seconds
-    found = json.loads((directory / "ensemble-study.json").read_text())
+    (results,) = directory.glob("ensemble-study-*/study.json")
+    found = json.loads(results.read_text())
+    assert found["findings"]["said"] and results.with_suffix(".svg").stat().st_size > 1000
     assert {arm: len(runs) for arm, runs in found["runs"].items()} == {SINGLE: 2, ENSEMBLE: 2}
     assert all(r["disagreement"][0] is not None for runs in found["runs"].values() for r in runs)
     (row,) = json.loads((directory / "iterate.json").read_text())
