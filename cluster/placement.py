@@ -34,7 +34,8 @@ logger = logging.getLogger("burnish.cluster")
 
 # Ray's own: without it an actor that asks for no GPU is started with CUDA_VISIBLE_DEVICES="".
 _ACCELERATOR = "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"
-
+# With it Ray ends what an actor has started when the actor is killed: vLLM's engine would go on and keep its GPU.
+_CLEANUP = "RAY_process_group_cleanup_enabled"
 
 KNOCK_TIMEOUT_S = 10.0  # for a TCP connection to the head node, which is up or is not
 
@@ -78,6 +79,7 @@ def start_or_join(settings: ClusterSettings, num_slots: int) -> RayHandle:
                 "start one with `ray start --head`, or leave cluster.address and RAY_ADDRESS unset",
             ) from error
         return RayHandle(address, started_here=False)
+    os.environ.setdefault(_CLEANUP, "true")  # read by the Ray that is started here; who says otherwise is obeyed
     ray.init(
         address="local",
         num_cpus=max(1, num_cpus()),

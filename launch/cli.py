@@ -336,10 +336,12 @@ def _validate(arguments: argparse.Namespace) -> int:
 
 
 def _recipes_ls(arguments: argparse.Namespace) -> int:
-    from launch.recipe_files import list_recipes
+    from launch.recipe_files import describe_recipe, list_recipes
 
-    for line in list_recipes():
-        print(line)
+    names = list_recipes()
+    width = max(map(len, names))
+    for name in names:
+        print(f"{name:{width}}  {describe_recipe(name)}")
     return 0
 
 

@@ -92,15 +92,7 @@ def prepare(config: RunConfig) -> Prepared:
             f"use less than {max_length}",
         )  # fmt: skip
     rewards = [load_reward(r) for r in config.rewards]
-    budget = min(config.learner.token_budget, config.reference.token_budget)
-    if config.algorithm.needs_critic:
-        budget = min(budget, config.critic.token_budget)
-    max_prompt = min(max_length, budget) - max_tokens
-    if max_prompt < 1:
-        raise InputError(
-            "learner.token_budget", budget, f"leaves no room for a prompt beside {max_tokens} completion tokens",
-            f"use more than {max_tokens}",
-        )  # fmt: skip
+    max_prompt = min(max_length - max_tokens, prompt_room(config))
     tokenizer = load_tokenizer(path)
     if config.reference.path is not None and config.algorithm.needs_reference:
         reference = resolve_model(config.reference.path)
@@ -116,6 +108,25 @@ def prepare(config: RunConfig) -> Prepared:
     probe_rewards(rewards, train, PROBE_TIMEOUT_S)
     texts = _pretraining(config, tokenizer, min(max_length, config.learner.token_budget))
     return Prepared(path, facts, max_length, train, held_out, report, critic, texts, policy.adapter)
+
+
+def prompt_room(config: RunConfig) -> int:
+    """Tokens that a prompt may have, so that with the longest completion it is scored and learned from in one pack.
+
+    Raises:
+        InputError: some model's micro-batches hold no prompt beside a completion.
+    """
+    budgets = {"learner.token_budget": config.learner.token_budget}
+    if config.has_reference_workers:
+        budgets["reference.token_budget"] = config.reference.token_budget
+    if config.algorithm.needs_critic:
+        budgets["critic.token_budget"] = config.critic.token_budget
+    max_tokens = config.generator.sampling.max_tokens
+    for field, budget in budgets.items():
+        if budget <= max_tokens:
+            raise InputError(field, budget, f"leaves no room for a prompt beside {max_tokens} completion tokens",
+                             f"use more than {max_tokens}")  # fmt: skip
+    return min(budgets.values()) - max_tokens
 
 
 def _refuse_preferences(prompts: list[Prompt]) -> None:

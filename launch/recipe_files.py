@@ -7,6 +7,7 @@ May import: yaml, trainers.errors.
 from __future__ import annotations
 
 import difflib
+import itertools
 import re
 from importlib import resources
 from pathlib import Path
@@ -53,11 +54,9 @@ def list_recipes() -> list[str]:
 
 
 def describe_recipe(name: str) -> str:
-    """The first comment line of a shipped recipe: what it is for."""
-    for line in read_recipe(name).splitlines():
-        if line.startswith("#"):
-            return line.lstrip("# ").strip()
-    return ""
+    """The first sentence of the comment that a shipped recipe begins with: what it is for."""
+    paragraph = itertools.takewhile(lambda line: line.startswith("# "), read_recipe(name).splitlines())
+    return " ".join(line[2:].strip() for line in paragraph).split(". ")[0].rstrip(".")
 
 
 def read_recipe(name: str) -> str:

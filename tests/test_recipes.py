@@ -15,6 +15,7 @@ from launch.demands import num_gpus_asked
 from launch.eval_config import EvalConfig
 from launch.label_config import LabelConfig
 from launch.overrides import load_config
+from launch.prepare import prompt_room
 from launch.recipe_files import copy_recipe, describe_recipe, list_recipes, read_recipe
 from launch.revise_config import ReviseConfig
 from launch.select_config import SelectConfig
@@ -39,7 +40,31 @@ def test_every_shipped_recipe_is_complete_and_says_what_it_is_for(name: str) -> 
     assert isinstance(resolved.config, kinds)
     assert resolved.config.run.name == name.removeprefix(PIPELINE)
     assert (resolved.config.run.directory == "runs/pipeline") == name.startswith(PIPELINE)
-    assert len(describe_recipe(name)) > 20
+    assert 20 < len(describe_recipe(name)) < 200
+
+
+@pytest.mark.parametrize("name", [n for n in list_recipes() if isinstance(load_config(n).config, RunConfig)])
+def test_every_recipe_that_samples_leaves_room_for_a_prompt_in_each_model_that_it_has(name: str) -> None:
+    assert prompt_room(load_config(name).config) >= 128
+
+
+@pytest.mark.parametrize(
+    ("overrides", "field"),
+    [
+        (("reference.token_budget=64", "algorithm.kl_coef=0.05"), "reference.token_budget"),
+        (("critic.token_budget=64", "algorithm.name=ppo"), "critic.token_budget"),
+        (("learner.token_budget=64", "generator.sampling.max_tokens=64"), "learner.token_budget"),
+    ],
+)
+def test_a_model_whose_micro_batch_holds_no_prompt_is_named_and_one_that_is_not_there_is_not(
+    overrides: tuple[str, ...], field: str
+) -> None:
+    longest = ("generator.sampling.max_tokens=100", "learner.token_budget=300", *overrides)
+    with pytest.raises(InputError, match=f"{field} = 64") as caught:
+        prompt_room(load_config("cpu-demo", longest).config)
+    assert caught.value.field == field
+    absent = (longest[0], longest[1], "reference.token_budget=64", "critic.token_budget=64", "algorithm.kl_coef=0")
+    assert prompt_room(load_config("cpu-demo", absent).config) == 200
 
 
 @pytest.mark.parametrize("name", [name for name in list_recipes() if name.startswith("cpu-") and has_its_prompts(name)])
@@ -131,6 +156,14 @@ def test_the_ray_job_is_valid_yaml_and_trains() -> None:
     nodes = [job["spec"]["rayClusterSpec"]["headGroupSpec"], *job["spec"]["rayClusterSpec"]["workerGroupSpecs"]]
     images = {container["image"] for node in nodes for container in node["template"]["spec"]["containers"]}
     assert len(images) == 1, "every node must run one image"
+    (workers,) = job["spec"]["rayClusterSpec"]["workerGroupSpecs"]
+    assert workers["minReplicas"] == workers["maxReplicas"] == workers["replicas"]
+    assert f"cluster.num_nodes={workers['replicas'] + 1}" in job["spec"]["entrypoint"]
+
+
+@pytest.mark.parametrize("file", ["launch/slurm/burnish.sbatch", "launch/kubernetes/rayjob.yaml", "docker/Dockerfile"])
+def test_a_ray_that_is_started_for_a_run_ends_the_engine_of_a_killed_generator(file: str) -> None:
+    assert "RAY_process_group_cleanup_enabled" in (ROOT / file).read_text()
 
 
 @pytest.mark.parametrize("name", ["Dockerfile", "Dockerfile.cpu"])
