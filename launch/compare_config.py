@@ -58,6 +58,7 @@ class ComparisonSettings(Settings):
     )
     eval_prompts: Positive | None = Field(None, description="use the first held-out prompts only; default: all")
     eval_samples: Positive = Field(2, description="answers to each held-out prompt, under the same seeds for all")
+    note: str = Field("", description="what a reader of the table has to know besides; written above it")
     keep_models: bool = Field(False, description="keep the trained models; else they go once they are evaluated")
     deadline_s: float = Field(7200.0, gt=0, description="for one run, one labelling or one evaluation")
     overrides: dict[str, dict[str, Any]] = Field(

@@ -30,9 +30,9 @@ from trainers.errors import InputError
 from trainers.experience import Prompt
 
 IDENTITY, STAGES = "comparison.json", "stages.json"
-# What may change between two calls: who is compared under which seeds, and where and how it runs.
+# What may change between two calls: who is compared under which seeds, where and how it runs, and what is said of it.
 FREE = ("run.", "compare.algorithms", "compare.seeds", "compare.keep_models", "compare.deadline_s", "compare.overrides",
-        "telemetry.", "cluster.", "reward_workers.", "push.")  # fmt: skip
+        "compare.note", "telemetry.", "cluster.", "reward_workers.", "push.")  # fmt: skip
 DONE, FAILED, STOPPED, SKIPPED = "done", "failed", "stopped", "skipped"
 Run = Callable[[Sequence[str], Path, float], float]  # arguments of burnish, log, deadline -> s; raises StageError
 

@@ -23,6 +23,8 @@ class Labelled:
     num_tokens: int  # of all answers
     num_good: int
     num_bad: int
+    num_prompts: int
+    num_ranked: int  # prompts two of whose answers got unlike scores: where all are alike, nothing is preferred
 
     @property
     def desirable_weight(self) -> float | None:
@@ -56,7 +58,11 @@ def labelled_rows(records: Iterable[Mapping[str, Any]]) -> tuple[list[dict[str, 
     ]
     answers = [answer for record in ordered for answer in record["candidates"]]
     num_good = sum(row["label"] for row in rows)
-    counts = Labelled(len(answers), sum(len(a["ids"]) for a in answers), num_good, len(rows) - num_good)
+    spread = [{score for score in record["labels"]["scores"] if score is not None} for record in ordered]
+    counts = Labelled(
+        len(answers), sum(len(a["ids"]) for a in answers), num_good, len(rows) - num_good, len(ordered),
+        sum(len(scores) > 1 for scores in spread),
+    )  # fmt: skip
     return rows, counts
 
 

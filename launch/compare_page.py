@@ -24,7 +24,7 @@ MARKDOWN, JSON, PLOT, PAGE = "compare.md", "compare.json", "compare.svg", "compa
 BEGIN, END = "<!-- begin of the section that burnish compare --page writes -->", "<!-- end of the section -->"
 NOTHING = "\N{EN DASH}"
 RESULTS = ("algorithm", "learns", "reward", "KL, nats an answer", "win rate over the base", "length, tokens",
-           "answers labelled", "tokens sampled", "tokens trained on", "seconds", "ended")  # fmt: skip
+           "answers labelled", "tokens sampled", "tokens trained on", "updates", "seconds", "ended")  # fmt: skip
 SETTINGS = ("algorithm", "learning rate", "length", "strength of KL or preference", "set for it alone, or for its kind")
 
 
@@ -41,9 +41,9 @@ def write_outputs(config: CompareConfig, rows: Sequence[Row], folder: Path) -> N
         _write(folder / PLOT, svg)
     write_tables(config, rows, folder, None if svg is None else PLOT)
     sections = [
-        Section("Reward against KL", "\n\n".join(_facts(config)), plots=() if svg is None else (svg,)),
+        Section("Reward against KL", "\n\n".join(_facts(config, rows)), plots=() if svg is None else (svg,)),
         Section("What each reached, and at which expense", table=Table(RESULTS, tuple(_html_row(r) for r in rows))),
-        Section("How each was run", table=Table(SETTINGS, tuple(_settings_row(r) for r in rows if r.settings))),
+        Section("How each was run", table=Table(SETTINGS, _settings_rows(rows))),
     ]
     write_page(folder / PAGE, f"{config.run.name}: algorithms side by side", sections)
 
@@ -71,23 +71,33 @@ def section(config: CompareConfig, rows: Sequence[Row], plot: str | None) -> str
     """The facts, the plot and both tables; ``plot``: where the picture lies, seen from the page."""
     picture = [] if plot is None else [f"![reward against KL, one mark an algorithm]({plot})"]
     shown = [[_text(cell) for cell in _row(row)] for row in rows]
-    settings = [[_text(cell) for cell in _settings_row(row)] for row in rows if row.settings]
-    return "\n\n".join([*_facts(config), *picture, markdown_table(RESULTS, shown), markdown_table(SETTINGS, settings)])
+    settings = [[_text(cell) for cell in cells] for cells in _settings_rows(rows)]
+    tables = markdown_table(RESULTS, shown), markdown_table(SETTINGS, settings)
+    return "\n\n".join([*_facts(config, rows), *picture, *tables])
 
 
-def _facts(config: CompareConfig) -> list[str]:
+def _facts(config: CompareConfig, rows: Sequence[Row]) -> list[str]:
     compare, sampling = config.compare, config.generator.sampling
-    return [
-        f"{config.model.path}, {compare.budget} answers a run, at most {sampling.max_tokens} tokens each, sampled at "
-        f"temperature {sampling.temperature:g}; seeds {', '.join(map(str, compare.seeds))}. Judged on the same "
-        f"held-out prompts, {compare.eval_samples} answers to each under the same sampling seeds. Intervals are of "
-        "95 %, over "
-        + ("prompts alone: with one seed nothing is known of others." if len(compare.seeds) == 1 else
-           "seeds and prompts; those of the base model and of best-of-n, which have no seeds, over prompts."),
+    base = next((row.settings["per_prompt"] for row in rows if row.kind == "base" and row.settings), None)
+    more = "" if base in (None, compare.eval_samples) else f"; the base model by {base} answers to each"
+    num_prompts = next((row.measures.reward.n for row in rows if row.measures is not None), 0)
+    if len(compare.seeds) == 1:
+        over = (
+            "prompts alone. One training run each: another run of the same algorithm may differ from it by more than "
+            "these intervals, so the rows are no ranking."
+        )
+    else:
+        over = "seeds and prompts; those of the base model and of best-of-n, which have no seeds, over prompts."
+    found = [
+        f"Recipe {config.run.name}, seeds {', '.join(map(str, compare.seeds))}: {config.model.path}, {compare.budget} "
+        f"answers a run, at most {sampling.max_tokens} tokens each, sampled at temperature {sampling.temperature:g}. "
+        f"Judged on the same {num_prompts} held-out prompts, {compare.eval_samples} answers to each under the same "
+        f"sampling seeds{more}. Intervals are of 95 %, over {over}",
         f"Seconds were measured on {num_cpus()} CPU cores"
         + (" and contain" if config.cluster.device == "cpu" else ", besides GPUs, and contain")
         + " start-up and, of offline methods, the sampling that they share.",
-    ]  # fmt: skip
+    ]
+    return [*found, *([compare.note] if compare.note else [])]
 
 
 def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -112,12 +122,16 @@ def _row(row: Row) -> list[Cell]:
     return [
         row.title, learns, found.reward, kl, None if row.kind == "base" else found.win_rate, found.length,
         labelled, _rounded(cost.num_sampled_tokens, trains), _rounded(cost.num_trained_tokens, trains),
-        _rounded(cost.seconds, trains), row.status,
+        _rounded(cost.num_updates, trains), _rounded(cost.seconds, trains), row.status,
     ]  # fmt: skip
 
 
 def _html_row(row: Row) -> tuple[Cell, ...]:
     return tuple(_row(row))
+
+
+def _settings_rows(rows: Sequence[Row]) -> tuple[tuple[Cell, ...], ...]:
+    return tuple(_settings_row(row) for row in rows if row.kind != "base" and row.settings)
 
 
 def _settings_row(row: Row) -> tuple[Cell, ...]:

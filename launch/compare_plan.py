@@ -2,7 +2,7 @@
 
     base   best-of-n   per seed: label (all offline methods) -> train, evaluate (each method)
 
-May import: launch.*, trainers.errors.
+May import: launch.*, trainers.{errors, preference_training, presets}.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from launch.overrides import resolve
 from launch.tuning_config import TuningConfig
 from trainers.errors import InputError
 from trainers.preference_training import PreferenceSettings
+from trainers.presets import PRESETS
 
 BASE, BEST = "base", "best-of-n"  # evaluations of the base model
 
@@ -153,12 +154,17 @@ def _of_online(method: Method, config: Any, comparison: CompareConfig) -> dict[s
         raise InputError("compare.budget", budget, reason, remedy)
     steps, updates = budget // cost, config.algorithm.num_updates
     more = " and a greedy one" if config.algorithm.needs_greedy else ""
+    strength = f"kl_coef {config.algorithm.kl_coef:g}"
+    if PRESETS[method.name].overlong_share:
+        strength += "; long answers are not punished: the reward is the task's"
     return {
         "lr": config.learner.optimizer.lr,
         "steps": steps,
         "passes": float(config.algorithm.num_epochs),
+        "updates": updates,
+        "warmup": config.algorithm.ppo.value_warmup_steps if config.algorithm.needs_critic else 0,
         "length": f"{steps} steps of {run.groups_per_step} x {run.samples_per_prompt}{more}, "
         f"{updates} update{'s' * (updates > 1)} each",
-        "strength": f"kl_coef {config.algorithm.kl_coef:g}",
+        "strength": strength,
         "per_prompt": run.samples_per_prompt + int(config.algorithm.needs_greedy),
     }

@@ -1,8 +1,9 @@
 """The recipe of every run of a comparison: raw sections, made of those that the comparison itself has.  Pure.
 
 What an algorithm draws besides the answers that it trains on comes out of the same budget: ReMax's greedy completion
-takes the place of one sample, DAPO starts from half the prompts and may drop as many.
-May import: launch.{compare_config, compare_methods, config}, trainers.presets.
+takes the place of one sample, DAPO starts from half the prompts and may drop as many.  All have the task's reward:
+DAPO's punishment of long answers is measured and weighs nothing, for where answers are short it would be another task.
+May import: launch.{compare_config, compare_methods, config, preset_values}, trainers.presets.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 from launch.compare_config import CompareConfig
 from launch.compare_methods import Method
 from launch.config import RunConfig
+from launch.preset_values import punishment
 from trainers.presets import PRESETS
 
 Raw = dict[str, Any]
@@ -106,11 +108,14 @@ class Recipes:
             samples -= 1
         run = {"num_steps": 1, "groups_per_step": groups, "samples_per_prompt": samples}
         own = self._sections("critic") if method.name == "ppo" else {}
+        sections = self._sections("rewards", "generator", "reference", "reward_workers", "push")
+        if preset.overlong_share:
+            measured = punishment(self._config.generator.sampling.max_tokens, preset.overlong_share)
+            sections["rewards"] = [*sections["rewards"], measured | {"weight": 0.0}]
         return {
             "run": self._run(name) | run, **shared, "prompts": self._prompts(TRAIN),
             "algorithm": dict(method.algorithm), **filtering,
-            **self._sections("rewards", "generator", "reference", "reward_workers", "push"),
-            **own, **ends,
+            **sections, **own, **ends,
         }  # fmt: skip
 
     def _run(self, name: str, seed: int = 0) -> Raw:

@@ -23,6 +23,7 @@ from trainers.calibration import Estimate
 from trainers.kl_from_base import best_of_n_kl
 
 SAMPLES = "samples.parquet"
+OF_A_STEP = ("per_prompt", "updates", "warmup")  # settings that the costs are counted with
 OK = "ok"
 
 
@@ -33,7 +34,11 @@ class Cost:
     num_labelled: float  # answers sampled from the policy in training, and labelled
     num_sampled_tokens: float | None  # of those answers
     num_trained_tokens: float | None  # prompts and answers, each as often as it was gone over
+    num_updates: float  # optimizer steps of the policy
     seconds: float  # wall time of training, start-up and the sampling of labels included; evaluation is not
+
+
+FREE = Cost(0.0, 0.0, 0.0, 0.0, 0.0)  # nothing is trained
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,15 +85,23 @@ def _measured(known: Known, key: Any, answers: Callable[[], Sequence[Answers]]) 
 def _base(config: CompareConfig, folder: Folder, known: Known) -> Row:
     if not folder.is_done(BASE):
         return Row(BASE, "base model", "base", _why(folder, BASE))
-    path, num = folder.path / BASE / SAMPLES, config.compare.eval_samples
-    found = _measured(known, BASE, lambda: [against_itself(read_answers(path, num))])
-    return Row(BASE, "base model", "base", OK, measures=found, kl=found.kl, cost=Cost(0, 0, 0, 0.0))
+    name, num = BASE, config.compare.eval_samples
+    if folder.is_done(BEST):  # all that are read against it deserve a base that is known better
+        name, num = BEST, _num_for_best(config)
+    path = folder.path / name / SAMPLES
+    found = _measured(known, (BASE, name), lambda: [against_itself(read_answers(path, num))])
+    return Row(BASE, "base model", "base", OK, measures=found, kl=found.kl, cost=FREE, settings={"per_prompt": num})
+
+
+def _num_for_best(config: CompareConfig) -> int:
+    """Answers to one prompt that were drawn for best-of-n."""
+    return config.compare.eval_samples * (1 + max(config.compare.best_of))
 
 
 def _best_of(config: CompareConfig, folder: Folder, known: Known) -> list[Row]:
     """No run: answers of the base model, of which the reward picks one."""
     rows, path, num = list[Row](), folder.path / BEST / SAMPLES, config.compare.eval_samples
-    per_prompt = num * (1 + max(config.compare.best_of))
+    per_prompt = _num_for_best(config)
     for n in sorted(config.compare.best_of):
         name, title = f"best_of_{n}", f"best of {n}"
         if not folder.is_done(BEST):
@@ -97,7 +110,7 @@ def _best_of(config: CompareConfig, folder: Folder, known: Known) -> list[Row]:
         found = _measured(known, name, partial(_best, path, per_prompt, num, n))
         rows.append(
             Row(name, title, "search", OK, measures=found, kl=found.kl, kl_bound=best_of_n_kl(n),
-                cost=Cost(0, 0, 0, 0.0), settings={"per_answer": n})
+                cost=FREE, settings={"per_answer": n})
         )  # fmt: skip
     return rows
 
@@ -117,7 +130,9 @@ def _trained(method: Method, config: CompareConfig, plan: Plan, folder: Folder, 
         files.append(folder.path / evaluation / SAMPLES)
         costs.append(_cost(method, seed, plan, folder))
         seeds.append(seed)
-    settings = {key: value for key, value in plan.settings[method.name].items() if key != "per_prompt"}
+    settings = {key: value for key, value in plan.settings[method.name].items() if key not in OF_A_STEP}
+    if seeds and method.kind == "offline" and not method.is_labelled:
+        settings["length"] += f"; {_ranked(folder, seeds)} prompts had a preference"
     status = OK if not wrong else f"{len(wrong)} of {len(config.compare.seeds)} runs missing: {'; '.join(wrong)}"
     if not files:
         return Row(method.name, method.title, method.kind, status, settings=settings)
@@ -149,11 +164,12 @@ def _cost(method: Method, seed: int, plan: Plan, folder: Folder) -> Cost:
         if folder.ended.get(label) is not None and folder.ended[label].status == DONE:
             seconds += folder.ended[label].seconds
         drawn = read_labelled(folder.path / label)
-        return Cost(float(drawn.num_sampled), float(drawn.num_tokens), trained, seconds)
+        return Cost(float(drawn.num_sampled), float(drawn.num_tokens), trained, float(len(rows)), seconds)
     return Cost(
         num_labelled=sum(float(row.get("groups/num_generated") or 0.0) for row in rows) * settings["per_prompt"],
         num_sampled_tokens=_sampled_tokens(rows),
         num_trained_tokens=None if trained is None else trained * settings["passes"],
+        num_updates=float(max(0, len(rows) - settings["warmup"]) * settings["updates"]),
         seconds=seconds,
     )
 
@@ -174,4 +190,13 @@ def _mean(costs: Sequence[Cost]) -> Cost:
         values = [getattr(cost, name) for cost in costs]
         return None if None in values else sum(values) / len(values)
 
-    return Cost(of("num_labelled") or 0.0, of("num_sampled_tokens"), of("num_trained_tokens"), of("seconds") or 0.0)
+    return Cost(
+        of("num_labelled") or 0.0, of("num_sampled_tokens"), of("num_trained_tokens"), of("num_updates") or 0.0,
+        of("seconds") or 0.0,
+    )  # fmt: skip
+
+
+def _ranked(folder: Folder, seeds: Sequence[int]) -> str:
+    """Of how many prompts an answer was preferred to another; over several seeds together."""
+    counts = [read_labelled(folder.path / label_name(seed)) for seed in seeds]
+    return f"{sum(c.num_ranked for c in counts)} of {sum(c.num_prompts for c in counts)}"

@@ -53,12 +53,17 @@ def _with_punishment(raw: dict[Any, Any], share: float) -> dict[Any, Any]:
     max_tokens = _get(sampling, "max_tokens") or SamplingSettings.model_fields["max_tokens"].default
     if not isinstance(max_tokens, int) or max_tokens < 1:
         return raw  # refused later, at its own key
-    arguments = {"max_tokens": max_tokens, "buffer_tokens": max(1, round(max_tokens * share))}
-    raw["rewards"] = [*rewards, {"name": NAME, "function": OVERLONG, "args": arguments}]
+    raw["rewards"] = [*rewards, punishment(max_tokens, share)]
     evaluation = raw.get("evaluation", {})
     if not rewards and isinstance(evaluation, Mapping):  # a punishment is no accuracy, though it comes first now
         raw["evaluation"] = {"reward": _get(models[0], "name"), **evaluation}
     return raw
+
+
+def punishment(max_tokens: int, share: float) -> dict[str, Any]:
+    """An item of ``rewards``: DAPO's punishment over the last ``share`` of ``max_tokens``."""
+    arguments = {"max_tokens": max_tokens, "buffer_tokens": max(1, round(max_tokens * share))}
+    return {"name": NAME, "function": OVERLONG, "args": arguments}
 
 
 def _get(section: Any, key: str) -> Any:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 from compare_stub import Machine, config_of, prompts
 
@@ -70,6 +71,7 @@ def test_what_an_algorithm_draws_besides_comes_out_of_its_budget() -> None:
     assert remax.run.samples_per_prompt == grpo.run.samples_per_prompt - 1
     assert remax.run.num_steps == dapo.run.num_steps == grpo.run.num_steps == 4
     assert dapo.run.groups_per_step * 2 == grpo.run.groups_per_step and dapo.filtering.max_refills == 1
+    assert [(r.name, r.weight) for r in dapo.rewards] == [("letter", 1.0), ("overlong", 0.0)], "one reward for all"
 
 
 def test_all_runs_have_the_task_in_common() -> None:
@@ -196,6 +198,9 @@ def test_every_algorithm_gets_a_row_a_mark_and_its_settings(tmp_path: Path) -> N
     assert [row.name for row in rows] == names and {row.status for row in rows} == {OK}
     by_name = {row.name: row for row in rows}
     assert by_name["base"].kl is not None and by_name["base"].kl.value == 0
+    base = pq.read_table(machine.folder / "best-of-n" / "samples.parquet")["reward"].to_numpy()
+    assert by_name["base"].measures is not None
+    assert by_name["base"].measures.reward.value == pytest.approx(base.mean()), "by all answers there are"
     for n in (2, 3):
         row = by_name[f"best_of_{n}"]
         assert row.kl_bound == pytest.approx(best_of_n_kl(n))
@@ -206,6 +211,10 @@ def test_every_algorithm_gets_a_row_a_mark_and_its_settings(tmp_path: Path) -> N
         assert row.measures is not None and row.measures.reward.n == 2 * len(prompts()[1])
         assert row.measures.win_rate.low >= 0 and row.measures.kl.value == pytest.approx(machine.kl)
     assert by_name["remax"].cost is not None and by_name["remax"].cost.num_labelled == 64
+    updates = {name: row.cost.num_updates for name, row in by_name.items() if row.cost is not None}
+    assert updates["dpo"] == 8 and updates["grpo"] == 4 and updates["base"] == 0
+    ranked = {n for n, row in by_name.items() if "32 of 32 prompts had a preference" in row.settings.get("length", "")}
+    assert ranked == {n for n, m in METHODS.items() if m.kind == "offline" and n != "kto"}
     offline, online = by_name["ipo"].cost, by_name["gspo"].cost
     assert offline is not None and online is not None
     assert offline.seconds == 2 * machine.seconds and online.seconds == machine.seconds, "labels are not free"
@@ -216,6 +225,31 @@ def test_every_algorithm_gets_a_row_a_mark_and_its_settings(tmp_path: Path) -> N
     written = json.loads((machine.folder / JSON).read_text())
     assert [row["name"] for row in written["rows"]] == names
     assert written["rows"][1]["measures"]["pairs"]["length_controlled"]["n"] > 0
+
+
+def test_updates_of_the_policy_are_counted_without_those_of_the_critic_alone(tmp_path: Path) -> None:
+    several = "compare.overrides.online={algorithm.num_epochs: 2, algorithm.num_minibatches: 2}"
+    warm = "compare.overrides.ppo.algorithm.ppo.value_warmup_steps=1"
+    rows = Machine(tmp_path).compare("compare.algorithms=[grpo, ppo]", several, warm)
+    costs = {row.name: row.cost for row in rows if row.cost is not None}
+    assert costs["grpo"].num_updates == 4 * 4 and costs["ppo"].num_updates == 3 * 4
+
+
+def test_prompts_whose_answers_are_all_alike_are_no_preference_and_the_table_says_how_many(tmp_path: Path) -> None:
+    machine = Machine(tmp_path, score=lambda i: float(i < 4 and i % 2))  # only the first prompt's answers differ
+    rows = machine.compare("compare.algorithms=[dpo]")
+    assert "; 1 of 16 prompts had a preference" in rows[-1].settings["length"]
+
+
+def test_a_page_says_what_one_seed_cannot_and_what_its_author_wants_said(tmp_path: Path) -> None:
+    machine = Machine(tmp_path)
+    machine.compare("compare.algorithms=[dpo, best_of_n]", "compare.note=Nothing was tuned.")
+    text = (machine.folder / MARKDOWN).read_text()
+    for words in ("Recipe cmp, seeds 0", "the same 6 held-out prompts", "the base model by 8 answers to each",
+                  "the rows are no ranking", "Nothing was tuned."):  # fmt: skip
+        assert words in text, words
+    machine.compare("compare.algorithms=[dpo]", "compare.seeds=[0, 1]")
+    assert "no ranking" not in (machine.folder / MARKDOWN).read_text()
 
 
 def test_the_same_runs_give_the_same_picture(tmp_path: Path) -> None:
@@ -370,7 +404,7 @@ def test_a_command_runs_in_a_process_of_its_own_and_says_why_it_failed(tmp_path:
     log = tmp_path / "log"
     assert run_burnish(["recipes", "ls"], log, 60.0) > 0
     first, *rest = log.read_text().splitlines()
-    assert first == "$ burnish recipes ls" and "cpu-compare" in rest
+    assert first == "$ burnish recipes ls" and any(line.startswith("cpu-compare ") for line in rest)
     with pytest.raises(StageError, match="exit code 2: recipe = 'cpu-compar': .* did you mean cpu-compare"):
         run_burnish(["recipes", "show", "cpu-compar"], log, 60.0)
     with pytest.raises(StageError, match="was not done in 0.001 s"):

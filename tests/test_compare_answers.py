@@ -62,6 +62,15 @@ def test_the_base_against_itself_ties_and_has_not_moved() -> None:
     assert found.win_rate.value == 0.5 and (found.kl.value, found.kl.low, found.kl.high) == (0, 0, 0)
 
 
+def test_a_policy_that_is_always_right_or_always_wrong_is_not_known_without_doubt() -> None:
+    base = np.zeros((N, G))
+    right, wrong = (measure([answers(np.full((N, G), value), base)]).reward for value in (1.0, 0.0))
+    assert right.value == 1.0 == right.high and 0.97 < right.low < 1.0
+    assert wrong.value == 0.0 == wrong.low and 0.0 < wrong.high < 0.03
+    other = measure([answers(np.full((N, G), 2.5), base)]).reward
+    assert (other.low, other.high) == (2.5, 2.5), "a reward of another kind is no share"
+
+
 def test_seeds_are_pooled_and_a_share_stays_a_share() -> None:
     base = np.zeros((N, G))
     always = measure([answers(np.ones((N, G)), base, 1.0), answers(np.ones((N, G)), base, 2.0)])

@@ -109,6 +109,7 @@ def test_a_module_that_fails_while_it_is_imported_is_an_input_error(tmp_path: Pa
     ("function", "args", "reason"),
     [
         ("exact", {"nonsense": 1}, "nonsense"),
+        ("exact", {"extract": "first"}, "last_number"),
         ("regex", {}, "pattern"),
         ("regex", {"pattern": "(("}, "no regular expression"),
         ("reasoning_gym", {"dataset": "chain_sums"}, "chain_sum"),
@@ -370,6 +371,8 @@ def test_regex_bare_number_and_exact_are_one_or_zero() -> None:
     assert verifiers.regex(["ab", "b"], "^a") == [1.0, 0.0]
     assert verifiers.bare_number(["4", " -12\n", "4.", "four", "", "1 2"]) == [1.0, 1.0, 0.0, 0.0, 0.0, 0.0]
     assert verifiers.exact([" 4\n", "4.0"], [4, 4]) == [1.0, 0.0]
+    said = ["3 + 4 = 7", "it is 17.", "none", "-3"]
+    assert verifiers.exact(said, [7, 7, 7, 3], extract="last_number") == [1.0, 0.0, 0.0, 0.0]
 
 
 def test_the_length_penalty_is_equation_13_of_dapo() -> None:

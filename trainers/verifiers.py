@@ -79,9 +79,13 @@ def bare_number(completions: Sequence[Completion]) -> list[float]:
     return [float(BARE_INTEGER.fullmatch(completion_text(c).strip()) is not None) for c in completions]
 
 
-def exact(completions: Sequence[Completion], answer: Sequence[Any]) -> list[float]:
-    """1.0 where the completion equals column ``answer``, both stripped of white space, else 0.0."""
-    return [float(completion_text(c).strip() == str(a).strip()) for c, a in zip(completions, answer, strict=True)]
+def exact(completions: Sequence[Completion], answer: Sequence[Any], extract: Extract = "whole") -> list[float]:
+    """1.0 where the completion equals column ``answer``, both stripped of white space, else 0.0.
+
+    ``extract`` says what of the completion counts; 0.0 where there is nothing of the kind.
+    """
+    found = [extract_answer(completion_text(c), extract) for c in completions]
+    return [float(f is not None and f == str(a).strip()) for f, a in zip(found, answer, strict=True)]
 
 
 def length(completion_ids: Sequence[Sequence[int]], max_tokens: int, buffer_tokens: int) -> list[float]:
@@ -107,6 +111,10 @@ def _check_reasoning_gym(dataset: str, extract: str = "whole") -> None:
     if dataset not in DATASETS:
         near = difflib.get_close_matches(str(dataset), DATASETS, n=3) or sorted(DATASETS)[:3]
         raise ValueError(f"reasoning-gym has no dataset {dataset!r}; near ones: {', '.join(near)}")
+    _check_extract(extract)
+
+
+def _check_extract(extract: str = "whole") -> None:
     if extract not in get_args(Extract):
         raise ValueError(f"extract is one of {', '.join(get_args(Extract))}, not {extract!r}")
 
@@ -143,6 +151,6 @@ CHECKS: dict[str, Callable[..., None]] = {
     "math_verify": _check_no_arguments,
     "regex": _check_regex,
     "bare_number": _check_no_arguments,
-    "exact": _check_no_arguments,
+    "exact": _check_extract,
     "length": _check_length,
 }
