@@ -156,7 +156,9 @@ class EngineState:
                 if field == WEIGHT
                 else safe_get_local_optimizer_state(parameter, field)
             )
-            return local.view(-1)[: held.count]
+            local = local.view(-1)[: held.count]
+            # DeepSpeed hands an offloaded state out on the GPU, and all of it is asked for before any is copied.
+            return local.cpu() if getattr(self._zero, "offload_optimizer", False) else local
         if self._stage == 0:
             tensor: torch.Tensor = parameter if field == WEIGHT else self._adam.state[parameter][field]
             return tensor.detach().view(-1)[held.start : held.start + held.count]

@@ -84,6 +84,9 @@ class VLLMGenerator:
             arguments["block_size"] = BLOCK_TOKENS
         if device == "cuda":
             arguments["gpu_memory_utilization"] = settings.gpu_memory_utilization
+            if settings.tensor_parallel_size > 1:
+                # In an actor of a placement group vLLM would take its Ray executor, and that a bundle for each GPU.
+                arguments["distributed_executor_backend"] = "mp"
         arguments.update(settings.engine_args)
         self._tokenizer, self._model_path = load_tokenizer(model_path), model_path
         kind: type[Engine] = InProcessEngine if in_process else BesideEngine

@@ -136,6 +136,7 @@ class Publisher:
             str(version),
             self.dtype,
             self.bucket_bytes,
+            self.transport == "ipc",
             deadline_s=self.deadline_s,
             per_worker=[(rank in serving,) for rank in range(len(self.learner))],
         )

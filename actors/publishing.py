@@ -2,9 +2,10 @@
 
 ``file``: rank 0 writes one sealed file.  ``nccl`` (and its test double over gloo): each serving rank
 copies the weights into a staging buffer *inside* the gather and sends them *after* it, because a
-receiver that stalls inside the gather would stall every rank.  ``ipc``: the staging buffers are
-shared with a process on the same GPU.
-May import: torch, actors.engine, cluster.{weight_channel, transfer_group}.
+receiver that stalls inside the gather would stall every rank.  That buffer is a whole model in the
+served dtype: it lies on the host, and passes through the GPU a bucket at a time.  ``ipc``: the staging
+buffers are shared with a process on the same GPU, and lie there.
+May import: torch, actors.{engine, ipc_handles}, cluster.{weight_channel, transfer_group}.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 
 from actors.engine import TrainingEngine
+from actors.ipc_handles import ipc_handle
 from cluster.transfer_group import SENDER, TransferGroup
 from cluster.weight_channel import (
     TensorMeta,
@@ -91,8 +93,13 @@ class WeightSource:
 
     # --- collective and ipc -----------------------------------------------------------------
 
-    def stage(self, version: str, dtype: str, bucket_bytes: int, serves: bool) -> dict[str, Any] | None:
-        """Copy the present weights into immutable buckets (serving ranks); rank 0 returns the manifest."""
+    def stage(
+        self, version: str, dtype: str, bucket_bytes: int, serves: bool, shared: bool = False
+    ) -> dict[str, Any] | None:
+        """Copy the present weights into immutable buckets (serving ranks); rank 0 returns the manifest.
+
+        ``shared``: they will be read where they are, by a process on the same GPU.
+        """
         metas = self.describe(dtype)
         buckets = plan_buckets(metas, bucket_bytes)
         place: dict[str, tuple[int, int, TensorMeta]] = {}
@@ -103,17 +110,23 @@ class WeightSource:
                 offset += meta.num_bytes
         keep = serves or self.engine.rank == 0
         if keep and not self._staged:
+            on_host = self.engine.device.type == "cuda" and not shared
             self._staged = [
-                torch.empty(sum(m.num_bytes for m in bucket), dtype=torch.uint8, device=self.engine.device)
+                torch.empty(
+                    sum(m.num_bytes for m in bucket), dtype=torch.uint8, pin_memory=on_host,
+                    device="cpu" if on_host else self.engine.device,
+                )
                 for bucket in buckets
-            ]
+            ]  # fmt: skip
         fingerprints: dict[str, int] = {}
         for name, tensor in self._gathered():
             if keep:
                 b, offset, meta = place[name]
-                target = self._staged[b][offset : offset + meta.num_bytes].view(getattr(torch, meta.dtype))
-                target.view(meta.shape).copy_(tensor)
-                fingerprints[name] = bit_sum(target)
+                served = getattr(torch, meta.dtype)
+                target = self._staged[b][offset : offset + meta.num_bytes].view(served)
+                value = tensor.to(served)
+                target.view(meta.shape).copy_(value)
+                fingerprints[name] = bit_sum(value if value.is_cuda else target)  # where adding up is fast
         if not keep:
             return None
         self._manifest = self._complete(WeightManifest(version, metas, fingerprints), dtype)
@@ -142,9 +155,16 @@ class WeightSource:
         """Send the staged buckets; returns the bytes sent.  Not a collective of the learner's ranks."""
         if self._manifest is None:
             raise RuntimeError("send before stage: no version is staged")
+        through = None
         for i, bucket in enumerate(self._staged):
             what = f"bucket {i + 1} of {len(self._staged)}, version {self._manifest.version}"
-            self._groups[group].broadcast(bucket, what)
+            sent = bucket
+            if bucket.device.type != self.engine.device.type:
+                if through is None:
+                    size = max(b.numel() for b in self._staged)
+                    through = torch.empty(size, dtype=torch.uint8, device=self.engine.device)
+                sent = through[: bucket.numel()].copy_(bucket)
+            self._groups[group].broadcast(sent, what)
         return sum(b.numel() for b in self._staged)
 
     def close_group(self, name: str) -> None:
@@ -152,11 +172,9 @@ class WeightSource:
         if group is not None:
             group.abort()
 
-    def share(self) -> list[tuple[Any, ...]]:
+    def share(self) -> list[list[Any]]:
         """CUDA IPC handles of the staged buckets, for a process on the same GPU."""
-        from torch.multiprocessing.reductions import reduce_tensor
-
-        return [reduce_tensor(bucket)[1] for bucket in self._staged]
+        return [ipc_handle(bucket) for bucket in self._staged]
 
     def close(self) -> None:
         for name in list(self._groups):

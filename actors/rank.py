@@ -66,7 +66,9 @@ class EngineRank:
         elif (dist.get_rank(), dist.get_world_size()) != (rank, rendezvous.world_size):
             there = f"{dist.get_rank()} of {dist.get_world_size()}"
             raise ValueError(f"rank {rank} of {rendezvous.world_size}: this process is rank {there} already")
-        model = load().to(self.device).train()
+        model = load().train()
+        if settings.zero_stage < 3:  # else DeepSpeed deals it out, a parameter at a time: the whole may not fit
+            model = model.to(self.device)
         self.dtype = cast(torch.dtype, getattr(torch, dtype))
         self.adapter = cast("Adapter | None", getattr(model, "adapter", None))
         self.engine = TrainingEngine(model, settings, self.dtype, self.device)
@@ -79,9 +81,11 @@ class EngineRank:
         """A method of this rank's :class:`actors.publishing.WeightSource`."""
         return getattr(self.weights, method)(*args)
 
-    def stage_weights(self, serves: bool, version: str, dtype: str, bucket_bytes: int) -> dict[str, Any] | None:
+    def stage_weights(
+        self, serves: bool, version: str, dtype: str, bucket_bytes: int, shared: bool
+    ) -> dict[str, Any] | None:
         """See :meth:`actors.publishing.WeightSource.stage`; a collective."""
-        return self.weights.stage(version, dtype, bucket_bytes, serves)
+        return self.weights.stage(version, dtype, bucket_bytes, serves, shared)
 
     def meeting_point(self) -> tuple[str, int]:
         """(address, free port) of this rank's node."""

@@ -21,7 +21,7 @@ class BesideEngine(Engine):
 
         self._engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**engine_args))
         self.version = version
-        self._announced = self._updating = False
+        self._announced = self._updating = self._worked = False
         self._running: set[str] = set()  # request ids
 
     async def _announce(self) -> None:
@@ -46,6 +46,7 @@ class BesideEngine(Engine):
             self._running.discard(request.request_id)
         if final is None:
             raise RuntimeError(f"vLLM ended request {request.request_id} without an output")
+        self._worked = True
         return completion_of(final, submitted_under, self.version)
 
     async def abort(self) -> None:
@@ -78,7 +79,8 @@ class BesideEngine(Engine):
 
         if self._engine.errored:
             raise WorkerDiedError(f"vLLM's engine has ended: {self._engine.dead_error}")
-        if not self._updating:  # it answers nothing while it loads weights
+        # It answers nothing while it loads weights, nor while it compiles what its first samples need.
+        if not self._updating and (self._worked or not self._running):
             try:
                 await self._engine.is_sleeping()
             except EngineDeadError as error:  # between the two questions

@@ -25,6 +25,7 @@ from vllm.distributed.weight_transfer.base import (
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
+from actors.ipc_handles import shared_bucket
 from cluster.errors import DamagedError
 from cluster.low_rank import LowRankUpdate
 from cluster.merged_tensors import MergedTensors
@@ -133,11 +134,7 @@ class BurnishWeightTransferEngine(WeightTransferEngine[BurnishInitInfo, BurnishU
                 buffer = torch.empty(sum(m.num_bytes for m in bucket), dtype=torch.uint8, device=self.device)
                 self._groups[self._current].broadcast(buffer, f"bucket {i + 1}, version {info.version}")
             else:
-                from torch.multiprocessing.reductions import rebuild_cuda_tensor
-
-                arguments = list(info.handles[i])
-                arguments[6] = self.device.index  # the device's number here, which may differ from the sender's
-                buffer = rebuild_cuda_tensor(*arguments)
+                buffer = shared_bucket(info.handles[i], self.device.index)
             for name, tensor in unpack_bucket(buffer, bucket):
                 if bit_sum(tensor) != info.fingerprints[name]:
                     raise DamagedError(f"{name} of version {info.version} was damaged on its way ({info.transport})")

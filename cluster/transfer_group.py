@@ -17,6 +17,7 @@ import torch.distributed as dist
 from cluster.errors import DeadlineError
 
 SENDER = 0
+WATCHDOG_FACTOR = 10  # of the deadline of one operation
 
 
 class TransferGroup:
@@ -42,7 +43,9 @@ class TransferGroup:
             prefixed = dist.PrefixStore(name, store)  # type: ignore[attr-defined]
             if device.type == "cuda":
                 options = dist.ProcessGroupNCCL.Options()
-                options._timeout = timeout  # the only way to set it on a group outside the default one
+                # The only way to set it on a group outside the default one.  Later than the deadlines that are waited
+                # for: NCCL's own watchdog ends the whole process, and then there is nobody left to expel the peer.
+                options._timeout = WATCHDOG_FACTOR * timeout
                 with torch.cuda.device(device):
                     self._group: Any = dist.ProcessGroupNCCL(prefixed, rank, size, options)
             else:

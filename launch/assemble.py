@@ -30,7 +30,7 @@ from cluster.worker_group import WorkerGroup
 from launch.accountant import Accountant
 from launch.adopting import node_watch
 from launch.config import RunConfig
-from launch.demands import num_gpus_asked, role_demands
+from launch.demands import num_gpus_asked, role_demands, transport
 from launch.machines import choose_device, dtype_name, torch_device
 from launch.prepare import Prepared
 from launch.reward_pools import reward_pools
@@ -46,13 +46,11 @@ SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - mkdtemp makes a private folder 
 
 
 def choose_transport(config: RunConfig, device: str) -> Transport:
-    """How weights travel; between CPU processes ``nccl`` runs its state machine over gloo."""
-    backend = config.push.backend
-    if backend == "auto":
-        backend = "file" if device == "cpu" else "ipc" if config.cluster.colocate else "nccl"
-    if backend == "ipc" and device == "cpu":
+    """See :func:`launch.demands.transport`; InputError where it needs a GPU that is not there."""
+    found = transport(config, device == "cuda")
+    if found == "ipc" and device == "cpu":
         raise InputError("push.backend", "ipc", "it shares GPU memory and this run has no GPU", "use file or auto")
-    return {"file": "file", "nccl": "group", "ipc": "ipc"}[backend]  # type: ignore[return-value]
+    return found
 
 
 def push_directory(config: RunConfig, run_folder: Path, num_bytes: int, one_host: bool) -> Path:
@@ -154,6 +152,20 @@ def why_not(num_generators: int, layout: Layout, num_gpus: int, transport: Trans
     return ""
 
 
+async def _settled(groups: Sequence[WorkerGroup], placement: Placement, handle: RayHandle | None) -> None:
+    """Every worker of ``groups`` is ready; where one is not, what was started goes."""
+    try:
+        for group in groups:
+            await group.ready()
+    except BaseException:
+        for group in groups:
+            await group.shutdown()
+        placement.remove()
+        if handle is not None:
+            handle.stop()
+        raise
+
+
 async def assemble(
     config: RunConfig, prepared: Prepared, run_folder: Path, version: WeightVersion,
     handle: RayHandle | None, nodes: list[NodeSupply], facts: Sequence[Mapping[str, Any]], event: Event = no_event,
@@ -163,7 +175,7 @@ async def assemble(
     ``facts``: launch.node_probe of each node.  ``event`` hears of workers that die, come back, join and leave.
     """
     device = choose_device(config.cluster, nodes, num_gpus_asked(config))
-    transport = choose_transport(config, device)
+    chosen = choose_transport(config, device)
     layout = plan_layout(role_demands(config, device == "cuda"), nodes, config.cluster.colocate)
     dtype = dtype_name(config.model.dtype, device)
     accountant = Accountant(run_folder, Setting(config.run.max_staleness, config.cluster.colocate))
@@ -189,13 +201,6 @@ async def assemble(
         }  # fmt: skip
 
     sampling = config.generator.sampling
-    generators = launch(
-        "generator",
-        VLLMGenerator,
-        [generator_kwargs(i) for i in range(config.generator.num_workers)],
-        concurrency=4096,  # an asyncio actor: calls are groups being sampled, and vLLM batches them
-        deadline=config.generator.start_deadline_s,
-    )  # fmt: skip
     ranks = TrainedRanks(config, prepared, run_folder, torch_device(device), dtype, layout, placement, launch)
     meetings = {"learner": meeting_point(layout, nodes, facts)}
     if prepared.critic_path is not None:
@@ -216,6 +221,17 @@ async def assemble(
             ] * config.reference.num_workers,
             concurrency=1, deadline=config.cluster.start_deadline_s,
         )  # fmt: skip
+    if config.cluster.colocate and placement is not None:
+        # vLLM takes all that its GPU loses of free memory while it starts for its own: nobody else may start meanwhile.
+        others = (*trained.values(), *(pool.workers for pool in pools), references)
+        await _settled([group for group in others if group is not None], placement, handle)
+    generators = launch(
+        "generator",
+        VLLMGenerator,
+        [generator_kwargs(i) for i in range(config.generator.num_workers)],
+        concurrency=4096,  # an asyncio actor: calls are groups being sampled, and vLLM batches them
+        deadline=config.generator.start_deadline_s,
+    )  # fmt: skip
     size = 4 if dtype == "float32" else 2
     one_host = len(nodes) == 1 and config.health.adopt_up_to is None  # of whoever may have to read the file
     pushed = prepared.facts.num_params * size
@@ -240,7 +256,7 @@ async def assemble(
         scorer=WatchedScorer(pools[0] if len(pools) == 1 else MixedScorer(pools), ledger),
         reference=None if reference is None else WatchedReference(reference, ledger),
         publisher=Publisher(
-            trained["learner"], generators, generator.roster, transport, directory, dtype, config.push.bucket_bytes,
+            trained["learner"], generators, generator.roster, chosen, directory, dtype, config.push.bucket_bytes,
             config.generator.tensor_parallel_size, config.push.deadline_s, staggered=config.run.max_staleness > 0,
         ),
         accountant=accountant,
@@ -265,7 +281,7 @@ async def assemble(
 
         def refusal(wanted: int) -> str:
             present = nodes if watch is None else watch.nodes
-            return why_not(wanted, layout, sum(node.num_gpus for node in present), transport)
+            return why_not(wanted, layout, sum(node.num_gpus for node in present), chosen)
 
         desk = ScaleDesk(run_folder, watch or generator, refusal, event)
         watching = () if watch is None else (watch.run(),)

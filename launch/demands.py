@@ -1,13 +1,13 @@
 """What a run asks of the machines: workers and GPUs by role, memory of each worker, and the facts of a node.
 
-May import: the configuration, actors.{model_folders, settings}, launch.{estimate, judge_workers, model_facts},
-cluster.{host, layout, rendezvous}.
+May import: the configuration, actors.{model_folders, publisher, settings},
+launch.{estimate, judge_workers, model_facts}, cluster.{host, layout, rendezvous}.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from actors.model_folders import resolve_model
 from actors.settings import LearnerSettings
@@ -15,9 +15,12 @@ from cluster.host import host_facts
 from cluster.layout import RoleDemand
 from cluster.rendezvous import free_port, node_address
 from launch.config import RunConfig
-from launch.estimate import MemoryEstimate, estimate_generator, estimate_learner, estimate_reference
+from launch.estimate import MemoryEstimate, estimate_generator, estimate_learner, estimate_reference, with_staging
 from launch.judge_workers import judge_demand
 from launch.model_facts import ModelFacts, check_model_folder
+
+if TYPE_CHECKING:
+    from actors.publisher import Transport
 
 
 def node_facts(model_path: str | None = None) -> dict[str, Any]:
@@ -72,6 +75,14 @@ def role_demands(config: RunConfig, on_gpu: bool) -> list[RoleDemand]:
     if config.rewards:
         demands.append(RoleDemand("reward_workers", config.reward_workers.num_workers, 0.0))
     return demands
+
+
+def transport(config: RunConfig, on_gpu: bool) -> Transport:
+    """How weights travel; between CPU processes ``nccl`` runs its state machine over gloo."""
+    backend = config.push.backend
+    if backend == "auto":
+        backend = ("ipc" if config.cluster.colocate else "nccl") if on_gpu else "file"
+    return {"file": "file", "nccl": "group", "ipc": "ipc"}[backend]  # type: ignore[return-value]
 
 
 def num_workers(config: RunConfig) -> int:
@@ -131,6 +142,11 @@ def estimates(config: RunConfig, facts: ModelFacts, on_gpu: bool, compute_bytes:
         ),
         "learner": trained(config.learner, facts.vocab, with_adapter=True),
     }
+    if transport(config, on_gpu) != "file":
+        alone = config.model.lora is not None and not config.pushes_merged  # the adapter, in float32
+        pushed = facts.num_adapter_params * 4 if alone else facts.num_params * compute_bytes
+        on_host = on_gpu and transport(config, on_gpu) == "group"
+        found["learner"] = with_staging(found["learner"], pushed, on_host)
     if config.algorithm.needs_critic:
         # Its adapter is about as large as the policy's; where the policy has none, the whole is an upper bound.
         found["critic"] = trained(config.critic, 0, with_adapter=config.critic.lora is not None)

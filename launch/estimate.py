@@ -9,7 +9,7 @@ Pure: may import nothing but the standard library.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 MASTER_BYTES = 4  # float32 parameters and gradients
 ADAM_BYTES = 8  # two float32 moments
@@ -23,6 +23,7 @@ class MemoryEstimate:
     parts: Mapping[str, int]
     offloaded: Mapping[str, int] = field(default_factory=dict)
     host_copy: int = 0  # of the state, for checkpoints to be written from
+    staged: int = 0  # host memory of a rank that serves generators: the weights on their way (actors/publishing.py)
 
     @property
     def total(self) -> int:
@@ -31,6 +32,13 @@ class MemoryEstimate:
     @property
     def offloaded_total(self) -> int:
         return sum(self.offloaded.values())
+
+
+def with_staging(found: MemoryEstimate, num_bytes: int, on_host: bool) -> MemoryEstimate:
+    """With the copy of the weights that is sent from, ``num_bytes``: on the host beside a GPU, else on the device."""
+    if on_host:
+        return replace(found, staged=num_bytes)
+    return replace(found, parts={**found.parts, "staged weights": num_bytes})
 
 
 def _share(num_bytes: int, ranks: int) -> int:

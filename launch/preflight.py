@@ -171,6 +171,9 @@ def _check_host_memory(
                 # States on nvme take little memory; with both kinds of offload the sum is an upper bound.
                 offloaded = needs[role].offloaded_total if "cpu" in offloads else 0
                 needed += count * (offloaded + needs[role].host_copy + (0 if on_gpu else needs[role].total))
+        serving = min(config.generator.num_workers, config.learner.num_workers)  # the first ranks: actors/publisher.py
+        here = sum(s.role == "learner" and s.node == index and s.index < serving for s in layout.slots)
+        needed += here * needs["learner"].staged
         free = int(node["memory_free_bytes"])
         problem = None
         if needed > free:

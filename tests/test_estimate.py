@@ -11,10 +11,12 @@ import torch
 from rich.console import Console
 from safetensors.torch import save_file
 
-from launch.estimate import estimate_generator, estimate_learner, kv_bytes_per_token, show_bytes
+from launch.config import RunConfig
+from launch.demands import estimates, role_demands
+from launch.estimate import MemoryEstimate, estimate_generator, estimate_learner, kv_bytes_per_token, show_bytes
 from launch.model_facts import ModelFacts, check_model_folder
 from launch.overrides import load_config
-from launch.preflight import preflight_report
+from launch.preflight import PROCESS_BYTES, preflight_report
 from trainers.errors import InputError
 
 GIB = 2**30
@@ -159,6 +161,31 @@ def test_the_recipes_fit_the_machines_they_are_written_for() -> None:
     assert problems("gpu-1x-grpo", small, [node(gpus=1)]) == {}
     large = ModelFacts(32_760_000_000, 5120, 64, 40, 8, 152064, 32768, "Qwen2ForCausalLM", 27648, 128)
     assert problems("gpu-multinode-grpo", large, [node(f"n{i}", gpus=8) for i in range(4)]) == {}
+
+
+def test_the_weights_on_their_way_are_counted_where_they_lie_and_on_the_ranks_that_send_them() -> None:
+    def of_learner(recipe: str, *overrides: str) -> MemoryEstimate:
+        return estimates(load_config(recipe, overrides).config, SEVEN, True, 2)["learner"]
+
+    sent, by_file = of_learner("gpu-8x-grpo"), of_learner("gpu-8x-grpo", "push.backend=file")
+    assert sent.staged == 2 * SEVEN.num_params and by_file.staged == 0 and sent.parts == by_file.parts
+    shared = of_learner("gpu-1x-grpo")
+    assert shared.parts["staged weights"] == 2 * SEVEN.num_params and shared.staged == 0
+    # Four generators are served by four ranks of four, or by one of four.
+    free = node(gpus=8)["memory_free_bytes"]
+    for overrides, serving in (((), 4), (("generator.num_workers=1",), 1)):
+        asked = load_config("gpu-8x-grpo", overrides).config
+        rows = [preflight_report(asked, SEVEN, [node(gpus=8, memory_free_bytes=m)]).passed
+                for m in (host_need(asked, serving), host_need(asked, serving) - GIB)]  # fmt: skip
+        assert rows == [True, False] and host_need(asked, serving) < free
+
+
+def host_need(config: RunConfig, serving: int) -> int:
+    """Host memory of gpu-8x-grpo, counted by hand: processes, checkpoints' copies, staged weights."""
+    needs = estimates(config, SEVEN, True, 2)
+    workers = sum(demand.num_workers for demand in role_demands(config, True))
+    copies = config.learner.num_workers * needs["learner"].host_copy
+    return workers * PROCESS_BYTES + copies + serving * needs["learner"].staged
 
 
 @pytest.mark.parametrize(
