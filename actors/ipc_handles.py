@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 # Of the arguments of torch.multiprocessing.reductions.rebuild_cuda_tensor, those that are of one bucket alone.
-OFFSET, DEVICE, HANDLE, REF_COUNTER, EVENT = 3, 6, slice(7, 10), slice(11, 13), slice(13, 15)
+OFFSET, HANDLE, REF_COUNTER, EVENT = 3, slice(7, 10), slice(11, 13), slice(13, 15)
 
 
 def ipc_handle(bucket: torch.Tensor) -> list[Any]:

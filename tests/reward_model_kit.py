@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +24,6 @@ TINY = "builtin:tiny-llama"
 PLAIN = PromptFormat(chat=False)
 CPU = torch.device("cpu")
 DEADLINE_S = 240.0
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Matrices this small only lose by a second thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def make_folder(folder: Path, num_labels: int = 1, pad_is_eos: bool = False) -> str:

@@ -6,7 +6,6 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +25,10 @@ from launch.cli import main
 from trainers.errors import InputError
 from trainers.experience import Prompt, Trajectory, TrajectoryGroup, VersionSpan, WeightVersion
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TOLERANCE = 2e-5  # float32 scores of size 1
 STATS = {"mean": 0.5, "std": 0.25, "num": 8, "reference": "made up"}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def moved(source: str, target: Path, seed: int, by: float = 0.01) -> str:

@@ -11,7 +11,7 @@ import functools
 import math
 import multiprocessing
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,8 @@ from trainers.experience import (
 )
 from trainers.losses import token_weights
 from trainers.protocols import LearnerGroup
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 MODEL = "builtin:tiny-llama"
 DEADLINE_S = 240.0  # for the ranks of one task, and for each of their collectives; idle, they take seconds
@@ -324,15 +326,6 @@ def naive_gradient(groups: Sequence[LearnerGroup], algorithm: AlgorithmSettings)
     if pair_losses:
         torch.stack(pair_losses).mean().backward()
     return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Matrices this small only lose by a second thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,6 +31,8 @@ from cluster.low_rank import merge
 from cluster.merged_tensors import MergedTensors
 from cluster.weight_channel import WeightManifest, bit_sum, read_weight_file
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TINY = "builtin:tiny-llama"
 CPU = torch.device("cpu")
 LORA = LoRASettings(rank=4, alpha=8.0)
@@ -39,15 +40,6 @@ ATTENTION = LoRASettings(rank=2, alpha=4.0, target_modules=("q_proj", "v_proj"),
 # Largest difference of a log-prob, in nats, between the adapter beside its base and merged into it.  bfloat16 keeps 8
 # bits: merging rounds each weight once more, and the tiny model's log-probs are near -5.8.
 TOLERANCE = {"float32": 1e-5, "bfloat16": 0.03}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Matrices this small only lose by a second thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -49,19 +49,12 @@ from trainers.planted_pairs import preference_rows
 from trainers.preference_training import PreferenceSettings
 from trainers.prompt_format import PromptFormat
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TINY = "builtin:tiny-llama"
 CPU = torch.device("cpu")
 R8, A4 = LoRASettings(rank=8, alpha=8.0), LoRASettings(rank=4, alpha=4.0)
 Q4 = LoRASettings(rank=4, alpha=8.0, target_modules=("q_proj",))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Matrices this small only lose by a second thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

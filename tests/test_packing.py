@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -21,18 +21,11 @@ from actors.packing import build_pack
 from actors.scoring import score_samples
 from trainers.batching import Piece, SampleShape, plan_microbatches
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 FP32_TOLERANCE = 2e-5  # nats, for log-probs near -6
 CHUNK = 7
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Matrices this small only lose by a second thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,6 @@ from preference_kit import (
     comparisons,
     hf_model,
     one_by_one,
-    one_thread,
     policy,
     reference_of,
     settings,
@@ -36,7 +35,9 @@ from trainers.preference_losses import AnswerLogps, mismatched_kl, paired_outcom
 from trainers.preference_training import LOSSES, LossName
 from trainers.reference_logps import reference_rows, write_reference
 
-__all__ = ["one_thread", "policy", "tokenizer"]  # fixtures
+__all__ = ["policy", "tokenizer"]  # fixtures
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 CPU = torch.device("cpu")
 TOLERANCE = 1e-5  # relative to a parameter's largest gradient element

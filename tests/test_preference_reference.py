@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from preference_kit import TINY, comparisons, hf_model, one_by_one, one_thread, tokenizer
+from preference_kit import TINY, comparisons, hf_model, one_by_one, tokenizer
 
 from actors.model_folders import resolve_model
 from cluster.host import num_cpus
@@ -23,7 +23,9 @@ from trainers.errors import VerificationError
 from trainers.planted_pairs import labelled_rows
 from trainers.reference_logps import read_reference, reference_key, reference_rows, write_reference
 
-__all__ = ["one_thread", "tokenizer"]  # fixtures
+__all__ = ["tokenizer"]  # a fixture
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Events:

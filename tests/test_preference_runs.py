@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from preference_kit import NUM_STEPS, OVERRIDES, RUN_S, TINY, hf_model, one_thread, rows_of, run, weights
+from preference_kit import NUM_STEPS, OVERRIDES, RUN_S, TINY, hf_model, rows_of, run, weights
 
 from actors.state_saving import SaveBegun, SaveOutcome
 from launch.cli import main
@@ -16,7 +16,7 @@ from launch.preference_task import PreferenceTask
 from trainers.preference_training import LOSSES, LossName
 from trainers.reference_logps import reference_rows
 
-__all__ = ["one_thread"]  # a fixture
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 # --- refused before anything is allocated ---------------------------------------------------------
 

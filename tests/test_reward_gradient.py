@@ -16,7 +16,6 @@ from reward_model_kit import (
     DEADLINE_S,
     make_folder,
     make_learner,
-    one_thread,
     planted,
     settings,
 )
@@ -25,7 +24,7 @@ from cluster.rendezvous import free_port
 from trainers.comparisons import ComparisonTable, write_comparisons
 from trainers.reward_training import RewardTrainingSettings
 
-__all__ = ["one_thread"]  # a fixture
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 FP32_TOLERANCE = 2e-5  # on scores of size 1
 GRADIENT_TOLERANCE = 1e-5  # relative to a parameter's largest gradient element

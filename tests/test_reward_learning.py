@@ -17,7 +17,6 @@ import torch
 from reward_model_kit import (
     TINY,
     make_learner,
-    one_thread,
     padded_scores,
     planted,
     sampled,
@@ -32,7 +31,7 @@ from trainers.comparisons import Comparison, ComparisonTable, write_comparisons
 from trainers.errors import InputError
 from trainers.reward_report import judge
 
-__all__ = ["one_thread"]  # a fixture
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

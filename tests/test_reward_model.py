@@ -18,7 +18,6 @@ from reward_model_kit import (
     answers,
     folder,
     make_folder,
-    one_thread,
     padded_scores,
     planted,
     sampled,
@@ -34,7 +33,9 @@ from trainers.comparisons import Comparison
 from trainers.errors import InputError
 from trainers.experience import encode_group
 
-__all__ = ["folder", "one_thread"]  # fixtures
+__all__ = ["folder"]  # a fixture
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 FP32_TOLERANCE = 2e-5  # on scores of size 1
 

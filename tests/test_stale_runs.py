@@ -8,7 +8,7 @@ it onto a single answer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 
 import pytest
@@ -18,6 +18,8 @@ from actors.objective import TokenTerms, pack_loss
 from trainers.algorithms import AlgorithmSettings
 from trainers.correction import CorrectionSettings, resolved
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 STATE, CHOICE = torch.tensor([0, 1, 0, 1, 0, 2, 0, 2]), torch.tensor([0, 0, 0, 1, 1, 0, 1, 1])
 REWARDS = torch.tensor([1.0, -1.0, 0.5, 0.0], dtype=torch.float64)
 REFERENCE = torch.tensor([[0.0, 0.5], [0.3, 0.0], [0.0, -0.2]], dtype=torch.float64)  # logits; training starts there
@@ -25,15 +27,6 @@ BETA, LR = 0.2, 22.0
 KINDS = ("token_truncate", "sequence_truncate", "token_mask", "sequence_mask", "decoupled", "cispo")
 
 Behavior = Callable[[int, list[torch.Tensor]], torch.Tensor]  # update, all logits so far -> logits of the sampler
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Eight numbers only lose by a second thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def tokens(logits: torch.Tensor) -> torch.Tensor:
