@@ -42,7 +42,7 @@ class BatchRank(EngineRank):
         self,
         rank: int,
         rendezvous: Rendezvous,
-        load: Callable[[], nn.Module],
+        load: Callable[[bool], nn.Module],
         settings: LearnerSettings,
         algorithm: AlgorithmSettings,
         dtype: str,

@@ -61,10 +61,11 @@ class CriticLearner(BatchRank):
     ) -> None:
         lora = None if settings.lora is None else LoRAPlan(settings.lora)
 
-        def load() -> nn.Module:
+        def load(read_weights: bool) -> nn.Module:
             return load_scalar(
-                model_path, "critic.path", trained_dtype(dtype, lora), settings.gradient_checkpointing, lora, device
-            )
+                model_path, "critic.path", trained_dtype(dtype, lora), settings.gradient_checkpointing, lora, device,
+                read_weights,
+            )  # fmt: skip
 
         super().__init__(
             rank, rendezvous, load, settings, algorithm, dtype, device, num_steps, seed, payload_deadline_s,

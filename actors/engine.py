@@ -104,10 +104,11 @@ class TrainingEngine:
         )
         config = deepspeed_config(settings, dtype, adapter=getattr(model, "adapter", None) is not None)
         if settings.zero_stage == 3:
-            # Partitions of what lies on the host: `initialize` alone would put the whole model on every GPU first.
+            # Partitions of what lies on rank 0's host: `initialize` alone would put the whole model on every GPU first.
             deepspeed.zero.Init(module=model, config_dict_or_path=config)
             for buffer in model.buffers():
                 buffer.data = buffer.data.to(device)
+                torch.distributed.broadcast(buffer.data, 0)
         self.engine, *_ = deepspeed.initialize(
             model=model, optimizer=self._adam, config=config, dist_init_required=False
         )

@@ -68,10 +68,10 @@ class DeepSpeedLearner(BatchRank):
         self.sampling = sampling
         self.pretraining = None if pretraining is None else PretrainingTerm(pretraining, algorithm, seed)
 
-        def load() -> nn.Module:
+        def load(read_weights: bool) -> nn.Module:
             return load_policy(
                 model_path, settings.logprob_chunk, trained_dtype(dtype, lora), settings.gradient_checkpointing, lora,
-                device,
+                device, read_weights,
             )  # fmt: skip
 
         super().__init__(

@@ -8,12 +8,11 @@ from typing import Any, Literal, cast
 import torch
 from torch import nn
 
-from actors import attention
 from actors.logprobs import chunked_logprobs
 from actors.lora import Adapter
 from actors.lora_settings import LoRAPlan
 from actors.packing import Pack
-from actors.quantization import loading_options
+from actors.pretrained import pretrained
 from trainers.errors import InputError
 
 
@@ -89,7 +88,7 @@ def without_padding(model: Any) -> None:
 
 def load_policy(
     path: str, chunk: int, dtype: torch.dtype = torch.float32, checkpointing: bool = False,
-    lora: LoRAPlan | None = None, device: str = "cpu",
+    lora: LoRAPlan | None = None, device: str = "cpu", read_weights: bool = True,
 ) -> PackedPolicy:  # fmt: skip
     """The model of a Hugging Face folder, with packed attention.
 
@@ -99,18 +98,15 @@ def load_policy(
         dtype: of the parameters (float32 for a learner: they are the master weights; with ``lora`` the compute dtype).
         lora: freeze it and put an adapter into it.
         device: where a quantised base is made.
+        read_weights: False where another rank's are put in; see :func:`actors.pretrained.pretrained`.
 
     Raises:
         InputError: the architecture cannot take another attention implementation.
     """
     from transformers import AutoModelForCausalLM
 
-    attention.register()
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            path, attn_implementation=attention.NAME, local_files_only=True, use_safetensors=True,
-            **loading_options(lora, dtype, device),
-        )  # fmt: skip
+        model = pretrained(AutoModelForCausalLM, path, dtype, read_weights, lora, device)
     except ValueError as error:
         raise InputError(
             "model.path", path, f"transformers cannot load it with packed attention ({error})",

@@ -64,10 +64,10 @@ class PreferenceLearner(EngineRank):
         self._tables = {name: ComparisonTable(file) for name, file in files.items() if file.exists()}
         self._reference = {name: reference_rows(Path(file)) for name, file in reference.items()}
 
-        def load() -> nn.Module:
+        def load(read_weights: bool) -> nn.Module:
             return load_policy(
                 model_path, settings.logprob_chunk, trained_dtype(dtype, lora), settings.gradient_checkpointing, lora,
-                device,
+                device, read_weights,
             )  # fmt: skip
 
         super().__init__(rank, rendezvous, load, settings, dtype, device, seed, tokenizer_path=model_path)

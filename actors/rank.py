@@ -35,8 +35,9 @@ class EngineRank:
     """A rank.  Constructed on every rank at once, because DeepSpeed's set-up is a collective.
 
     Args:
-        load: builds the model on the CPU in float32 (master weights); its Hugging Face model is the attribute
-            ``hf_model``, and ``adapter`` is what is trained of it, None: all.
+        load: builds the model on the CPU in float32 (master weights), called with whether the weights' files are to
+            be read; its Hugging Face model is the attribute ``hf_model``, and ``adapter`` is what is trained of it,
+            None: all.
         dtype: the compute dtype's name.
         device: ``cpu`` or ``cuda:N``.
         tokenizer_path: folder whose tokenizer goes into an export.
@@ -48,7 +49,7 @@ class EngineRank:
         self,
         rank: int,
         rendezvous: Rendezvous,
-        load: Callable[[], nn.Module],
+        load: Callable[[bool], nn.Module],
         settings: LearnerSettings,
         dtype: str,
         device: str,
@@ -66,8 +67,11 @@ class EngineRank:
         elif (dist.get_rank(), dist.get_world_size()) != (rank, rendezvous.world_size):
             there = f"{dist.get_rank()} of {dist.get_world_size()}"
             raise ValueError(f"rank {rank} of {rendezvous.world_size}: this process is rank {there} already")
-        model = load().train()
-        if settings.zero_stage < 3:  # else DeepSpeed deals it out, a parameter at a time: the whole may not fit
+        # With ZeRO 3 DeepSpeed deals out what rank 0 has, a parameter at a time: the whole may not fit on a device,
+        # nor the wholes of all ranks into the memory of their host.
+        dealt = settings.zero_stage == 3
+        model = load(rank == 0 or not dealt).train()
+        if not dealt:
             model = model.to(self.device)
         self.dtype = cast(torch.dtype, getattr(torch, dtype))
         self.adapter = cast("Adapter | None", getattr(model, "adapter", None))

@@ -60,10 +60,11 @@ class RewardModelLearner(EngineRank):
         self.algorithm, self.num_steps, self.data_folder = algorithm, num_steps, Path(data_folder)
         self.train = ComparisonTable(self.data_folder / "train.arrow")
 
-        def load() -> nn.Module:
+        def load(read_weights: bool) -> nn.Module:
             return load_scalar(
-                model_path, "model.path", trained_dtype(dtype, lora), settings.gradient_checkpointing, lora, device
-            )
+                model_path, "model.path", trained_dtype(dtype, lora), settings.gradient_checkpointing, lora, device,
+                read_weights,
+            )  # fmt: skip
 
         super().__init__(rank, rendezvous, load, settings, dtype, device, seed, tokenizer_path=model_path)
         self.share_prompts = self.device.type != "cuda" if settings.share_prompts is None else settings.share_prompts

@@ -14,12 +14,11 @@ from typing import Any, Self, cast
 import torch
 from torch import nn
 
-from actors import attention
 from actors.lora import Adapter
 from actors.lora_settings import LoRAPlan
 from actors.modeling import without_padding
 from actors.packing import Pack
-from actors.quantization import loading_options
+from actors.pretrained import pretrained
 from trainers.errors import InputError
 
 
@@ -69,7 +68,7 @@ class PackedScalar(nn.Module):
 
 def load_scalar(
     path: str, field: str, dtype: torch.dtype = torch.float32, checkpointing: bool = False,
-    lora: LoRAPlan | None = None, device: str = "cpu",
+    lora: LoRAPlan | None = None, device: str = "cpu", read_weights: bool = True,
 ) -> PackedScalar:  # fmt: skip
     """The scalar model of a folder: a saved one, or a causal language model's backbone with a new head.
 
@@ -81,13 +80,13 @@ def load_scalar(
         dtype: of the parameters.
         lora: freeze all but the head and put an adapter into it.
         device: where a quantised base is made.
+        read_weights: False where another rank's are put in; see :func:`actors.pretrained.pretrained`.
 
     Raises:
         InputError: the head has another width, or the architecture has no classifier with pluggable attention.
     """
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
-    attention.register()
     config = AutoConfig.from_pretrained(path, local_files_only=True)
     is_scalar = any("SequenceClassification" in name for name in config.architectures or ())
     if is_scalar and config.num_labels != 1:
@@ -95,10 +94,7 @@ def load_scalar(
             field, path, f"its head gives {config.num_labels} numbers", "use a reward model with one score per text"
         )
     try:
-        model = AutoModelForSequenceClassification.from_pretrained(
-            path, num_labels=1, attn_implementation=attention.NAME,
-            local_files_only=True, use_safetensors=True, **loading_options(lora, dtype, device),
-        )  # fmt: skip
+        model = pretrained(AutoModelForSequenceClassification, path, dtype, read_weights, lora, device, num_labels=1)
     except ValueError as error:
         raise InputError(
             field, path, f"transformers has no sequence classifier for it ({error})", "use another backbone"

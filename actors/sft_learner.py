@@ -95,10 +95,10 @@ class SFTLearner(EngineRank):
         self.train = [ExampleFile(path) for path in train.values()]
         self.held_out = None if held_out is None else ExampleFile(held_out)
 
-        def load() -> nn.Module:
+        def load(read_weights: bool) -> nn.Module:
             return load_policy(
                 model_path, settings.logprob_chunk, trained_dtype(dtype, lora), settings.gradient_checkpointing, lora,
-                device,
+                device, read_weights,
             )  # fmt: skip
 
         super().__init__(rank, rendezvous, load, settings, dtype, device, seed, tokenizer_path=model_path)

@@ -6,6 +6,7 @@ launch.{estimate, judge_workers, model_facts}, cluster.{host, layout, rendezvous
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -123,10 +124,11 @@ def estimates(config: RunConfig, facts: ModelFacts, on_gpu: bool, compute_bytes:
         )
 
     def frozen(token_budget: int, vocab: int, num_models: int = 1) -> MemoryEstimate:
-        return estimate_reference(
+        found = estimate_reference(
             num_models * facts.num_params, token_budget=token_budget, vocab=vocab,
             logprob_chunk=config.learner.logprob_chunk, compute_bytes=compute_bytes, **shape,
         )  # fmt: skip
+        return replace(found, loading=facts.num_params * compute_bytes)  # one model after the other
 
     found = {
         "generator": estimate_generator(

@@ -8,7 +8,7 @@ Pure: may import nothing but the standard library.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 MASTER_BYTES = 4  # float32 parameters and gradients
@@ -24,6 +24,8 @@ class MemoryEstimate:
     offloaded: Mapping[str, int] = field(default_factory=dict)
     host_copy: int = 0  # of the state, for checkpoints to be written from
     staged: int = 0  # host memory of a rank that serves generators: the weights on their way (actors/publishing.py)
+    loading: int = 0  # host memory of a rank that reads the weights' files for a GPU, until they are there
+    num_loading: int | None = None  # ranks that read them, the first ones; None: all
 
     @property
     def total(self) -> int:
@@ -32,6 +34,11 @@ class MemoryEstimate:
     @property
     def offloaded_total(self) -> int:
         return sum(self.offloaded.values())
+
+    def host_bytes(self, ranks: Sequence[int]) -> int:
+        """Host memory beside GPUs of these ranks at its highest: at the start, or while checkpoints are written."""
+        reading = [rank for rank in ranks if self.num_loading is None or rank < self.num_loading]
+        return max(len(reading) * self.loading, len(ranks) * self.host_copy)
 
 
 def with_staging(found: MemoryEstimate, num_bytes: int, on_host: bool) -> MemoryEstimate:
@@ -91,7 +98,8 @@ def estimate_learner(
     logits       2 * 4 * chunk * V, and V h (4 + c) for the head's gradient and cast; nothing with V = 0, a head
                  of one number (a critic)
 
-    ``host_copy`` is the 12 P / R that a checkpoint is written from, while training goes on.
+    ``host_copy`` is the 12 P / R that a checkpoint is written from, while training goes on; ``loading`` the P
+    dtype_bytes that are read, with ZeRO 3 by rank 0 alone, which deals them out.
 
     With T = ``adapter_params`` the P others are frozen: they have no master copies, casts, gradients or states.
 
@@ -113,7 +121,8 @@ def estimate_learner(
         if quantized is not None:
             parts["dequantised layer"] = hidden * intermediate * compute_bytes
         parts["logits"] = LOGIT_COPIES * 4 * logprob_chunk * vocab + vocab * hidden * compute_bytes
-        return MemoryEstimate(parts, trained.offloaded, trained.host_copy)
+        read = 0 if quantized is not None else base  # what is quantised is made on the GPU
+        return MemoryEstimate(parts, trained.offloaded, trained.host_copy, loading=read)
     layer_params = -(-num_params // max(1, layers))
     weights = num_params * dtype_bytes
     casts = num_params * compute_bytes if compute_bytes < dtype_bytes else 0
@@ -133,7 +142,10 @@ def estimate_learner(
     where["optimizer"] = _share(num_params * ADAM_BYTES, ranks if zero_stage >= 1 else 1)
     parts["activations"] = activation_bytes(token_budget, hidden, layers, intermediate, checkpointing, compute_bytes)
     parts["logits"] = LOGIT_COPIES * 4 * logprob_chunk * vocab + vocab * hidden * (4 + compute_bytes)
-    return MemoryEstimate(parts, offloaded, _share(checkpoint_bytes(num_params), ranks))
+    return MemoryEstimate(
+        parts, offloaded, _share(checkpoint_bytes(num_params), ranks), loading=weights,
+        num_loading=1 if zero_stage >= 3 else None,
+    )  # fmt: skip
 
 
 def kv_bytes_per_token(layers: int, kv_heads: int, head_dim: int, compute_bytes: int = 2) -> int:

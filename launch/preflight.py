@@ -161,16 +161,20 @@ def _check_host_memory(
     needs: Mapping[str, MemoryEstimate],
     on_gpu: bool,
 ) -> None:
-    """Host memory: everything on a CPU; with GPUs processes, offloaded states and checkpoints in flight."""
+    """Host memory: everything on a CPU; with GPUs processes, offloaded states, and models on their way to the GPUs or
+    checkpoints in flight.
+    """
     offloads = [w for s in (config.learner, config.critic) for w in (s.offload_optimizer, s.offload_param)]
     for index, node in enumerate(nodes):
         roles = Counter(slot.role for slot in layout.slots if slot.node == index)
         needed = sum(roles.values()) * PROCESS_BYTES
         for role, count in roles.items():
             if role in needs:
+                need = needs[role]
                 # States on nvme take little memory; with both kinds of offload the sum is an upper bound.
-                offloaded = needs[role].offloaded_total if "cpu" in offloads else 0
-                needed += count * (offloaded + needs[role].host_copy + (0 if on_gpu else needs[role].total))
+                needed += count * (need.offloaded_total if "cpu" in offloads else 0)
+                ranks = [s.index for s in layout.slots if s.role == role and s.node == index]
+                needed += need.host_bytes(ranks) if on_gpu else count * (need.host_copy + need.total)
         serving = min(config.generator.num_workers, config.learner.num_workers)  # the first ranks: actors/publisher.py
         here = sum(s.role == "learner" and s.node == index and s.index < serving for s in layout.slots)
         needed += here * needs["learner"].staged

@@ -186,10 +186,11 @@ def tuning_report(config: TuningConfig, facts: ModelFacts, nodes: Sequence[Mappi
     report.add("placement", "cluster", needed, there)
     offloaded = need.offloaded_total if "cpu" in (learner.offload_optimizer, learner.offload_param) else 0
     for index, node in enumerate(nodes):
-        ranks = sum(slot.node == index for slot in report.layout.slots)
+        ranks = [slot.index for slot in report.layout.slots if slot.node == index]
         if not ranks:
             continue
-        bill = ranks * (PROCESS_BYTES + offloaded + need.host_copy + (0 if on_gpu else need.total))
+        bill = len(ranks) * (PROCESS_BYTES + offloaded)
+        bill += need.host_bytes(ranks) if on_gpu else len(ranks) * (need.host_copy + need.total)
         _memory(report, config, node["hostname"], "host memory", bill, int(node["memory_free_bytes"]))
         if on_gpu:
             free = min(int(gpu.get("free_bytes", gpu["memory_bytes"])) for gpu in node["gpus"])

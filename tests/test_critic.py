@@ -7,7 +7,6 @@ against transformers in float64, then 2 ranks with ZeRO 2 and ZeRO 3 against tha
 from __future__ import annotations
 
 import functools
-import multiprocessing
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from rank_processes import model_of_rank, run_ranks
 from test_gradient_invariance import (
     DEADLINE_S,
     MAX_TOKENS,
@@ -97,9 +97,11 @@ def one_rank(rank: int, ranks: int, stage: int, port: int, critic_path: str, fol
 
     common = {"dtype": "float32", "device": "cpu", "num_steps": 10, "seed": 5, "algorithm": PPO}
     meeting = Rendezvous("127.0.0.1", port, ranks)
+    critic_path = model_of_rank(rank, stage, critic_path, folder)
     critic = CriticLearner(rank, meeting, critic_path, settings(CriticSettings, ranks, stage), **common)
     learner = DeepSpeedLearner(
-        rank, meeting, resolve_model(MODEL), settings(LearnerSettings, ranks, stage),
+        rank, meeting, model_of_rank(rank, stage, resolve_model(MODEL), folder),
+        settings(LearnerSettings, ranks, stage),
         sampling=SamplingSettings(temperature=TEMPERATURE, max_tokens=MAX_TOKENS), **common,
     )  # fmt: skip
     found = critic_laws(critic) | policy_laws(learner)
@@ -159,20 +161,11 @@ def run(ranks: int, stage: int) -> dict[str, Any]:
 @functools.cache
 def _run(ranks: int, stage: int) -> dict[str, Any] | str:
     """What rank 0 found, or what went wrong."""
-    processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["actors.learner", "deepspeed", "transformers.models.llama.modeling_llama"])
     with tempfile.TemporaryDirectory() as folder:
         arguments = (ranks, stage, free_port(), critic_folder().name, folder)
-        started = [processes.Process(target=one_rank, args=(r, *arguments), daemon=True) for r in range(ranks)]
-        for process in started:
-            process.start()
-        for process in started:
-            process.join(DEADLINE_S)
-        codes = [process.exitcode for process in started]
-        for process in started:
-            process.kill()
-        if any(code != 0 for code in codes):
-            return f"{ranks} ranks, ZeRO {stage}: exit codes {codes} (None: it hangs)"
+        wrong = run_ranks(one_rank, ranks, *arguments, deadline_s=DEADLINE_S)
+        if wrong is not None:
+            return f"{ranks} ranks, ZeRO {stage}: {wrong}"
         return torch.load(Path(folder) / "found.pt", weights_only=False)
 
 

@@ -11,7 +11,6 @@ import torch
 from rich.console import Console
 from safetensors.torch import save_file
 
-from launch.config import RunConfig
 from launch.demands import estimates, role_demands
 from launch.estimate import MemoryEstimate, estimate_generator, estimate_learner, kv_bytes_per_token, show_bytes
 from launch.model_facts import ModelFacts, check_model_folder
@@ -172,20 +171,30 @@ def test_the_weights_on_their_way_are_counted_where_they_lie_and_on_the_ranks_th
     shared = of_learner("gpu-1x-grpo")
     assert shared.parts["staged weights"] == 2 * SEVEN.num_params and shared.staged == 0
     # Four generators are served by four ranks of four, or by one of four.
-    free = node(gpus=8)["memory_free_bytes"]
     for overrides, serving in (((), 4), (("generator.num_workers=1",), 1)):
-        asked = load_config("gpu-8x-grpo", overrides).config
-        rows = [preflight_report(asked, SEVEN, [node(gpus=8, memory_free_bytes=m)]).passed
-                for m in (host_need(asked, serving), host_need(asked, serving) - GIB)]  # fmt: skip
-        assert rows == [True, False] and host_need(asked, serving) < free
+        assert_need(overrides, states=12 * SEVEN.num_params, serving=serving)
 
 
-def host_need(config: RunConfig, serving: int) -> int:
-    """Host memory of gpu-8x-grpo, counted by hand: processes, checkpoints' copies, staged weights."""
-    needs = estimates(config, SEVEN, True, 2)
+def test_the_host_has_room_for_the_models_on_their_way_to_the_gpus_or_for_the_checkpoints_whichever_is_more() -> None:
+    """Bytes a parameter: 4 of every rank that reads, 12 of all ranks together that save."""
+    assert_need((), states=12 * SEVEN.num_params)  # ZeRO 3: rank 0 alone reads
+    assert_need(("learner.zero_stage=2",), states=4 * 4 * SEVEN.num_params)
+    with_reference = ("algorithm.kl_coef=0.01", "generator.num_workers=3", "reference.num_workers=1")
+    assert_need(with_reference, states=(12 + 2) * SEVEN.num_params, serving=3)
+    # On the second of two nodes ranks 2 and 3 save and read nothing.
+    learner = estimates(load_config("gpu-8x-grpo").config, SEVEN, True, 2)["learner"]
+    assert learner.host_bytes([0]) == 4 * SEVEN.num_params and learner.host_bytes([2]) == 3 * SEVEN.num_params
+
+
+def assert_need(overrides: tuple[str, ...], states: int, serving: int = 4) -> None:
+    """gpu-8x-grpo finds so much host memory enough, and a little less too little."""
+    config = load_config("gpu-8x-grpo", overrides).config
     workers = sum(demand.num_workers for demand in role_demands(config, True))
-    copies = config.learner.num_workers * needs["learner"].host_copy
-    return workers * PROCESS_BYTES + copies + serving * needs["learner"].staged
+    need = workers * PROCESS_BYTES + states + serving * 2 * SEVEN.num_params
+    for free in (need + 8, need - 8):
+        report = preflight_report(config, SEVEN, [node(gpus=8, memory_free_bytes=free)])
+        assert [row.passed for row in report.rows if row.check == "host memory"] == [free > need]
+    assert need < node(gpus=8)["memory_free_bytes"]
 
 
 @pytest.mark.parametrize(

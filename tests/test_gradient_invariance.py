@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import math
-import multiprocessing
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -19,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from rank_processes import model_of_rank, run_ranks
 
 from actors.model_folders import resolve_model
 from actors.settings import LearnerSettings, OptimizerSettings, SamplingSettings
@@ -127,8 +127,9 @@ def learner_rank(rank: int, ranks: int, zero_stage: int, port: int, task: str, f
     torch.set_num_threads(1)
     from actors.learner import DeepSpeedLearner
 
+    model = model_of_rank(rank, zero_stage, resolve_model(MODEL), folder)
     learner = DeepSpeedLearner(
-        rank, Rendezvous("127.0.0.1", port, ranks), resolve_model(MODEL), settings(ranks, zero_stage),
+        rank, Rendezvous("127.0.0.1", port, ranks), model, settings(ranks, zero_stage),
         ALGORITHMS["grpo"], SamplingSettings(temperature=TEMPERATURE, max_tokens=MAX_TOKENS),
         "float32", "cpu", num_steps=10, seed=99 if task == "resume" else 5,
     )  # fmt: skip
@@ -225,24 +226,10 @@ def run(ranks: int, zero_stage: int, task: str = "laws") -> dict[str, Any]:
 def _run(ranks: int, zero_stage: int, task: str) -> dict[str, Any] | str:
     """What rank 0 found, or what went wrong: the ranks are not done within the deadline, or failed."""
     resolve_model(MODEL)
-    processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["actors.learner", "deepspeed", "transformers.models.llama.modeling_llama"])
-    folder, port = folder_of(ranks, zero_stage).name, free_port()
-    started = [
-        processes.Process(target=learner_rank, args=(rank, ranks, zero_stage, port, task, folder), daemon=True)
-        for rank in range(ranks)
-    ]
-    for process in started:
-        process.start()
-    for process in started:
-        process.join(DEADLINE_S)
-    late = [rank for rank, process in enumerate(started) if process.exitcode is None]
-    for process in started:
-        process.kill()
-    if late:
-        return f"{task}, {ranks} ranks, ZeRO {zero_stage}: ranks {late} hang"
-    if any(process.exitcode for process in started):
-        return f"{task}, {ranks} ranks, ZeRO {zero_stage}: exit codes {[p.exitcode for p in started]}"
+    folder = folder_of(ranks, zero_stage).name
+    wrong = run_ranks(learner_rank, ranks, ranks, zero_stage, free_port(), task, folder, deadline_s=DEADLINE_S)
+    if wrong is not None:
+        return f"{task}, {ranks} ranks, ZeRO {zero_stage}: {wrong}"
     return torch.load(Path(folder) / f"{task}.pt", weights_only=False)
 
 

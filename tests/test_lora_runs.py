@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import json
 import math
-import multiprocessing
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from preference_kit import run as run_preferences
+from rank_processes import run_ranks
 from test_end_to_end import RUN_S, SMALL, Start, start, trajectories
 from test_gradient_invariance import (
     ALGORITHMS,
@@ -88,20 +88,8 @@ def found_by(ranks: int, zero_stage: int) -> dict[str, Any]:
     resolve_model(MODEL)
     folder = tempfile.mkdtemp(prefix=f"burnish-lora-{ranks}x{zero_stage}-")
     AdapterCopy(started_policy().adapter)(Path(folder) / "start")
-    processes = multiprocessing.get_context("forkserver")
-    port = free_port()
-    started = [
-        processes.Process(target=lora_rank, args=(rank, ranks, zero_stage, port, folder), daemon=True)
-        for rank in range(ranks)
-    ]
-    for process in started:
-        process.start()
-    for process in started:
-        process.join(DEADLINE_S)
-    codes = [process.exitcode for process in started]
-    for process in started:
-        process.kill()
-    assert codes == [0] * ranks, f"{ranks} ranks, ZeRO {zero_stage}: exit codes {codes} (None: hangs)"
+    wrong = run_ranks(lora_rank, ranks, ranks, zero_stage, free_port(), folder, deadline_s=DEADLINE_S)
+    assert wrong is None, f"{ranks} ranks, ZeRO {zero_stage}: {wrong}"
     return torch.load(Path(folder) / "found.pt", weights_only=False) | {"folder": folder}
 
 

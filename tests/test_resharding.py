@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-import multiprocessing
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rank_processes import run_ranks
 from test_gradient_invariance import ALGORITHMS, DEADLINE_S, MODEL, TEMPERATURE, recorded_batch, save, settings
 
 from actors.model_folders import resolve_model
@@ -71,24 +71,11 @@ def folder_of(where: Where) -> tempfile.TemporaryDirectory[str]:
 @functools.cache
 def run(where: Where, read: tuple[str, ...]) -> list[dict[str, Any]] | str:
     """What each rank found, or what went wrong."""
-    processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["actors.learner", "deepspeed", "transformers.models.llama.modeling_llama"])
-    port = free_port()
     with tempfile.TemporaryDirectory() as scratch:
         folder = scratch if read else folder_of(where).name
-        started = [
-            processes.Process(target=rank_main, args=(rank, where, port, read, folder), daemon=True)
-            for rank in range(where[0])
-        ]
-        for process in started:
-            process.start()
-        for process in started:
-            process.join(DEADLINE_S)
-        codes = [process.exitcode for process in started]
-        for process in started:
-            process.kill()
-        if any(code != 0 for code in codes):
-            return f"{where}, reading {len(read)}: exit codes {codes} (None: hangs)"
+        wrong = run_ranks(rank_main, where[0], where, free_port(), read, folder, deadline_s=DEADLINE_S)
+        if wrong is not None:
+            return f"{where}, reading {len(read)}: {wrong}"
         return [torch.load(Path(folder) / f"found-{rank}.pt", weights_only=False) for rank in range(where[0])]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import multiprocessing
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from rank_processes import run_ranks
 from reward_model_kit import (
     DEADLINE_S,
     make_folder,
@@ -75,22 +75,10 @@ def data_folder() -> tempfile.TemporaryDirectory[str]:
 
 @functools.cache
 def run(ranks: int, zero_stage: int) -> Any:
-    processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["actors.learner", "deepspeed", "transformers.models.llama.modeling_llama"])
-    root, port = data_folder().name, free_port()
-    started = [
-        processes.Process(target=rank_main, args=(rank, ranks, zero_stage, port, root), daemon=True)
-        for rank in range(ranks)
-    ]
-    for process in started:
-        process.start()
-    for process in started:
-        process.join(DEADLINE_S)
-    codes = [process.exitcode for process in started]
-    for process in started:
-        process.kill()
-    if any(code != 0 for code in codes):
-        return f"{ranks} ranks, ZeRO {zero_stage}: exit codes {codes} (None: hangs)"
+    root = data_folder().name
+    wrong = run_ranks(rank_main, ranks, ranks, zero_stage, free_port(), root, deadline_s=DEADLINE_S)
+    if wrong is not None:
+        return f"{ranks} ranks, ZeRO {zero_stage}: {wrong}"
     return torch.load(Path(root) / f"found-{ranks}-{zero_stage}.pt", weights_only=False)
 
 
