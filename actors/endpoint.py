@@ -17,11 +17,12 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit, urlunsplit
+from urllib.request import getproxies, proxy_bypass
 
 from actors.judge_settings import EndpointSettings
 from trainers.asking import Question, Reply, Silence, Usage
-from trainers.chat_protocol import estimated_tokens, read_reply, request_body, shown
+from trainers.chat_protocol import estimated_tokens, hidden, read_reply, request_body, shown
 from trainers.errors import (
     BudgetSpentError,
     EndpointBrokenError,
@@ -38,12 +39,13 @@ from trainers.rate_limit import Budget, RateLimit
 from trainers.reply_cache import Account, ReplyCache, question_key
 
 if TYPE_CHECKING:
-    from aiohttp import ClientSession
+    from aiohttp import BasicAuth, ClientSession
 
 SIMPLE = Question("Say OK.", 8)  # what any endpoint can answer
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 SILENCES: dict[Trouble, Silence] = {
-    "slow": "timeout", "down": "unavailable", "broken": "unavailable", "nonsense": "nonsense", "refused": "refused",
+    "slow": "timeout", "down": "unavailable", "busy": "unavailable", "broken": "unavailable", "nonsense": "nonsense",
+    "refused": "refused",
 }  # fmt: skip
 
 
@@ -55,6 +57,7 @@ class _Failure:
     status: str  # HTTP status, or what there was of it
     detail: str
     asked_s: float | None = None  # Retry-After
+    was_sent: bool = False  # whole, and nobody said that it was not taken: it may have been paid for
 
 
 def read_key(settings: EndpointSettings, field: str) -> str | None:
@@ -69,6 +72,20 @@ def read_key(settings: EndpointSettings, field: str) -> str | None:
         raise InputError(f"{field}.api_key_env", settings.api_key_env, "what is in this variable cannot be a key",
                          "export the key alone, without line breaks")  # fmt: skip
     return key
+
+
+def proxy_of(url: str) -> tuple[str | None, BasicAuth | None]:
+    """(address, name and password) of the proxy that the environment has for ``url``: HTTPS_PROXY, NO_PROXY, ..."""
+    from aiohttp import BasicAuth
+
+    parts = urlsplit(url)
+    host = parts.hostname or ""
+    proxy = None if host in LOOPBACK or proxy_bypass(host) else getproxies().get(parts.scheme)
+    if proxy is None:
+        return None, None
+    said = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
+    auth = None if said.username is None else BasicAuth(unquote(said.username), unquote(said.password or ""))
+    return urlunsplit((said.scheme, said.netloc.rpartition("@")[2], said.path, "", "")), auth
 
 
 class EndpointRespondent:
@@ -113,10 +130,10 @@ class EndpointRespondent:
                 reply = await self._try(question, body)
         finally:
             self._asked.pop(key).set_result(Reply(""))
-        if reply.silence is None:
-            self._cache.put(key, reply)
-        else:
+        if reply.silence is not None:
             self.usage.silences[reply.silence] += 1
+        elif reply.text.strip() or reply.cut_off:  # an empty reply may be the server's failure: the next run asks again
+            self._cache.put(key, reply)
         return reply
 
     async def probe(self) -> None:
@@ -137,10 +154,9 @@ class EndpointRespondent:
     # --- one question -----------------------------------------------------------------------------
 
     async def _try(self, question: Question, body: dict[str, Any]) -> Reply:
-        attempt, estimate = 0, estimated_tokens(question)
-        begun = failed = 0.0
+        attempt, begun, failed = 0, 0.0, 0.0
         while True:
-            started, found = await self._paced(body, estimate)
+            started, found = await self._paced(body, question.max_tokens)
             if isinstance(found, Reply):
                 return found
             now = self._clock()
@@ -148,37 +164,38 @@ class EndpointRespondent:
                 begun, failed = started, now
             advice = self._patience.failed(found.trouble, attempt, begun, failed, now, found.asked_s)
             if advice == "check_endpoint":
-                _, checked = await self._paced(self._simple, estimated_tokens(SIMPLE))
+                _, checked = await self._paced(self._simple, SIMPLE.max_tokens)
                 if isinstance(checked, Reply):
                     advice = "again"  # it may have been down until now: one more try tells whose fault it is
                 else:
                     now, found = self._clock(), checked
-                    advice = self._patience.unchecked(found.trouble, now, found.asked_s)
+                    advice = self._patience.unchecked(found.trouble, begun, now, found.asked_s)
             if advice == "give_up_endpoint":
                 raise self._error(found, f"given up after {attempt + 1} tries in {now - begun:.0f} s")
             if advice == "give_up_question":
                 return Reply("", SILENCES[found.trouble], found.detail)
             pause = delay_s(attempt, found.asked_s, self._draw())
-            if found.trouble == "busy":
-                self._limit.hold(now + pause)  # it said so to everybody
+            if found.trouble == "busy" and found.asked_s is not None:
+                self._limit.hold(now + found.asked_s)  # it said so to everybody
             await self._sleep(pause)
             attempt += 1
             self.usage.num_retries += 1
 
-    async def _paced(self, body: dict[str, Any], estimate: int) -> tuple[float, Reply | _Failure]:
+    async def _paced(self, body: dict[str, Any], longest: int) -> tuple[float, Reply | _Failure]:
         """(when it was sent, after waiting for our own limits; what came back)."""
+        estimate = estimated_tokens(body, longest)
         at = self._begin(estimate)
         if (wait := at - self._clock()) > 0:
             await self._sleep(wait)
         started, found = self._clock(), await self._post(body)
-        used = 0
+        used = estimate  # also where the server does not count, or was asked and not heard: it may be paid for
         if isinstance(found, Reply):
-            self._patience.answered(self._clock())
+            self._patience.answered(self._clock(), is_check=body is self._simple)
             self.usage.num_prompt_tokens += found.num_prompt_tokens
             self.usage.num_completion_tokens += found.num_completion_tokens
-            used = found.num_prompt_tokens + found.num_completion_tokens
-        self._budget.settle(estimate, used)
-        self._limit.settle(at, estimate, used or estimate)
+            used = found.num_prompt_tokens + found.num_completion_tokens or estimate
+        self._budget.settle(estimate, used if isinstance(found, Reply) or found.was_sent else 0)
+        self._limit.settle(at, estimate, used)
         self._write_account()
         return started, found
 
@@ -194,47 +211,49 @@ class EndpointRespondent:
         return self._limit.reserve(estimate, self._clock())
 
     def _write_account(self) -> None:
-        """A budget counts what earlier starts of the run spent, so each start writes it down."""
-        if self.settings.num_requests is None and self.settings.num_tokens is None:
-            return
+        """A budget counts what earlier starts of the run spent, also those that had none: each start writes it down."""
         requests, tokens = self._before
         self._account.write(self._budget.spent_requests - requests, self._budget.spent_tokens - tokens)
 
     async def _post(self, body: dict[str, Any]) -> Reply | _Failure:
-        from aiohttp import ClientConnectionError, ClientError, ClientTimeout
+        from aiohttp import ClientConnectionError, ClientError, ClientPayloadError, ClientTimeout
 
         headers = {} if self._key is None else {"Authorization": f"Bearer {self._key}"}
         timeout = ClientTimeout(total=self.settings.deadline_s)
+        proxy, proxy_auth = proxy_of(self.settings.base_url)
         try:
             async with self._open().post(
-                self.settings.url, json=body, headers=headers, timeout=timeout, allow_redirects=False
+                self.settings.url, json=body, headers=headers, timeout=timeout, allow_redirects=False, proxy=proxy,
+                proxy_auth=proxy_auth,
             ) as response:  # fmt: skip
                 content = await response.read()
         except TimeoutError:
-            return _Failure("slow", "no status", f"no answer in {self.settings.deadline_s:g} s")
+            return _Failure("slow", "no status", f"no answer in {self.settings.deadline_s:g} s", was_sent=True)
+        except ClientPayloadError as error:
+            return _Failure("down", "connection lost", self._hide(error), was_sent=True)
         except ClientConnectionError as error:
-            return _Failure("down", "no connection", self._hide(f"{type(error).__name__}: {error}"))
+            return _Failure("down", "no connection", self._hide(error))
         except ClientError as error:
-            return _Failure("nonsense", "no HTTP", self._hide(f"{type(error).__name__}: {error}"))
+            return _Failure("nonsense", "no HTTP", self._hide(error), was_sent=True)
         trouble = trouble_of(response.status)
         status = f"{response.status} {response.reason or ''}".strip()
         if trouble is not None:
             # A refused key is sometimes quoted in the body, shortened; so that body is not.
-            said = "" if response.status in (401, 403) else self._hide(shown(content))
+            said = "" if response.status in (401, 403) else shown(content, self._key or "")
             return _Failure(trouble, status, said, retry_after_s(response.headers, time.time()))
-        reply = read_reply(content)
-        return _Failure("nonsense", status, self._hide(f"its body {reply}")) if isinstance(reply, str) else reply
+        reply = read_reply(content, self._key or "")
+        return _Failure("nonsense", status, f"its body {reply}", was_sent=True) if isinstance(reply, str) else reply
 
     def _open(self) -> ClientSession:
-        from aiohttp import ClientSession
+        from aiohttp import ClientSession, TCPConnector
 
         if self._session is None:
-            proxied = urlsplit(self.settings.base_url).hostname not in LOOPBACK
-            self._session = ClientSession(trust_env=proxied)
+            # Not trust_env: that also reads .netrc, and would send what stands there instead of the key.
+            self._session = ClientSession(connector=TCPConnector(limit=self.settings.num_at_once))
         return self._session
 
-    def _hide(self, text: str) -> str:
-        return text if self._key is None else text.replace(self._key, "<key>")
+    def _hide(self, error: Exception) -> str:
+        return hidden(f"{type(error).__name__}: {error}", self._key or "")
 
     def _error(self, found: _Failure, after: str) -> EndpointError:
         kind, reason, remedy = _ENDS[found.trouble]

@@ -94,7 +94,7 @@ class JudgeRewardSettings(LanguageModelSettings):
     rubric: RubricSettings = Field(RubricSettings(), description="what is marked")
     max_tokens: Positive = Field(64, description="longest reply; it is decoded greedily")
     gpus_per_worker: float | None = Field(None, ge=0, description="of an engine; default: as its generator says")
-    deadline_s: float = Field(900.0, gt=0, description="for one group, waiting for rate limits included")
+    deadline_s: float = Field(900.0, gt=0, description="for one group at a worker, waiting for rate limits included")
 
     @model_validator(mode="after")
     def _whose_engines(self) -> Self:
@@ -105,7 +105,23 @@ class JudgeRewardSettings(LanguageModelSettings):
                 f"deadline_s={self.deadline_s:g}: must be above endpoint.patience_s={self.endpoint.patience_s:g}, or a "
                 "worker is taken for dead while it waits; raise it"
             )
+        if (paced := self.paced_s(self.room)) >= self.deadline_s:
+            raise ValueError(
+                f"deadline_s={self.deadline_s:g}: {self.room} questions wait at a worker at a time, which endpoint."
+                f"requests_per_minute={self.endpoint.requests_per_minute} stretches over {paced:.0f} s; raise it or "  # type: ignore[union-attr]
+                "lower endpoint.num_at_once"
+            )
         return self
+
+    @property
+    def room(self) -> int:
+        """Samples that a worker has at a time: one half is asked about, one half keeps it from waiting for more."""
+        return 2 * (self.generator.max_num_seqs if self.endpoint is None else self.endpoint.num_at_once)
+
+    def paced_s(self, num_samples: int) -> float:
+        """How long our own limit of requests stretches the questions about so many samples."""
+        per_minute = None if self.endpoint is None else self.endpoint.requests_per_minute
+        return 0.0 if per_minute is None else 60.0 * num_samples / per_minute
 
     @property
     def part_names(self) -> list[str]:
@@ -113,9 +129,18 @@ class JudgeRewardSettings(LanguageModelSettings):
         return [f"{self.name}_{axis.name}" for axis in self.rubric.axes]
 
 
-def check_judges(judges: tuple[JudgeRewardSettings, ...]) -> None:
-    """ValueError where a judge's engines are told to sample: marks are decoded greedily."""
+def check_judges(judges: tuple[JudgeRewardSettings, ...], group_size: int) -> None:
+    """ValueError where a judge's engines are told to sample (marks are decoded greedily), or a group takes too long.
+
+    Args:
+        group_size: samples of a prompt.
+    """
     for index, judge in enumerate(judges):
+        if (paced := judge.paced_s(group_size)) >= judge.deadline_s:
+            raise ValueError(
+                f"judges.{index}.deadline_s={judge.deadline_s:g}: endpoint.requests_per_minute stretches the "
+                f"{group_size} questions about one group over {paced:.0f} s; raise one of them"
+            )
         if judge.generator.sampling != SamplingSettings():
             name = f"judges.{index}.generator.sampling"
             raise ValueError(f"{name}: marks are decoded greedily, up to judges.{index}.max_tokens; leave it out")

@@ -47,6 +47,8 @@ class EngineRespondent:
         # Ray's get may block: not in the loop that others wait on.
         buffer = await asyncio.to_thread(fetch, answered.payload, PAYLOAD_DEADLINE_S)
         said = decode_group(buffer).trajectories[0]
+        if said.finish_reason == "abort":  # torn, and nobody can tell by the text
+            return Reply("", "unavailable", "the engine gave it up")
         return Reply(said.text, None, "", said.finish_reason == "length", len(ids), said.num_tokens)
 
     async def close(self) -> None:

@@ -23,13 +23,19 @@ from trainers.protocols import GeneratedGroup, Payload
 
 
 class RewardPool:
-    """All reward workers, which run functions, as one ``Scorer``."""
+    """All reward workers, which run functions or ask a judge, as one ``Scorer``.
+
+    Args:
+        deadline_s: for a group, from when a worker has it.
+        room: samples that one worker has at a time; the others wait here, where no deadline runs.  None: any number.
+    """
 
     def __init__(
-        self, workers: WorkerGroup, deadline_s: float, health: HealthSettings | None = None, event: Event = no_event
-    ) -> None:
+        self, workers: WorkerGroup, deadline_s: float, health: HealthSettings | None = None, event: Event = no_event,
+        room: int | None = None,
+    ) -> None:  # fmt: skip
         self.workers, self.deadline_s = workers, deadline_s
-        self._dispatcher = Dispatcher(len(workers))
+        self._dispatcher = Dispatcher(len(workers), room)
         self._crew = Crew(workers, self._back, self._gone, health, event)
         self._opened = asyncio.Event()
         self._failure: WorkerError | None = None
@@ -54,7 +60,8 @@ class RewardPool:
                 if self._crew.lost(worker, start, error, 1):
                     self._dispatcher.hold(worker)
             finally:
-                self._dispatcher.done(worker, group.summary.num_samples)
+                self._dispatcher.done(worker, group.summary.num_samples, group.summary.num_samples)
+                self._opened.set()
         tries = self._crew.health.max_attempts
         raise WorkerError(f"group {group.summary.group_id} was given to {tries} workers that died, the last: {last}")
 
@@ -63,12 +70,13 @@ class RewardPool:
         await self._crew.close()
 
     async def _next(self, group: GeneratedGroup) -> int:
-        while not self._dispatcher.open:
+        size = group.summary.num_samples
+        while not self._dispatcher.with_room(size):
             if self._failure is not None:
                 raise self._failure
             self._opened.clear()
-            await self._opened.wait()  # ends: a restart has a deadline and a bounded number of tries
-        return self._dispatcher.assign(group.summary.num_samples)
+            await self._opened.wait()  # ends: a call has a deadline, a restart too and a bounded number of tries
+        return self._dispatcher.assign(size, size=size)
 
     def _back(self, worker: int) -> None:
         self._dispatcher.release(worker)

@@ -267,7 +267,7 @@ class RunConfig(Settings):
         names = self.reward_names
         if not names:
             raise ValueError("rewards is empty and so is reward_models: nothing would be learned; give one of them")
-        check_judges(self.judges)
+        check_judges(self.judges, run.samples_per_prompt)
         weights = [r.weight for r in self.rewards] + [m.weight for m in self.reward_models]
         if not any(weights + [judge.weight for judge in self.judges]):
             raise ValueError(
@@ -277,6 +277,8 @@ class RunConfig(Settings):
                  *(part for judge in self.judges for part in judge.part_names)]  # fmt: skip
         if len(set(parts)) != len(parts):
             raise ValueError(f"rewards: names must differ, got {parts}; give each a name")
+        if self.filtering.by is not None and self.filtering.by not in names:
+            raise ValueError(f"filtering.by={self.filtering.by!r} is none of the rewards {names}; name one of them")
         if self.evaluation.reward is not None and self.evaluation.reward not in names:
             raise ValueError(f"evaluation.reward={self.evaluation.reward!r} is none of the rewards {names}")
         if self.evaluation.every and self.prompts.eval is None:

@@ -131,7 +131,7 @@ class EvalConfig(Settings):
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:
         names = self.reward_names
-        check_judges(self.judges)
+        check_judges(self.judges, self.eval.num_samples)
         parts = [*(r.name for r in self.rewards), *(part for m in self.reward_models for part in m.part_names),
                  *(part for j in self.judges for part in j.part_names)]  # fmt: skip
         if len({*parts, TOTAL, JUDGE}) != len(parts) + 2:

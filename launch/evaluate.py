@@ -174,8 +174,10 @@ async def _score(
     async with cluster.stage(roles) as groups:
         scorer = MixedScorer(
             [
-                RewardPool(group, judges[name].deadline_s if name in judges else deadline_s)
-                if name in judges or name == FUNCTIONS
+                RewardPool(group, judges[name].deadline_s, room=judges[name].room)
+                if name in judges
+                else RewardPool(group, deadline_s)
+                if name == FUNCTIONS
                 else RewardModelPool(group, models[name].deadline_s, models[name].token_budget)
                 for name, group in groups.items()
             ]

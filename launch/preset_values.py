@@ -2,16 +2,19 @@
 
 Works on the raw mapping, before anything is checked: what the recipe itself has stays as it is, and a configuration
 that was dumped with its values, which has them all, comes out unchanged.
-May import: actors.settings, trainers.presets.
+May import: actors.{judge_settings, settings}, trainers.{presets, rewards, rubric}.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from actors.judge_settings import JudgeRewardSettings
 from actors.settings import SamplingSettings
 from trainers.presets import PRESETS, Preset, merged
+from trainers.rewards import default_name
+from trainers.rubric import RubricSettings
 
 NAME = "overlong"  # of the reward that is added
 OVERLONG = "length"  # the built-in reward function that is DAPO's soft over-long punishment (trainers/verifiers.py)
@@ -44,8 +47,10 @@ def _with_punishment(raw: dict[Any, Any], share: float) -> dict[Any, Any]:
     Not where the recipe has such a reward or one of that name itself, of whatever weight, and not where nothing else
     is rewarded.
     """
-    rewards, models = raw.get("rewards", ()), raw.get("reward_models", ())
-    if not isinstance(rewards, list | tuple) or not isinstance(models, list | tuple) or not (rewards or models):
+    rewards, models, judges = (raw.get(key, ()) for key in ("rewards", "reward_models", "judges"))
+    if not all(isinstance(scorers, list | tuple) for scorers in (rewards, models, judges)):
+        return raw
+    if not (rewards or models or judges):
         return raw
     if any(_get(reward, "function") == OVERLONG or _get(reward, "name") == NAME for reward in rewards):
         return raw
@@ -54,10 +59,24 @@ def _with_punishment(raw: dict[Any, Any], share: float) -> dict[Any, Any]:
     if not isinstance(max_tokens, int) or max_tokens < 1:
         return raw  # refused later, at its own key
     raw["rewards"] = [*rewards, punishment(max_tokens, share)]
-    evaluation = raw.get("evaluation", {})
-    if not rewards and isinstance(evaluation, Mapping):  # a punishment is no accuracy, though it comes first now
-        raw["evaluation"] = {"reward": _get(models[0], "name"), **evaluation}
+    accuracy = _first_name(rewards, models, judges)  # a punishment is none, though it may come first now
+    evaluation, filtering = raw.get("evaluation", {}), raw.get("filtering", {})
+    if not rewards and isinstance(evaluation, Mapping):
+        raw["evaluation"] = {"reward": accuracy, **evaluation}
+    if isinstance(filtering, Mapping):
+        raw["filtering"] = {"by": accuracy, **filtering}
     return raw
+
+
+def _first_name(rewards: Sequence[Any], models: Sequence[Any], judges: Sequence[Any]) -> Any:
+    """Of the parts of the reward, as the configuration will name them; None: it will be refused or has no name yet."""
+    for reward in rewards:
+        return _get(reward, "name") or default_name(str(_get(reward, "function")))
+    for model in models:
+        return _get(model, "name")
+    name = _get(judges[0], "name") or JudgeRewardSettings.model_fields["name"].default
+    axes = _get(_get(judges[0], "rubric") or {}, "axes") or RubricSettings().axes
+    return f"{name}_{_get(axes[0], 'name')}"
 
 
 def punishment(max_tokens: int, share: float) -> dict[str, Any]:

@@ -54,7 +54,7 @@ def reward_pools(
             f"judges.{index}", JudgeWorker, judge_kwargs(judge, index, run_folder, dtype, device, config.run.seed),
             concurrency=4096, deadline=judge.generator.start_deadline_s,
         )  # fmt: skip
-        pools.append(RewardPool(workers, judge.deadline_s, config.health, event))
+        pools.append(RewardPool(workers, judge.deadline_s, config.health, event, judge.room))
     return pools
 
 

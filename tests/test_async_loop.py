@@ -520,3 +520,17 @@ def test_a_group_is_useless_exactly_when_it_has_no_advantage(
     version, n = WeightVersion(0, 0), len(totals)
     summary = GroupSummary("0", "p", 2, (3,) * n, tuple(names[r] for r in reasons), version, version, "g", 0.0)
     assert useless(summary, GroupRewards("0", np.array(totals), {}), mask_truncated) == expected
+
+
+@pytest.mark.parametrize(
+    ("right", "expected"),
+    [([1.0, 1.0, 1.0], "no spread"), ([1.0, 0.0, 1.0], None), ([1.0, NAN, 1.0], "no spread"), ([NAN] * 3, "no spread")],
+)
+def test_with_filtering_by_a_part_no_other_part_makes_a_group_worth_training_on(
+    right: list[float], expected: str | None
+) -> None:
+    version = WeightVersion(0, 0)
+    summary = GroupSummary("0", "p", 2, (3, 4, 5), ("stop",) * 3, version, version, "g", 0.0)
+    parts = {"right": np.array(right), "overlong": np.array([0.0, -0.5, -1.0])}
+    rewards = GroupRewards("0", np.nan_to_num(parts["right"]) + parts["overlong"], parts)
+    assert useless(summary, rewards, False, "right") == expected and useless(summary, rewards, False) is None

@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
-import json
 import socket
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from aiohttp import web
+from aiohttp import BasicAuth, web
 from pydantic import ValidationError
 from stand_in import StandIn
 
-from actors.endpoint import EndpointRespondent
+from actors.endpoint import SIMPLE, EndpointRespondent, proxy_of
 from actors.judge_settings import EndpointSettings, JudgeRewardSettings
 from launch.judging import probe_endpoint
 from launch.overrides import load_config
 from trainers.asking import Question, Reply
-from trainers.chat_protocol import read_reply, request_body
 from trainers.errors import (
     BudgetSpentError,
     EndpointBrokenError,
@@ -32,9 +28,6 @@ from trainers.errors import (
     NonsenseError,
     RateLimitedError,
 )
-from trainers.patience import MAX_IN_A_ROW, Patience, delay_s, retry_after_s, trouble_of
-from trainers.rate_limit import WINDOW_S, Budget, RateLimit
-from trainers.reply_cache import ReplyCache, question_key
 
 KEY = "sk-test-0123456789abcdefghij"
 SHORT = {"num_retries": 1, "patience_s": 0.6, "deadline_s": 5.0}
@@ -71,155 +64,6 @@ def ask_all(settings: EndpointSettings, folder: Path, *texts: str, clock: Clock 
     return asyncio.run(go())
 
 
-# --- pacing, pure ---------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("requests", "tokens"), [(5, None), (None, 100), (7, 90), (1, 10)])
-def test_no_minute_sees_more_requests_or_tokens_than_the_limits_and_none_is_held_back_for_nothing(
-    requests: int | None, tokens: int | None
-) -> None:
-    random, limit, now = np.random.default_rng(0), RateLimit(requests, tokens), 0.0
-    given: list[tuple[float, int]] = []
-    for _ in range(300):
-        now += float(random.exponential(4.0))
-        size = int(random.integers(1, 30))
-        given.append((limit.reserve(size, now), size))
-        assert given[-1][0] >= now
-    starts = [at for at, _ in given]
-    assert starts == sorted(starts)
-    most = tokens or 10**9
-    for first in range(len(given)):
-        window = [min(size, most) for at, size in given[first:] if at < starts[first] + WINDOW_S]
-        assert len(window) <= (requests or 10**9)
-        assert sum(window) <= most
-    assert RateLimit().reserve(10**6, 3.0) == 3.0
-
-
-def test_a_request_starts_at_once_where_the_minute_before_is_empty() -> None:
-    limit = RateLimit(2, None)
-    assert [limit.reserve(1, t) for t in (0.0, 1.0, 2.0, 200.0)] == [0.0, 1.0, 60.0, 200.0]
-
-
-def test_tokens_that_were_not_used_are_given_back_and_a_hold_stops_everybody() -> None:
-    limit = RateLimit(None, 100)
-    at = limit.reserve(100, 0.0)
-    limit.settle(at, 100, 10)
-    assert limit.reserve(90, 1.0) == 1.0
-    assert limit.reserve(1, 2.0) == 60.0
-    limit.hold(500.0)
-    assert limit.reserve(1, 3.0) == 500.0
-
-
-def test_a_budget_is_never_passed_by_what_is_under_way_and_a_failed_request_spends_no_tokens() -> None:
-    budget = Budget(num_requests=4, num_tokens=100, spent=(1, 20))
-    assert [budget.take(40), budget.take(40), budget.take(1)] == [None, None, "num_tokens"]
-    budget.settle(40, 0)
-    assert budget.take(40) is None and budget.take(0) == "num_requests"
-    budget.settle(40, 10)
-    budget.settle(40, 10)
-    assert (budget.spent_requests, budget.spent_tokens) == (4, 40)
-
-
-# --- patience, pure -------------------------------------------------------------------------------
-
-
-def test_a_question_is_given_up_where_others_are_answered_and_else_the_endpoint_is_checked() -> None:
-    patience = Patience(patience_s=100.0, num_retries=2)
-    patience.answered(5.0)
-    assert [patience.failed("slow", attempt, 0.0, 10.0, 10.0 + attempt) for attempt in (0, 1)] == ["again"] * 2
-    assert patience.failed("slow", 2, 0.0, 10.0, 12.0) == "check_endpoint", "nobody was answered since it failed"
-    assert patience.unchecked("slow", 100.0) == "again"
-    assert patience.unchecked("slow", 100.0, asked_s=30.0) == "give_up_endpoint"
-    assert patience.unchecked("down", 111.0) == "give_up_endpoint"
-    assert patience.unchecked("nonsense", 20.0) == patience.unchecked("rejected", 20.0) == "give_up_endpoint"
-    patience.answered(50.0)
-    assert patience.failed("slow", 2, 0.0, 10.0, 60.0) == "give_up_question", "another one was answered at 50"
-    assert patience.unchecked("slow", 150.0) == "again", "the patience begins anew with each answer"
-    assert Patience(10.0, 99).failed("down", 1, 0.0, 0.0, 11.0) == "check_endpoint", "whatever retries are left"
-
-
-def test_a_rate_limit_is_waited_for_as_long_as_the_patience_lasts() -> None:
-    patience = Patience(patience_s=100.0, num_retries=0)
-    assert patience.failed("busy", 5, 0.0, 1.0, 90.0) == "again"
-    assert patience.failed("busy", 5, 0.0, 1.0, 90.0, asked_s=20.0) == "give_up_endpoint"
-
-
-def test_questions_that_are_refused_one_after_another_are_the_endpoint_s_fault() -> None:
-    patience = Patience(100.0, 0)
-    advice = [patience.failed("refused", 0, 0.0, 0.0, 0.0) for _ in range(MAX_IN_A_ROW)]
-    assert advice == ["give_up_question"] * (MAX_IN_A_ROW - 1) + ["give_up_endpoint"]
-    patience.answered(1.0)
-    assert patience.failed("refused", 0, 0.0, 2.0, 2.0) == "give_up_question"
-
-
-def test_every_status_is_a_trouble_of_one_kind() -> None:
-    expected = {200: None, 401: "rejected", 403: "rejected", 404: "rejected", 302: "rejected", 429: "busy",
-                408: "broken", 500: "broken", 503: "broken", 529: "broken", 400: "refused", 422: "refused",
-                204: "nonsense"}  # fmt: skip
-    assert {status: trouble_of(status) for status in expected} == expected
-
-
-def test_retry_after_is_read_in_both_forms_and_no_try_comes_before_it() -> None:
-    wall = 1_000_000_000.0  # Sun, 09 Sep 2001 01:46:40 GMT
-    assert retry_after_s({"Retry-After": "7"}, wall) == 7.0
-    assert retry_after_s({"Retry-After": "Sun, 09 Sep 2001 01:47:00 GMT"}, wall) == 20.0
-    assert retry_after_s({"Retry-After": "Sun, 09 Sep 2001 01:46:00 GMT"}, wall) == 0.0
-    assert retry_after_s({}, wall) is None and retry_after_s({"Retry-After": "soon"}, wall) is None
-    for attempt, draw in itertools.product(range(40), (0.0, 0.5, 0.999)):
-        assert delay_s(attempt, 7.0, draw) >= 7.0
-        assert 0.5 <= delay_s(attempt, None, draw) <= 60.0
-
-
-# --- protocol and cache, pure ---------------------------------------------------------------------
-
-
-def test_what_shapes_a_reply_is_in_the_key_and_nothing_else() -> None:
-    base = {"text": "Q", "max_tokens": 8, "system": "S", "temperature": 0.5, "seed": 1}
-    changed: list[dict[str, Any]] = [{**base, **change} for change in (
-        {"text": "R"}, {"max_tokens": 9}, {"system": None}, {"temperature": 0.6}, {"seed": 2},
-    )]  # fmt: skip
-    keys = {question_key(request_body("m", Question(**q), {})) for q in [base, *changed]}
-    keys |= {question_key(request_body("n", Question(**base), {}))}
-    keys |= {question_key(request_body("m", Question(**base), {"top_p": 0.9}))}
-    assert len(keys) == 8
-    assert question_key({"a": 1, "b": 2}) == question_key({"b": 2, "a": 1})
-
-
-def test_a_parameter_that_is_null_is_left_out_of_the_request() -> None:
-    body = request_body("m", Question("Q", 8, "S"), {"seed": None, "max_tokens": None, "max_completion_tokens": 9})
-    assert body == {
-        "model": "m", "temperature": 0.0, "max_completion_tokens": 9,
-        "messages": [{"role": "system", "content": "S"}, {"role": "user", "content": "Q"}],
-    }  # fmt: skip
-
-
-def test_a_reply_is_kept_whole_and_a_torn_file_is_none(tmp_path: Path) -> None:
-    cache, said = ReplyCache(tmp_path), Reply("Grüße\n", cut_off=True, num_prompt_tokens=3, num_completion_tokens=2)
-    key = question_key({"q": 1})
-    assert cache.get(key) is None
-    cache.put(key, said)
-    assert cache.get(key) == said
-    file = next(tmp_path.rglob(f"{key}.json"))
-    file.write_text(file.read_text()[:9])
-    assert cache.get(key) is None
-    cache.put(key, said)
-    assert cache.get(key) == said and [f.name for f in tmp_path.rglob("*") if f.is_file()] == [f"{key}.json"]
-    with pytest.raises(ValueError, match="silence"):
-        cache.put(key, Reply("", "timeout"))
-
-
-@pytest.mark.parametrize(
-    "body", [b"<html>", b"{}", b'{"choices": []}', b"[]", b'{"choices": [{"message": {"content": 3}}]}', b"\xff"]
-)
-def test_a_body_that_is_no_chat_completion_is_not_taken_for_one(body: bytes) -> None:
-    assert isinstance(read_reply(body), str)
-
-
-def test_a_reply_without_text_or_usage_is_empty_and_free() -> None:
-    body = json.dumps({"choices": [{"message": {"content": None}, "finish_reason": "length"}]}).encode()
-    assert read_reply(body) == Reply("", cut_off=True)
-
-
 # --- over HTTP ------------------------------------------------------------------------------------
 
 
@@ -254,7 +98,7 @@ def test_many_writers_share_one_cache(tmp_path: Path) -> None:
             return list(found)
 
         assert asyncio.run(go()) == [[t * 2 for t in texts]] * 4
-    assert len(list(tmp_path.rglob("*.json"))) == 20 and not list(tmp_path.rglob(".*"))
+    assert len(list(tmp_path.glob("*/*.json"))) == 20 and not list(tmp_path.rglob(".*"))
 
 
 def fail_first(num: int, status: int, headers: dict[str, str] | None = None) -> Any:
@@ -352,7 +196,9 @@ def test_one_bad_question_is_a_silence_of_its_own_and_is_asked_again_next_time(t
         assert [r.silence for r in found] == [None, "refused", "nonsense", None]
         assert found[1].detail == "context too long"
         assert ask_all(settings, tmp_path, "ok", "long")[1].silence == "refused"
-        assert server.questions.count("long") == 2 and server.questions.count("ok") == 1
+        assert server.questions.count("ok") == 1
+        # Anew nothing was answered before it: whose fault it is told another question.
+        assert server.questions.count("long") == 3 and server.questions[-2] == SIMPLE.text
 
 
 def test_a_budget_that_is_spent_ends_the_run_and_stays_spent_after_a_restart(tmp_path: Path) -> None:
@@ -386,6 +232,64 @@ def test_a_budget_is_the_run_s_where_runs_share_replies(tmp_path: Path) -> None:
         assert server.questions == ["a", "b", "c", "d"]
 
 
+def test_tokens_that_nobody_counted_are_spent_as_they_were_estimated(tmp_path: Path) -> None:
+    async def uncounted(number: int, body: dict[str, Any]) -> web.Response | None:
+        if number == 1:  # it may be at work on it still
+            await asyncio.sleep(1.0)
+        return web.json_response({"choices": [{"message": {"content": "OK"}, "finish_reason": "stop"}]})
+
+    with StandIn(fault=uncounted) as server:
+        settings = settings_of(server.url, num_tokens=40, deadline_s=0.3, patience_s=50.0)  # a request is taken for 16
+        assert ask_all(settings, tmp_path, "a")[0].text == "OK"
+        with pytest.raises(BudgetSpentError, match="num_tokens=40"):
+            ask_all(settings, tmp_path, "b")
+        assert len(server.bodies) == 2
+
+
+def test_what_was_spent_before_a_budget_was_set_counts(tmp_path: Path) -> None:
+    with StandIn() as server:
+        ask_all(settings_of(server.url), tmp_path, "a", "b")
+        with pytest.raises(BudgetSpentError, match="num_requests=2 is spent"):
+            ask_all(settings_of(server.url, num_requests=2), tmp_path, "c")
+
+
+def test_an_answer_that_breaks_off_is_a_lost_connection_and_is_waited_out(tmp_path: Path) -> None:
+    async def torn(number: int, body: dict[str, Any]) -> web.Response | None:
+        return Torn() if number <= 8 else None
+
+    class Torn(web.Response):
+        async def write_eof(self, data: bytes = b"") -> None:
+            await super().write_eof(data)
+
+        async def prepare(self, request: Any) -> Any:
+            self.content_length = 1000
+            writer = await super().prepare(request)
+            await writer.write(b'{"choices": [')
+            request.transport.close()
+            return writer
+
+    with StandIn(fault=torn) as server:
+        found = ask_all(settings_of(server.url, num_retries=1, patience_s=1000.0), tmp_path, "a", clock=Clock())
+    assert found[0].text == "OK"
+
+
+def test_as_many_questions_are_under_way_as_num_at_once_says(tmp_path: Path) -> None:
+    arrived = list[asyncio.Event]()
+
+    async def together(number: int, body: dict[str, Any]) -> web.Response | None:
+        """Answers when all of them are there."""
+        if not arrived:
+            arrived.append(asyncio.Event())
+        if number == 120:
+            arrived[0].set()
+        await arrived[0].wait()
+        return None
+
+    with StandIn(fault=together) as server:
+        settings = settings_of(server.url, num_at_once=120, deadline_s=30.0, num_retries=0)
+        assert {r.text for r in ask_all(settings, tmp_path, *map(str, range(120)))} == {"OK"}
+
+
 def test_a_rate_limit_of_our_own_spreads_requests(tmp_path: Path) -> None:
     clock = Clock()
     with StandIn() as server:
@@ -395,6 +299,29 @@ def test_a_rate_limit_of_our_own_spreads_requests(tmp_path: Path) -> None:
 
 
 # --- keys and addresses ---------------------------------------------------------------------------
+
+
+def test_the_key_is_sent_whatever_stands_in_netrc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "netrc").write_text("default login me password secret\n")
+    (tmp_path / "netrc").chmod(0o600)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("JUDGE_KEY", KEY)
+    monkeypatch.setenv("NO_PROXY", "*")
+    with StandIn() as server:
+        elsewhere = server.url.replace("127.0.0.1", "[::ffff:127.0.0.1]")  # loopback by a name that is not known as it
+        ask_all(settings_of(elsewhere, api_key_env="JUDGE_KEY"), tmp_path, "a")
+        ask_all(settings_of(elsewhere), tmp_path, "b")
+        assert [h.get("Authorization") for h in server.headers] == [f"Bearer {KEY}", None]
+
+
+def test_a_proxy_is_taken_from_the_environment_with_its_password_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("https_proxy", "http_proxy", "no_proxy", "all_proxy", "HTTP_PROXY", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HTTPS_PROXY", "http://me:p%40ss@proxy.example:3128")
+    monkeypatch.setenv("NO_PROXY", "inside.example")
+    assert proxy_of("https://host/v1") == ("http://proxy.example:3128", BasicAuth("me", "p@ss"))
+    for url in ("http://host/v1", "https://inside.example/v1", "https://localhost/v1"):
+        assert proxy_of(url) == (None, None)
 
 
 def test_a_key_never_stands_in_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -434,6 +361,7 @@ def test_an_address_or_key_that_cannot_be_used_is_refused(keys: dict[str, Any], 
         ({"path": "x", "endpoint": {"base_url": "http://h/v1", "model": "m"}}, "keep one"),
         ({"chat": False, "endpoint": {"base_url": "http://h/v1", "model": "m"}}, "server's affair"),
         ({"deadline_s": 10, "endpoint": {"base_url": "http://h/v1", "model": "m"}}, "patience_s"),
+        ({"endpoint": {"base_url": "http://h/v1", "model": "m", "requests_per_minute": 2}}, "over 960 s"),
     ],
 )
 def test_a_judge_is_in_one_place(keys: dict[str, Any], says: str) -> None:

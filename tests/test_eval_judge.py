@@ -26,8 +26,10 @@ from launch.eval_report import Answers, Measured, build_report
 from launch.evaluate import evaluate_models
 from launch.judging import pair_judge
 from launch.label_config import JudgeSettings
+from trainers.asking import Question
 from trainers.errors import InputError
 from trainers.experience import (
+    FinishReason,
     Prompt,
     Trajectory,
     TrajectoryGroup,
@@ -59,9 +61,9 @@ def config(tmp_path: Path, **sections: Any) -> EvalConfig:
     return EvalConfig.model_validate({**raw, "run": {**raw["run"], "directory": str(tmp_path)}})
 
 
-def group(number: int, *texts: str) -> TrajectoryGroup:
+def group(number: int, *texts: str, finish: FinishReason = "stop") -> TrajectoryGroup:
     answers = tuple(
-        Trajectory(i, i, np.zeros(3, np.int32), np.zeros(3, np.float32), text, "stop", (VersionSpan(VERSION, 3),))
+        Trajectory(i, i, np.zeros(3, np.int32), np.zeros(3, np.float32), text, finish, (VersionSpan(VERSION, 3),))
         for i, text in enumerate(texts)
     )
     question = f"Question {number}"
@@ -71,13 +73,13 @@ def group(number: int, *texts: str) -> TrajectoryGroup:
 class FakeJudge:
     """A generator that answers what ``says`` makes of the two answers it is shown."""
 
-    def __init__(self, says: Callable[[str, str], str]) -> None:
-        self.says, self.num_asked = says, 0
+    def __init__(self, says: Callable[[str, str], str], finish: FinishReason = "stop") -> None:
+        self.says, self.finish, self.num_asked = says, finish, 0
 
     async def generate(self, request: GroupRequest) -> GeneratedGroup:
         self.num_asked += 1
         a, b = (request.prompt.text.split(f"{place}<")[1].split(">")[0] for place in ("first", "second"))
-        answer = group(0, self.says(a, b))
+        answer = group(0, self.says(a, b), finish=self.finish)
         return GeneratedGroup(summarize(answer, "judge", 0.0), encode_group(answer))
 
 
@@ -123,6 +125,13 @@ def test_what_a_judge_mumbles_is_left_out_and_counted(tmp_path: Path) -> None:
     report = report_of(tmp_path, measured)
     assert report["win_rate"]["judge"].num_left_out == 1 and report["win_rate"]["judge"].raw.value == 1.0
     assert report["judge"]["num_unparsed"] == 1 and report["judge"]["num_asked"] == 3
+
+
+def test_a_verdict_that_an_engine_gave_up_is_a_silence_and_no_verdict() -> None:
+    fake = FakeJudge(better, finish="abort")
+    respondent = EngineRespondent(fake, load_tokenizer(resolve_model(TINY)), 1000, False, "eval.judge")
+    reply = asyncio.run(respondent.ask(Question("first<x> second<y>", 8)))
+    assert (reply.silence, reply.text) == ("unavailable", "")
 
 
 def test_equal_answers_tie_and_too_long_ones_are_left_out_without_a_question() -> None:

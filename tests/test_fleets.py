@@ -442,6 +442,36 @@ def test_a_scorer_that_cannot_be_started_again_fails_its_work_with_the_reason(ki
     run(law)
 
 
+def test_a_worker_has_as_many_samples_as_it_has_room_for_and_the_others_wait_where_no_deadline_runs() -> None:
+    async def law() -> None:
+        scores = Scores(1)
+        size = _generated("0").summary.num_samples
+        pool = RewardPool(scores.group, LIMIT_S, HealthSettings(), scores.event, room=2 * size)  # type: ignore[arg-type]
+        asked = [asyncio.create_task(pool.score(_generated(str(i)))) for i in range(5)]
+        for _ in range(2):
+            await scores.arrived.acquire()
+        await asyncio.sleep(SOON_S)
+        assert scores.arrived.locked(), "no third group is there"
+        scores.gate.set()
+        assert [r.group_id for r in await asyncio.gather(*asked)] == [str(i) for i in range(5)]
+
+    run(law)
+
+
+def test_groups_that_wait_for_room_go_to_the_worker_that_comes_back() -> None:
+    async def law() -> None:
+        scores = Scores(1)
+        pool = RewardPool(scores.group, LIMIT_S, HealthSettings(), scores.event, room=1)  # type: ignore[arg-type]
+        asked = [asyncio.create_task(pool.score(_generated(str(i)))) for i in range(3)]
+        await scores.arrived.acquire()
+        scores.group.kill(0)
+        scores.gate.set()
+        assert [r.group_id for r in await asyncio.gather(*asked)] == [str(i) for i in range(3)]
+        assert scores.kinds().count("worker_died") == 1 == scores.kinds().count("worker_replaced")
+
+    run(law)
+
+
 def test_groups_that_die_with_one_worker_restart_it_once() -> None:
     async def law() -> None:
         scores = Scores(1)

@@ -169,6 +169,28 @@ def test_dapo_beside_reward_models_alone_does_not_take_the_punishment_for_accura
     assert config("dapo", "rewards=[]", models, "evaluation.reward=overlong").evaluation.reward == "overlong"
 
 
+JUDGE = "{path: /models/judge}"
+AXES = "{path: /models/judge, name: mine, rubric: {axes: [{name: kind, question: '?'}]}}"
+
+
+@pytest.mark.parametrize(("judge", "part"), [(JUDGE, "judge_helpful"), (AXES, "mine_kind")])
+def test_dapo_beside_judges_alone_punishes_too_and_takes_their_first_axis_for_accuracy(judge: str, part: str) -> None:
+    found = config("dapo", "rewards=[]", f"judges=[{judge}]")
+    assert found.reward_names[:2] == ["overlong", part]
+    assert found.evaluation.reward == found.filtering.by == part
+
+
+def test_dapo_compares_groups_by_accuracy_where_it_adds_its_punishment_unless_told_otherwise() -> None:
+    assert config("dapo").filtering.by == "has_letter"
+    assert config("dapo", "rewards=[{function: trainers.verifiers:has_letter, args: {letter: e}}]").filtering.by == (
+        "has_letter"
+    )
+    assert config("dapo", "filtering.by=overlong").filtering.by == "overlong"
+    assert config("dapo", "filtering.by=null").filtering.by is None
+    assert config("grpo").filtering.by is None
+    assert "none of the rewards" in str(refuse("dapo", "filtering.by=accuracy"))
+
+
 @pytest.mark.parametrize("weight", [0.0, 0.5])
 def test_a_length_reward_of_the_recipe_takes_the_place_of_dapos(weight: float) -> None:
     own = f"rewards.1={{function: length, weight: {weight}, args: {{max_tokens: 16, buffer_tokens: 8}}}}"

@@ -95,8 +95,17 @@ def test_each_axis_is_read_apart_and_a_mark_becomes_a_share_of_the_scale() -> No
 
 
 @pytest.mark.parametrize(
+    "text", ["helpful: 7", "**Helpful:** 7", "**Helpful (1-10):** 7", "Helpful (of 10): 7/10", "*helpful* : `7`",
+             "helpful: [[7]]", "Helpful:\n\n7", '{"helpful": 7, "honest": 3}'],
+)  # fmt: skip
+def test_a_mark_is_read_in_whatever_dress_it_comes(text: str) -> None:
+    assert RubricSettings().read(text)["helpful"].value == pytest.approx(6 / 9)
+
+
+@pytest.mark.parametrize(
     ("text", "cut_off", "kind"),
     [
+        ("helpful: 5/5", False, "out_of_range"), ("helpful: 4/100", False, "out_of_range"),
         ("", False, "empty"), ("unhelpful: 3", False, "missing"), ("I would say", True, "cut_off"),
         ("helpful: very", False, "no_number"), ("helpful: 11", False, "out_of_range"),
         ("helpful: -1", False, "out_of_range"), ("helpful: 3\nhelpful: 4", False, "contradictory"),

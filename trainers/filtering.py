@@ -3,7 +3,8 @@
 A group whose samples all got the same reward has no advantage and so no policy gradient.  Dropping it and sampling
 another prompt in its place keeps the number of groups that do teach the same from step to step: DAPO
 (arXiv:2503.14476), section 3.2, which samples on until the batch is full of prompts of accuracy between 0 and 1.
-Rewards are compared here, not accuracies, so a group with partial credit in it stays.
+Where the reward is more than accuracy (DAPO's own punishment of long answers), ``by`` names the part that is; without
+it totals are compared, and a group that differs in length alone stays.
 May import: numpy, pydantic, trainers.{errors, experience, settings}.
 """
 
@@ -23,6 +24,10 @@ class FilterSettings(Settings):
     """Dropping groups that teach nothing and sampling others in their place."""
 
     zero_variance: bool = Field(False, description="drop groups whose rewards are all equal (dynamic sampling, DAPO)")
+    by: str | None = Field(
+        None, description="the part of the reward that is compared, by its name; default: the total, and with the "
+        "punishment that algorithm.name=dapo adds the first other part"
+    )  # fmt: skip
     max_refills: int = Field(
         4, ge=1, description="groups dropped for one step, at most, in multiples of run.groups_per_step"
     )
@@ -42,10 +47,16 @@ class RefillLimit(BurnishError):
         )
 
 
-def useless(summary: GroupSummary, rewards: GroupRewards, mask_truncated: bool) -> str | None:
-    """Why the group has no policy gradient; None when it has one.  ``mask_truncated``: as the algorithm has it."""
+def useless(summary: GroupSummary, rewards: GroupRewards, mask_truncated: bool, by: str | None = None) -> str | None:
+    """Why the group teaches nothing; None when it does.
+
+    Args:
+        mask_truncated: as the algorithm has it.
+        by: see :class:`FilterSettings`; a sample in which this part failed is not compared.
+    """
     if not may_train(summary, rewards, mask_truncated).any():
         return "no sample may be trained on"
     finished = np.array([reason != "abort" for reason in summary.finish_reasons])
-    totals = rewards.totals[rewards.valid & finished]  # what the baseline is taken over
-    return "no spread" if np.ptp(totals) == 0 else None
+    compared = rewards.totals if by is None else rewards.parts[by]
+    values = compared[rewards.valid & finished & np.isfinite(compared)]  # without by: what the baseline is taken over
+    return "no spread" if not values.size or np.ptp(values) == 0 else None

@@ -65,8 +65,8 @@ class RateLimit:
 class Budget:
     """Requests and tokens that may be spent in all.
 
-    What is under way counts with its estimate, so the budget is not passed by many requests at once; a request that
-    failed has spent no tokens, and counts as a request.
+    What is under way counts with its estimate, so the budget is not passed by many requests at once.  A request that
+    failed counts as a request; what it spent of tokens the caller knows best.
     """
 
     def __init__(

@@ -23,7 +23,7 @@ VERSION = 1  # of the files' form
 def question_key(body: Mapping[str, Any]) -> str:
     """32 hexadecimal digits of a request's body (trainers/chat_protocol.py), whatever the order of its keys."""
     text = json.dumps({"version": VERSION, **body}, sort_keys=True, ensure_ascii=False)
-    return hashlib.blake2b(text.encode(), digest_size=16, person=b"burnish-reply").hexdigest()
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16, person=b"burnish-reply").hexdigest()
 
 
 class ReplyCache:
@@ -89,7 +89,7 @@ def _write(target: Path, value: Mapping[str, Any]) -> None:
     """The whole file or none of it, by a rename; equal names of scratch files cannot meet."""
     scratch = target.with_name(f".{target.name}.{os.getpid()}.{os.urandom(4).hex()}")
     try:
-        scratch.write_text(json.dumps(value, ensure_ascii=False), encoding="utf-8")
+        scratch.write_text(json.dumps(value), encoding="utf-8")
         os.replace(scratch, target)
     finally:
         scratch.unlink(missing_ok=True)

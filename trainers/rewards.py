@@ -66,8 +66,13 @@ class RewardSettings(Settings):
     @classmethod
     def _name_from_function(cls, data: Any) -> Any:
         if isinstance(data, dict) and not data.get("name") and isinstance(data.get("function"), str):
-            return {**data, "name": re.split(r"[:./\\]", data["function"])[-1]}
+            return {**data, "name": default_name(data["function"])}
         return data
+
+
+def default_name(function: str) -> str:
+    """What a term is called that is given no name."""
+    return re.split(r"[:./\\]", function)[-1]
 
 
 def load_reward(settings: RewardSettings) -> LoadedReward:

@@ -165,7 +165,7 @@ class Rollouts:
         filtering, num_dropped = self.settings.filtering, len(self.tally.dropped)
         if not filtering.zero_variance:
             return None
-        reason = useless(group.summary, group.rewards, self.settings.mask_truncated)
+        reason = useless(group.summary, group.rewards, self.settings.mask_truncated, filtering.by)
         if reason is None or num_dropped < filtering.max_refills * self.settings.groups_per_step:
             return reason
         if filtering.at_limit == "fail":

@@ -86,20 +86,23 @@ class RubricSettings(Settings):
     def _read(self, name: str, text: str, cut_off: bool) -> Mark:
         if not text.strip():
             return Mark(None, "empty")
-        # helpful: 7 | **Helpful** = 7/10 | "helpful": 7 | helpful: [[7]]
-        said = re.findall(rf"\b{name}\b[\"'*_`]*\s*[:=]\s*[\"'*_`\[(<]*([^\s\"'*`\])>]+)", text, re.IGNORECASE)
+        # helpful: 7 | **Helpful** = 7/10 | **Helpful:** 7 | Helpful (1-10): 7 | "helpful": 7 | helpful: [[7]]
+        before = rf"\b{name}\b[\"'*_`]*\s*(?:\([^()\n]*\))?[\"'*_`]*\s*"
+        said = re.findall(rf"{before}[:=][\"'*_`\[(<\s]*([^\s\"'*`\])>]+)", text, re.IGNORECASE)
         if not said:
             return Mark(None, "cut_off" if cut_off else "missing")
-        numbers = {float(n.group(1)) for n in (_NUMBER.match(word) for word in said) if n is not None}
+        found = [n for n in (_NUMBER.match(word) for word in said) if n is not None]
+        numbers = {float(n.group(1)) for n in found}
         if len(numbers) != 1:
             return Mark(None, "contradictory" if numbers else "no_number")
         number = numbers.pop()
-        if not self.lowest <= number <= self.highest:
+        other_scale = any(n.group(2) is not None and float(n.group(2)) != self.highest for n in found)
+        if other_scale or not self.lowest <= number <= self.highest:
             return Mark(None, "out_of_range")
         return Mark((number - self.lowest) / (self.highest - self.lowest))
 
 
-_NUMBER = re.compile(r"(-?\d+(?:\.\d+)?)(?:/\d+)?[.,;]?$")
+_NUMBER = re.compile(r"(-?\d+(?:\.\d+)?)(?:/(\d+(?:\.\d+)?))?[.,;]?$")  # the mark, and of how many
 
 
 class Mark(NamedTuple):
