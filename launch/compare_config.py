@@ -94,7 +94,8 @@ class ComparisonSettings(Settings):
             if canonical(name) == BEST_OF_N:
                 raise ValueError(f"overrides={name}: nothing is trained there; set best_of")
             for key in flat(keys):
-                if fixed := next((f for f in FIXED if key == f or key.startswith(f"{f}.")), None):
+                # Also a section that would be replaced as a whole, and what is fixed in it with it.
+                if fixed := next((f for f in FIXED if f"{key}.".startswith(f"{f}.") or f.startswith(f"{key}.")), None):
                     raise ValueError(
                         f"overrides={name}: {name}.{key} would change {fixed}, which all runs have in common or the "
                         "comparison sets; leave it out"

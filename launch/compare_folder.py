@@ -6,7 +6,8 @@
 
 A stage that ended is not run again.  One that was stopped goes on from its newest checkpoint, if it has one; one that
 failed starts afresh.
-May import: yaml, launch.{compare_config, compare_plan, compare_recipes, compare_stage}, trainers.{errors, experience}.
+May import: yaml, launch.{compare_config, compare_contents, compare_plan, compare_recipes, compare_stage},
+trainers.{errors, experience}.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import Any
 import yaml
 
 from launch.compare_config import CompareConfig, flat
+from launch.compare_contents import contents_of
 from launch.compare_plan import Plan, Stage
 from launch.compare_recipes import HELD_OUT, TRAIN, Raw
 from launch.compare_stage import StageError, run_burnish
@@ -94,15 +96,27 @@ class Folder:
                                  "restore them, or choose another --directory")  # fmt: skip
 
     def open(self, plan: Plan, train: Iterable[Prompt], held_out: Iterable[Prompt]) -> None:
-        """Write what the stages read."""
+        """Write what the stages read.
+
+        Raises:
+            InputError: prompts, model or a reward's file are others than those of the runs that are there.
+        """
         for name in ("recipes", "logs", "data"):
             (self.path / name).mkdir(parents=True, exist_ok=True)
-        identity = self._identity()
-        identity["methods"] = {**_read(self.path / IDENTITY).get("methods", {}), **identity["methods"]}
-        _write(self.path / IDENTITY, identity)
-        for file, prompts in ((TRAIN, train), (HELD_OUT, held_out)):
-            lines = [json.dumps({**p.columns, "prompt": p.source}) for p in prompts]
-            (self.path / file).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        written = {
+            file: "".join(json.dumps({**p.columns, "prompt": p.source}) + "\n" for p in prompts)
+            for file, prompts in ((TRAIN, train), (HELD_OUT, held_out))
+        }
+        before, identity = _read(self.path / IDENTITY), self._identity()
+        contents = contents_of(self._config, written[TRAIN], written[HELD_OUT])
+        for key, old in before.get("contents", {}).items():
+            if key in contents and contents[key] != old:
+                remedy = "restore it, or choose another --directory"
+                raise InputError(key, contents[key], f"{self.path} has runs with another content of it ({old})", remedy)
+        identity["methods"] = {**before.get("methods", {}), **identity["methods"]}
+        _write(self.path / IDENTITY, identity | {"contents": contents})
+        for file, text in written.items():
+            (self.path / file).write_text(text, encoding="utf-8")
         for name, raw in plan.recipes.items():
             (self.path / "recipes" / f"{name}.yaml").write_text(_recipe(name, raw), encoding="utf-8")
 

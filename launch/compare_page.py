@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -116,13 +117,13 @@ def _row(row: Row) -> list[Cell]:
     kl: Cell = None if row.kl is None else row.kl
     if row.kl is not None and not trains:
         kl = 0 if row.kl_bound is None else f"{row.kl} (at most {row.kl_bound:.3g})"
-    labelled: Cell = round(cost.num_labelled) if trains else None
+    spent: list[Cell] = [_rounded(value, trains) for value in astuple(cost)]
     if row.kind == "search":
-        labelled = f"{row.settings['per_answer']} for each given"
+        given = (cost.num_labelled, cost.num_sampled_tokens, None, None, cost.seconds)
+        spent = [None if value is None else f"{value:.3g} for each given" for value in given]
     return [
-        row.title, learns, found.reward, kl, None if row.kind == "base" else found.win_rate, found.length,
-        labelled, _rounded(cost.num_sampled_tokens, trains), _rounded(cost.num_trained_tokens, trains),
-        _rounded(cost.num_updates, trains), _rounded(cost.seconds, trains), row.status,
+        row.title, learns, found.reward, kl, None if row.kind == "base" else found.win_rate, found.length, *spent,
+        row.status,
     ]  # fmt: skip
 
 

@@ -6,7 +6,7 @@ May import: launch.*, trainers.*.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ OK = "ok"
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """Of one run; of several the mean."""
+    """Of one run, of several the mean; of best-of-n for each answer that is given."""
 
     num_labelled: float  # answers sampled from the policy in training, and labelled
     num_sampled_tokens: float | None  # of those answers
@@ -38,7 +38,7 @@ class Cost:
     seconds: float  # wall time of training, start-up and the sampling of labels included; evaluation is not
 
 
-FREE = Cost(0.0, 0.0, 0.0, 0.0, 0.0)  # nothing is trained
+FREE = Cost(0.0, 0.0, 0.0, 0.0, 0.0)  # nothing is trained, and an answer is one answer
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +101,9 @@ def _num_for_best(config: CompareConfig) -> int:
 def _best_of(config: CompareConfig, folder: Folder, known: Known) -> list[Row]:
     """No run: answers of the base model, of which the reward picks one."""
     rows, path, num = list[Row](), folder.path / BEST / SAMPLES, config.compare.eval_samples
-    per_prompt = _num_for_best(config)
+    per_prompt, drawn = _num_for_best(config), Cost(*[0.0] * 5)
+    if folder.is_done(BEST):
+        drawn = _of_one(path, folder.ended[BEST].seconds)
     for n in sorted(config.compare.best_of):
         name, title = f"best_of_{n}", f"best of {n}"
         if not folder.is_done(BEST):
@@ -110,9 +112,15 @@ def _best_of(config: CompareConfig, folder: Folder, known: Known) -> list[Row]:
         found = _measured(known, name, partial(_best, path, per_prompt, num, n))
         rows.append(
             Row(name, title, "search", OK, measures=found, kl=found.kl, kl_bound=best_of_n_kl(n),
-                cost=FREE, settings={"per_answer": n})
+                cost=Cost(*(n * value for value in astuple(drawn))), settings={"per_answer": n})
         )  # fmt: skip
     return rows
+
+
+def _of_one(samples: Path, seconds: float) -> Cost:
+    """Of one answer of the evaluation that drew those of best-of-n, whose start-up all of them share."""
+    lengths = read_answers(samples, 1).length
+    return Cost(1.0, float(lengths.mean()), 0.0, 0.0, seconds / lengths.size)
 
 
 def _best(path: Path, per_prompt: int, num_answers: int, n: int) -> list[Answers]:

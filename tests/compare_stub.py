@@ -74,10 +74,11 @@ class Machine:
         self.resumed: list[bool] = []
         self.overrides: dict[str, dict[str, str]] = {}
         self.before: Callable[[str], Any] = lambda stage: None
+        self.prompts = prompts
 
     def compare(self, *overrides: str, page: Path | None = None) -> list[Row]:
         config = config_of(f"run.directory={self.place}", *overrides)
-        return compare(config, Console(quiet=True), page, run=self.run, prepare=lambda config: prompts())
+        return compare(config, Console(quiet=True), page, run=self.run, prepare=lambda config: self.prompts())
 
     def run(self, arguments: Sequence[str], log: Path, deadline_s: float) -> float:
         command, recipe, *rest = arguments
