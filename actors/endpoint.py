@@ -205,7 +205,7 @@ class EndpointRespondent:
         if spent is not None:
             raise BudgetSpentError(
                 self.settings.url, "not asked", f"the budget endpoint.{spent}={getattr(self.settings, spent)} is spent",
-                "raise it and resume: what was answered is not asked again",
+                "raise it and go on: what was answered is not asked again",
             )  # fmt: skip
         self.usage.num_requests += 1
         return self._limit.reserve(estimate, self._clock())
@@ -268,8 +268,8 @@ _ENDS: dict[Trouble, tuple[type[EndpointError], str, str]] = {
     "slow": (EndpointSlowError, "it does not answer in time",
              "raise endpoint.deadline_s or lower endpoint.num_at_once"),
     "busy": (RateLimitedError, "it limits our rate for longer than endpoint.patience_s",
-             "lower endpoint.requests_per_minute or endpoint.tokens_per_minute, or resume later"),
-    "broken": (EndpointBrokenError, "it answers with errors of its own", "look at the server, then resume"),
+             "lower endpoint.requests_per_minute or endpoint.tokens_per_minute, or go on later"),
+    "broken": (EndpointBrokenError, "it answers with errors of its own", "look at the server, then go on"),
     "nonsense": (NonsenseError, "it does not answer as chat completions do",
                  "check that endpoint.base_url ends where /chat/completions begins"),
     "refused": (EndpointRejectedError, "it refuses what we send",

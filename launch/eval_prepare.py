@@ -19,7 +19,7 @@ from actors.settings import RewardModelSettings
 from launch.datasets import Row
 from launch.eval_config import EvalConfig
 from launch.judge_agreement import LabelledPair, labelled_pairs
-from launch.judging import PreparedJudge, prepare_judge, prepare_judges
+from launch.judging import REPLIES, PreparedJudge, prepare_judge, prepare_judges
 from launch.model_facts import check_model_folder
 from launch.prepare import PROBE_TIMEOUT_S
 from launch.prompts import build_prompts, load_prompts
@@ -61,13 +61,16 @@ class PreparedEval:
 
 
 def check_eval_folder(config: EvalConfig) -> Path:
-    """The run's folder, absent or empty.  InputError otherwise, or where it cannot be made."""
+    """The run's folder, absent or empty but for what judges replied before an evaluation of this name broke off.
+
+    InputError otherwise, or where it cannot be made.
+    """
     folder, name = Path(config.run.directory) / config.run.name, config.run.name
     there = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         raise InputError("run.directory", config.run.directory, f"no folder can be made in {there}",
                          "choose a folder you may write to")  # fmt: skip
-    if folder.exists() and any(folder.iterdir()):
+    if folder.exists() and any(found.name != REPLIES for found in folder.iterdir()):
         raise InputError("run.name", name, f"the run folder {folder} exists already", "choose another run.name")
     return folder
 

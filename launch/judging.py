@@ -1,7 +1,7 @@
 """Language models that are asked something: checked before the start, and made into respondents and judges.
 
 May import: actors.{endpoint, judge_settings, model_folders, modeling, respondents}, trainers.*,
-launch.{label_config, model_facts}.
+launch.{contents, label_config, model_facts}.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from actors.endpoint import EndpointRespondent, read_key
 from actors.judge_settings import EndpointSettings, JudgeRewardSettings, LanguageModelSettings
 from actors.model_folders import resolve_model
 from actors.respondents import EngineRespondent
+from launch.contents import model_digest
 from launch.label_config import JudgeSettings
 from launch.model_facts import ModelFacts, check_model_folder
 from trainers.asking import Respondent
@@ -21,8 +22,9 @@ from trainers.errors import EndpointError, InputError
 from trainers.judge import PairJudge
 from trainers.prompt_format import PromptFormat
 from trainers.protocols import Generator
+from trainers.reply_cache import ReplyCache
 
-REPLIES = "replies"  # folder of an endpoint's replies, in the run's
+REPLIES = "replies"  # folder of what was replied, in the run's
 ENDPOINT = "endpoint"  # what stands for a model's folder where others serve it
 
 
@@ -101,7 +103,10 @@ def make_respondent(
     from actors.modeling import load_tokenizer
 
     assert generator is not None
-    return EngineRespondent(generator, load_tokenizer(prepared.path), prepared.max_length, settings.chat, field)
+    return EngineRespondent(
+        generator, load_tokenizer(prepared.path), prepared.max_length, settings.chat, field,
+        ReplyCache(run_folder / REPLIES), model_digest(Path(prepared.path)),
+    )  # fmt: skip
 
 
 def pair_judge(settings: JudgeSettings, respondent: Respondent, template: str | None = None) -> PairJudge:

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 from compare_stub import Machine, config_of, prompts
 
-from launch.compare_contents import END_BYTES, contents_of
+from launch.compare_contents import contents_of
 from launch.compare_page import JSON, MARKDOWN, PLOT
 from launch.compare_rows import OK
 from launch.compare_stage import StageError, last_line, run_burnish
+from launch.contents import END_BYTES
 from trainers.errors import InputError
 
 

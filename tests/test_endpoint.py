@@ -205,7 +205,7 @@ def test_a_budget_that_is_spent_ends_the_run_and_stays_spent_after_a_restart(tmp
     with StandIn() as server:
         settings = settings_of(server.url, num_requests=2)
         ask_all(settings, tmp_path, "a", "b")
-        with pytest.raises(BudgetSpentError, match="num_requests=2 is spent; raise it and resume"):
+        with pytest.raises(BudgetSpentError, match="num_requests=2 is spent; raise it and go on"):
             ask_all(settings, tmp_path, "a", "c")
         assert sorted(server.questions) == ["a", "b"]
         more = settings_of(server.url, num_requests=3)

@@ -21,7 +21,7 @@ from actors.model_folders import resolve_model
 from launch.eval_config import EvalConfig
 from launch.eval_files import write_results
 from launch.eval_fleet import EvalCluster
-from launch.eval_prepare import PreparedEval, prepare_eval, shipped_suites
+from launch.eval_prepare import PreparedEval, check_eval_folder, prepare_eval, shipped_suites
 from launch.eval_report import BASE, POLICY, Answers, Measured, build_report, flat, plain
 from launch.evaluate import evaluate_models, judge_reward_models
 from launch.live_instruments import FirstEvaluation, live_metrics
@@ -353,6 +353,9 @@ def test_a_run_folder_in_use_and_too_few_prompts_are_refused(tmp_path: Path) -> 
     (tmp_path / "self" / "eval.json").write_text("{}")
     with pytest.raises(InputError, match="exists already"):
         evaluate_models(config(tmp_path), Console(quiet=True))
+    (tmp_path / "self" / "eval.json").unlink()
+    (tmp_path / "self" / "replies").mkdir()
+    assert check_eval_folder(config(tmp_path)) == tmp_path / "self", "of an evaluation that broke off"
     with pytest.raises(InputError, match=r"eval\.num_prompts = 99.*12 distinct"):
         prepare_eval(config(tmp_path, eval={"num_prompts": 99}))
 

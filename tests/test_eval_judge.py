@@ -39,6 +39,7 @@ from trainers.experience import (
     summarize,
 )
 from trainers.protocols import GeneratedGroup, GroupRequest
+from trainers.reply_cache import ReplyCache
 from trainers.verdicts import judge_report
 
 TINY = "builtin:tiny-llama"
@@ -127,11 +128,25 @@ def test_what_a_judge_mumbles_is_left_out_and_counted(tmp_path: Path) -> None:
     assert report["judge"]["num_unparsed"] == 1 and report["judge"]["num_asked"] == 3
 
 
-def test_a_verdict_that_an_engine_gave_up_is_a_silence_and_no_verdict() -> None:
-    fake = FakeJudge(better, finish="abort")
-    respondent = EngineRespondent(fake, load_tokenizer(resolve_model(TINY)), 1000, False, "eval.judge")
+def test_what_an_engine_replied_is_asked_once_of_one_model(tmp_path: Path) -> None:
+    fake, tokenizer = FakeJudge(better), load_tokenizer(resolve_model(TINY))
+
+    def ask(model: str, *questions: Question) -> list[str]:
+        respondent = EngineRespondent(fake, tokenizer, 1000, False, "judge", ReplyCache(tmp_path), model)
+        return [asyncio.run(respondent.ask(q)).text for q in questions]
+
+    one, other = Question("first<x> second<y>", 8), Question("first<x> second<y>", 8, seed=1)
+    assert ask("a", one, one) == ["[[A]]"] * 2 and fake.num_asked == 1
+    assert ask("a", one, other) == ["[[A]]"] * 2 and fake.num_asked == 2
+    assert ask("b", one) == ["[[A]]"] and fake.num_asked == 3, "another model"
+
+
+def test_a_verdict_that_an_engine_gave_up_is_a_silence_and_no_verdict(tmp_path: Path) -> None:
+    fake, tokenizer = FakeJudge(better, finish="abort"), load_tokenizer(resolve_model(TINY))
+    respondent = EngineRespondent(fake, tokenizer, 1000, False, "eval.judge", ReplyCache(tmp_path))
     reply = asyncio.run(respondent.ask(Question("first<x> second<y>", 8)))
     assert (reply.silence, reply.text) == ("unavailable", "")
+    assert not any(tmp_path.iterdir()), "it is asked again the next time"
 
 
 def test_equal_answers_tie_and_too_long_ones_are_left_out_without_a_question() -> None:
