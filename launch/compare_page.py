@@ -19,6 +19,7 @@ from launch.compare_rows import OK, Row
 from launch.eval_page import Cell, Section, Table, write_page
 from launch.eval_report import plain
 from launch.label import versions
+from launch.redaction import redact
 from trainers.errors import InputError
 
 MARKDOWN, JSON, PLOT, PAGE = "compare.md", "compare.json", "compare.svg", "compare.html"
@@ -58,7 +59,7 @@ def reward_name(config: CompareConfig) -> str:
 def record(config: CompareConfig, rows: Sequence[Row]) -> dict[str, Any]:
     """JSON values."""
     return {
-        "config": config.model_dump(mode="json"),
+        "config": redact(config.model_dump(mode="json")),
         "versions": versions(),
         "num_cpus": num_cpus(),
         "rows": [plain(row) for row in rows],

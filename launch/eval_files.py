@@ -55,7 +55,7 @@ def write_results(
         "paths": {who: path for who, path in paths.items() if path is not None},
         "digests": {who: folder_digest(path) for who, path in paths.items() if path is not None},
         "versions": {name: _version(name) for name in PACKAGES},
-        "config": config.model_dump(mode="json"),
+        "config": redact(config.model_dump(mode="json")),
         **report,
     }
     fresh = folder / f".{REPORT}.tmp"
