@@ -32,12 +32,14 @@ class Answers:
     kl: np.ndarray  # float64 [N, G], nats: log-prob under the policy - under the base, of the whole answer (k1)
     base_reward: np.ndarray  # [N, G] of the base's answers under the same seeds
     base_length: np.ndarray  # [N, G]
+    gold: np.ndarray | None = None  # float64 [N, G]: the reward that stands for the truth, where there is one
 
 
-def read_answers(samples: Path, per_prompt: int) -> Answers:
-    """Of an evaluation with a base; without one the policy is the base."""
+def read_answers(samples: Path, per_prompt: int, gold: str | None = None) -> Answers:
+    """Of an evaluation with a base; without one the policy is the base.  ``gold``: that reward's name."""
     file = pq.ParquetFile(samples)
-    table = file.read(columns=[name for name in COLUMNS if name in file.schema_arrow.names])
+    columns = [*COLUMNS, *([] if gold is None else [f"rewards/{gold}"])]
+    table = file.read(columns=[name for name in columns if name in file.schema_arrow.names])
     models = table.column("model").to_pylist()
     policy = [i for i, who in enumerate(models) if who == "policy"]
     base = [i for i, who in enumerate(models) if who == "base"] or policy
@@ -50,7 +52,12 @@ def read_answers(samples: Path, per_prompt: int) -> Answers:
     kl = np.full(len(models), np.nan)
     if "policy_logprobs" in table.column_names:
         kl = _sums(table.column("policy_logprobs")) - _sums(table.column("base_logprobs"))
-    return Answers(grid(reward, policy), grid(length, policy), grid(kl, policy), grid(reward, base), grid(length, base))
+    truth = None
+    if gold is not None:
+        truth = grid(np.array(table.column(f"rewards/{gold}").to_pylist(), dtype=np.float64), policy)
+    return Answers(
+        grid(reward, policy), grid(length, policy), grid(kl, policy), grid(reward, base), grid(length, base), truth
+    )
 
 
 def _sums(column: pa.ChunkedArray) -> np.ndarray:
@@ -63,14 +70,18 @@ def best_of(drawn: Answers, num_answers: int, n: int) -> Answers:
     ``drawn``: of the base model, its first ``num_answers`` answers are what the others are compared with, so none of
     them is among those that are chosen from.  Equal rewards: the first.  KL: estimated from all rewards of a prompt.
     """
-    rewards, lengths = (
-        grid[:, num_answers:].reshape(len(grid), num_answers, -1)[:, :, :n] for grid in (drawn.reward, drawn.length)
-    )
+
+
+    def pools(grid: np.ndarray) -> np.ndarray:
+        return grid[:, num_answers:].reshape(len(grid), num_answers, -1)[:, :, :n]
+
+    rewards = pools(drawn.reward)
     chosen = np.where(np.isfinite(rewards), rewards, -np.inf).argmax(axis=2)[:, :, None]
-    ours = [np.take_along_axis(grid, chosen, axis=2)[:, :, 0] for grid in (rewards, lengths)]
+    grids = [drawn.reward, drawn.length, *([] if drawn.gold is None else [drawn.gold])]
+    reward, length, *gold = (np.take_along_axis(pools(grid), chosen, axis=2)[:, :, 0] for grid in grids)
     kl = np.array([best_of_n_kl_of(row, n) for row in drawn.base_reward])[:, None]
     base = drawn.base_reward[:, :num_answers], drawn.base_length[:, :num_answers]
-    return Answers(ours[0], ours[1], np.broadcast_to(kl, ours[0].shape), *base)
+    return Answers(reward, length, np.broadcast_to(kl, reward.shape), *base, gold[0] if gold else None)
 
 
 def against_itself(base: Answers) -> Answers:
@@ -87,6 +98,7 @@ class Measures:
     length: Estimate
     win_rate: Estimate  # against the base's answers, ties as half
     pairs: WinRate  # the same with length taken into account; its intervals are over prompts alone
+    gold: Estimate | None = None  # of the reward that stands for the truth
 
 
 def measure(seeds: Sequence[Answers]) -> Measures:
@@ -110,6 +122,7 @@ def measure(seeds: Sequence[Answers]) -> Measures:
         length=_over([a.length for a in seeds]),
         win_rate=_rate(outcomes, everything),
         pairs=compare(everything),
+        gold=_reward(truths) if (truths := [a.gold for a in seeds if a.gold is not None]) else None,
     )
 
 

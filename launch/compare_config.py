@@ -11,13 +11,15 @@ from typing import Annotated, Any, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from actors.adapted_model import TrainedModelSettings
+from actors.judge_settings import JudgeRewardSettings, check_judges
 from actors.settings import (
     CriticSettings,
     GeneratorSettings,
     LearnerSettings,
-    ModelSettings,
     PushSettings,
     ReferenceSettings,
+    RewardModelSettings,
     RewardWorkerSettings,
 )
 from cluster.settings import ClusterSettings
@@ -56,6 +58,10 @@ class ComparisonSettings(Settings):
     best_of: tuple[Annotated[int, Field(ge=2)], ...] = Field(
         (4, 16), min_length=1, description="n of best_of_n: answers sampled and labelled for each one that is given"
     )
+    gold: str | None = Field(
+        None, description="a reward of weight 0 that stands for the truth: it has a column of its own and is what the "
+        "plot shows; by its name"
+    )  # fmt: skip
     eval_prompts: Positive | None = Field(None, description="use the first held-out prompts only; default: all")
     eval_samples: Positive = Field(2, description="answers to each held-out prompt, under the same seeds for all")
     note: str = Field("", description="what a reader of the table has to know besides; written above it")
@@ -127,9 +133,11 @@ class CompareConfig(Settings):
 
     run: CompareRunSettings
     compare: ComparisonSettings
-    model: ModelSettings
+    model: TrainedModelSettings
     prompts: PromptSettings
-    rewards: tuple[RewardSettings, ...] = Field(min_length=1)
+    rewards: tuple[RewardSettings, ...] = ()
+    reward_models: tuple[RewardModelSettings, ...] = ()
+    judges: tuple[JudgeRewardSettings, ...] = ()
     generator: GeneratorSettings = GeneratorSettings()
     learner: LearnerSettings = LearnerSettings()
     critic: CriticSettings = CriticSettings()
@@ -149,6 +157,47 @@ class CompareConfig(Settings):
                 "from; leave it out"
             )
         return self
+
+    @model_validator(mode="after")
+    def _something_is_rewarded(self) -> Self:
+        check_judges(self.judges, self.compare.samples_per_prompt)
+        if not any(scorer.weight for scorer in self.scorers):
+            raise ValueError("rewards: nothing is rewarded; give rewards, reward_models or judges with a weight")
+        gold, known = self.compare.gold, self.reward_names
+        if gold is not None and gold not in known:
+            raise ValueError(f"compare.gold={gold!r} is none of the rewards {known}; name one of them")
+        if any(method.kind == "offline" for method in self.methods):
+            self._check_labellers()
+        return self
+
+    def _check_labellers(self) -> None:
+        """Offline methods learn from labels, which one kind of scorer gives: all functions, a model, or a judge."""
+        kinds = [
+            *(["rewards"] if any(r.weight for r in self.rewards) else []),
+            *(f"reward_models.{i}" for i, model in enumerate(self.reward_models) if model.weight),
+            *(f"judges.{i}" for i, judge in enumerate(self.judges) if judge.weight),
+        ]
+        if len(kinds) > 1:
+            raise ValueError(
+                f"{kinds[1]}.weight: offline methods learn from the labels of one scorer, and {' and '.join(kinds)} "
+                "all weigh; give weight to one of them, or compare online methods alone"
+            )
+        for name in ("reward_models", "judges"):
+            for index, scorer in enumerate(getattr(self, name)):
+                if scorer.weight < 0:
+                    raise ValueError(f"{name}.{index}.weight={scorer.weight:g}: labels prefer what scores higher; use "
+                                     "more than 0")  # fmt: skip
+
+    @property
+    def scorers(self) -> tuple[RewardSettings | RewardModelSettings | JudgeRewardSettings, ...]:
+        """All that give a reward."""
+        return (*self.rewards, *self.reward_models, *self.judges)
+
+    @property
+    def reward_names(self) -> list[str]:
+        """Parts of the reward: the functions', then the models', then the judges' axes."""
+        names = [r.name for r in self.rewards] + [m.name for m in self.reward_models]
+        return names + [part for judge in self.judges for part in judge.part_names]
 
     @property
     def methods(self) -> list[Method]:

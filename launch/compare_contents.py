@@ -20,7 +20,12 @@ def contents_of(config: CompareConfig, train: str, held_out: str) -> dict[str, s
     from actors.model_folders import resolve_model
 
     found = {"prompts.train": digest(train.encode()), "prompts.eval": digest(held_out.encode())}
-    found["model.path"] = model_digest(Path(resolve_model(config.model.path)))
+    models = {"model.path": config.model.path}
+    for index, scorer in enumerate(config.reward_models):
+        paths = (scorer.path,) if isinstance(scorer.path, str) else scorer.path
+        models |= {f"reward_models.{index}.path" + (f".{i}" if i else ""): path for i, path in enumerate(paths)}
+    models |= {f"judges.{i}.path": judge.path for i, judge in enumerate(config.judges) if judge.path is not None}
+    found |= {field: model_digest(Path(resolve_model(path))) for field, path in models.items()}
     for index, reward in enumerate(config.rewards):
         file = Path(reward.function.rpartition(":")[0])
         if file.suffix == ".py" and file.is_file():

@@ -25,7 +25,8 @@ from trainers.errors import InputError
 MARKDOWN, JSON, PLOT, PAGE = "compare.md", "compare.json", "compare.svg", "compare.html"
 BEGIN, END = "<!-- begin of the section that burnish compare --page writes -->", "<!-- end of the section -->"
 NOTHING = "\N{EN DASH}"
-RESULTS = ("algorithm", "learns", "reward", "KL, nats an answer", "win rate over the base", "length, tokens",
+GOLD = "gold"  # a column where there is a reward that stands for the truth
+RESULTS = ("algorithm", "learns", "reward", GOLD, "KL, nats an answer", "win rate over the base", "length, tokens",
            "answers labelled", "tokens sampled", "tokens trained on", "updates", "seconds", "ended")  # fmt: skip
 SETTINGS = ("algorithm", "learning rate", "length", "strength of KL or preference", "set for it alone, or for its kind")
 
@@ -38,13 +39,13 @@ def write_tables(config: CompareConfig, rows: Sequence[Row], folder: Path, plot:
 
 def write_outputs(config: CompareConfig, rows: Sequence[Row], folder: Path) -> None:
     """Write all four files."""
-    svg = compare_svg(rows, reward_name(config))
+    svg = compare_svg(rows, reward_name(config), config.compare.gold is not None)
     if svg is not None:
         _write(folder / PLOT, svg)
     write_tables(config, rows, folder, None if svg is None else PLOT)
     sections = [
         Section("Reward against KL", "\n\n".join(_facts(config, rows)), plots=() if svg is None else (svg,)),
-        Section("What each reached, and at which expense", table=Table(RESULTS, tuple(_html_row(r) for r in rows))),
+        Section("What each reached, and at which expense", table=_results(config, rows)),
         Section("How each was run", table=Table(SETTINGS, _settings_rows(rows))),
     ]
     write_page(folder / PAGE, f"{config.run.name}: algorithms side by side", sections)
@@ -52,7 +53,9 @@ def write_outputs(config: CompareConfig, rows: Sequence[Row], folder: Path) -> N
 
 def reward_name(config: CompareConfig) -> str:
     """What the reward's axis says."""
-    names = [reward.name for reward in config.rewards if reward.weight]
+    if config.compare.gold is not None:
+        return f"{config.compare.gold}, held out"
+    names = [scorer.name for scorer in config.scorers if scorer.weight]
     return f"{names[0]}, held out" if len(names) == 1 else "total reward, held out"
 
 
@@ -72,9 +75,10 @@ def record(config: CompareConfig, rows: Sequence[Row]) -> dict[str, Any]:
 def section(config: CompareConfig, rows: Sequence[Row], plot: str | None) -> str:
     """The facts, the plot and both tables; ``plot``: where the picture lies, seen from the page."""
     picture = [] if plot is None else [f"![reward against KL, one mark an algorithm]({plot})"]
-    shown = [[_text(cell) for cell in _row(row)] for row in rows]
+    results = _results(config, rows)
+    shown = [[_text(cell) for cell in cells] for cells in results.rows]
     settings = [[_text(cell) for cell in cells] for cells in _settings_rows(rows)]
-    tables = markdown_table(RESULTS, shown), markdown_table(SETTINGS, settings)
+    tables = markdown_table(results.columns, shown), markdown_table(SETTINGS, settings)
     return "\n\n".join([*_facts(config, rows), *picture, *tables])
 
 
@@ -108,6 +112,13 @@ def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str
     return "\n".join("| " + " | ".join(cell.replace("|", "/") for cell in line) + " |" for line in lines)
 
 
+def _results(config: CompareConfig, rows: Sequence[Row]) -> Table:
+    """The first table, without the column of a truth that nobody named."""
+    shown = [i for i, name in enumerate(RESULTS) if name != GOLD or config.compare.gold is not None]
+    cells = [_row(row) for row in rows]
+    return Table(tuple(RESULTS[i] for i in shown), tuple(tuple(row[i] for i in shown) for row in cells))
+
+
 def _row(row: Row) -> list[Cell]:
     """Cells of the first table."""
     found, cost = row.measures, row.cost
@@ -123,13 +134,9 @@ def _row(row: Row) -> list[Cell]:
         given = (cost.num_labelled, cost.num_sampled_tokens, None, None, cost.seconds)
         spent = [None if value is None else f"{value:.3g} for each given" for value in given]
     return [
-        row.title, learns, found.reward, kl, None if row.kind == "base" else found.win_rate, found.length, *spent,
-        row.status,
+        row.title, learns, found.reward, found.gold, kl, None if row.kind == "base" else found.win_rate, found.length,
+        *spent, row.status,
     ]  # fmt: skip
-
-
-def _html_row(row: Row) -> tuple[Cell, ...]:
-    return tuple(_row(row))
 
 
 def _settings_rows(rows: Sequence[Row]) -> tuple[tuple[Cell, ...], ...]:
@@ -178,7 +185,7 @@ def renewed(page: str, text: str) -> str:
 
 def write_section(page: Path, config: CompareConfig, rows: Sequence[Row]) -> None:
     """The section of ``page`` anew, its picture in the folder figures beside it."""
-    svg = compare_svg(rows, reward_name(config))
+    svg = compare_svg(rows, reward_name(config), config.compare.gold is not None)
     if svg is not None:
         (page.parent / "figures").mkdir(exist_ok=True)
         _write(page.parent / "figures" / PLOT, svg)

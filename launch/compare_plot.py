@@ -25,8 +25,13 @@ MARKERS = "os^Dv<>pPX"
 GREY = "#666666"
 
 
-def compare_svg(rows: Sequence[Row], unit: str) -> str | None:
-    """An SVG document, the same bytes for the same rows; None where nothing was measured.  ``unit``: of the reward."""
+def compare_svg(rows: Sequence[Row], unit: str, gold: bool = False) -> str | None:
+    """An SVG document, the same bytes for the same rows; None where nothing was measured.
+
+    Args:
+        unit: of the reward.
+        gold: the reward that stands for the truth is drawn, not the one that was learned from.
+    """
     drawn = [row for row in rows if row.is_drawn]
     if not drawn:
         return None
@@ -36,10 +41,10 @@ def compare_svg(rows: Sequence[Row], unit: str) -> str | None:
     figure = Figure(figsize=(8.6, 5.0), layout="constrained")
     FigureCanvasSVG(figure)  # draws without a display
     axes = figure.add_subplot()
-    _best_of(axes, [row for row in drawn if row.kind in ("base", "search")])
+    _best_of(axes, [row for row in drawn if row.kind in ("base", "search")], gold)
     for row in drawn:
         if row.kind in ("offline", "online"):
-            _point(axes, row)
+            _point(axes, row, gold)
     axes.set_xscale("function", functions=(_root, np.square))  # best-of-n would be squeezed into a corner otherwise
     furthest = max(row.kl.high if np.isfinite(row.kl.high) else row.kl.value for row in drawn if row.kl is not None)
     axes.set_xlim(0, 1.05 * furthest or 1.0)
@@ -55,12 +60,19 @@ def _root(values: Any) -> np.ndarray:
     return np.asarray(np.sqrt(np.maximum(values, 0.0)))
 
 
-def _point(axes: Axes, row: Row) -> None:
-    assert row.measures is not None and row.kl is not None
+def _height(row: Row, gold: bool) -> Estimate:
+    assert row.measures is not None
+    found = row.measures.gold if gold else row.measures.reward
+    assert found is not None
+    return found
+
+
+def _point(axes: Axes, row: Row, gold: bool) -> None:
+    assert row.kl is not None
     peers = [name for name, method in METHODS.items() if method.kind == row.kind]
     place = peers.index(row.name)  # the same mark in every comparison
     colour, is_open = COLOURS[place % len(COLOURS)], row.kind == "offline"
-    reward = row.measures.reward
+    reward = _height(row, gold)
     axes.errorbar(
         [max(row.kl.value, 0.0)], [reward.value], xerr=_reach(row.kl, 0.0), yerr=_reach(reward),
         fmt=MARKERS[place % len(MARKERS)], color=colour, markerfacecolor="white" if is_open else colour, markersize=7,
@@ -68,12 +80,12 @@ def _point(axes: Axes, row: Row) -> None:
     )  # fmt: skip
 
 
-def _best_of(axes: Axes, rows: Sequence[Row]) -> None:
+def _best_of(axes: Axes, rows: Sequence[Row], gold: bool) -> None:
     """From the base model, which is the best of one, on."""
     found = sorted(((row.kl.value, row) for row in rows if row.kl is not None), key=lambda pair: pair[0])
     for kl, row in found:
-        assert row.measures is not None and row.kl is not None
-        is_base, reward = row.kind == "base", row.measures.reward
+        assert row.kl is not None
+        is_base, reward = row.kind == "base", _height(row, gold)
         axes.errorbar(
             [kl], [reward.value], xerr=_reach(row.kl, 0.0), yerr=_reach(reward), fmt="s" if is_base else "*",
             color=GREY, markersize=6 if is_base else 10, capsize=2, linewidth=1.1, label=row.title if is_base else None,
@@ -83,7 +95,7 @@ def _best_of(axes: Axes, rows: Sequence[Row]) -> None:
             axes.annotate(str(row.settings["per_answer"]), (kl, reward.value), xytext=(6, -11),
                           textcoords="offset points", fontsize=8, color=GREY)  # fmt: skip
     if any(row.kind == "search" for _, row in found):
-        heights = [row.measures.reward.value for _, row in found if row.measures is not None]
+        heights = [_height(row, gold).value for _, row in found]
         axes.plot([kl for kl, _ in found], heights, color=GREY, linestyle="--", linewidth=1.0,
                   label="best-of-n")  # fmt: skip
 

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from actors.settings import ModelSettings
 from launch.compare_config import CompareConfig
 from launch.compare_plan import make_plan
+from launch.compare_recipes import SCORERS
 from launch.eval_config import EvalConfig
 from launch.eval_prepare import prepare_eval
 from launch.prompts import load_prompts
@@ -34,8 +36,9 @@ def prepare_compare(config: CompareConfig) -> Prompts:
 
     make_plan(config, folder_of(config))
     given = config.model_dump(mode="json", exclude_unset=True)
-    same = ("model", "prompts", "rewards", "generator", "reward_workers", "cluster")
+    same = ("prompts", *SCORERS, "generator", "reward_workers", "cluster")
     whole = {name: given[name] for name in same if name in given}
+    whole["model"] = {key: value for key, value in given["model"].items() if key in ModelSettings.model_fields}
     run = {"name": config.run.name, "directory": config.run.directory, "seed": config.run.seed}
     evaluation = {"num_samples": config.compare.eval_samples, "num_prompts": config.compare.eval_prompts}
     try:

@@ -89,7 +89,7 @@ def _base(config: CompareConfig, folder: Folder, known: Known) -> Row:
     if folder.is_done(BEST):  # all that are read against it deserve a base that is known better
         name, num = BEST, _num_for_best(config)
     path = folder.path / name / SAMPLES
-    found = _measured(known, (BASE, name), lambda: [against_itself(read_answers(path, num))])
+    found = _measured(known, (BASE, name), lambda: [against_itself(read_answers(path, num, config.compare.gold))])
     return Row(BASE, "base model", "base", OK, measures=found, kl=found.kl, cost=FREE, settings={"per_prompt": num})
 
 
@@ -109,7 +109,7 @@ def _best_of(config: CompareConfig, folder: Folder, known: Known) -> list[Row]:
         if not folder.is_done(BEST):
             rows.append(Row(name, title, "search", _why(folder, BEST), settings={"per_answer": n}))
             continue
-        found = _measured(known, name, partial(_best, path, per_prompt, num, n))
+        found = _measured(known, name, partial(_best, path, per_prompt, num, n, config.compare.gold))
         rows.append(
             Row(name, title, "search", OK, measures=found, kl=found.kl, kl_bound=best_of_n_kl(n),
                 cost=Cost(*(n * value for value in astuple(drawn))), settings={"per_answer": n})
@@ -123,8 +123,8 @@ def _of_one(samples: Path, seconds: float) -> Cost:
     return Cost(1.0, float(lengths.mean()), 0.0, 0.0, seconds / lengths.size)
 
 
-def _best(path: Path, per_prompt: int, num_answers: int, n: int) -> list[Answers]:
-    return [best_of(read_answers(path, per_prompt), num_answers, n)]
+def _best(path: Path, per_prompt: int, num_answers: int, n: int, gold: str | None) -> list[Answers]:
+    return [best_of(read_answers(path, per_prompt, gold), num_answers, n)]
 
 
 def _trained(method: Method, config: CompareConfig, plan: Plan, folder: Folder, known: Known) -> Row:
@@ -144,8 +144,8 @@ def _trained(method: Method, config: CompareConfig, plan: Plan, folder: Folder, 
     status = OK if not wrong else f"{len(wrong)} of {len(config.compare.seeds)} runs missing: {'; '.join(wrong)}"
     if not files:
         return Row(method.name, method.title, method.kind, status, settings=settings)
-    num = config.compare.eval_samples
-    found = _measured(known, (method.name, tuple(seeds)), lambda: [read_answers(file, num) for file in files])
+    num, gold = config.compare.eval_samples, config.compare.gold
+    found = _measured(known, (method.name, tuple(seeds)), lambda: [read_answers(file, num, gold) for file in files])
     return Row(
         method.name, method.title, method.kind, status, tuple(seeds), found, found.kl, cost=_mean(costs),
         settings=settings,

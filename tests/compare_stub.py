@@ -146,6 +146,8 @@ class Machine:
             "completion_ids": [list(range(int(rng.integers(1, 8)))) for _ in range(count * len(sides))],
             "reward": rng.integers(0, 2, count * len(sides)).astype(float),
         }
+        for name in config.reward_names:
+            table[f"rewards/{name}"] = rng.random(count * len(sides)) / 2
         if len(sides) == 2:
             table["policy_logprobs"] = [[-1.0, -1.0]] * count + [None] * count
             table["base_logprobs"] = [[-1.125, -1.125]] * count + [None] * count

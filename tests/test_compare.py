@@ -147,6 +147,11 @@ def test_an_algorithms_own_keys_win_over_those_of_its_kind_and_are_stated() -> N
         ("compare.overrides.grpo={generator: {}}", "compare.overrides", "generator.sampling"),
         ("compare.overrides.rloo={algorithm: {}}", "compare.overrides", "algorithm.name"),
         ("prompts.eval=null", "prompts.eval", "held-out prompts"),
+        ("rewards=[]", "rewards", "nothing is rewarded"),
+        ("rewards.0.weight=0", "rewards", "nothing is rewarded"),
+        ("compare.gold=gould", "compare.gold", "none of the rewards ['letter']"),
+        ("reward_models=[{name: m, path: /m}]", "reward_models.0.weight", "rewards and reward_models.0 all weigh"),
+        ("judges=[{path: /j, weight: -1}]", "judges.0.weight", "all weigh"),
         ("reference.path=/models/other", "reference.path", "model.path"),
     ],
 )
@@ -231,6 +236,54 @@ def test_every_algorithm_gets_a_row_a_mark_and_its_settings(tmp_path: Path) -> N
     written = json.loads((machine.folder / JSON).read_text())
     assert [row["name"] for row in written["rows"]] == names
     assert written["rows"][1]["measures"]["pairs"]["length_controlled"]["n"] > 0
+
+
+MODEL = "reward_models=[{name: proxy, path: /models/proxy, normalize: true}]"
+TRUTH = "rewards=[{name: letter, function: regex, args: {pattern: '[a-k]'}, weight: 0}]"
+
+
+def test_all_learn_from_a_reward_model_where_it_is_what_weighs() -> None:
+    config, made = plan(ALL, MODEL, TRUTH, "compare.gold=letter")
+    runs = configs(made)
+    assert {run.reward_names[-1] for run in runs.values() if isinstance(run, RunConfig)} == {"proxy"}
+    label = runs["label-seed-0"].label
+    assert label.source == "reward_model" and label.reward_model.path == "/models/proxy" and not label.rewards
+    assert runs["grpo-seed-0-eval"].reward_names == ["letter", "proxy"]
+    assert config.reward_names == ["letter", "proxy"]
+
+
+def test_all_learn_from_a_judge_by_its_rubric_where_it_is_what_weighs() -> None:
+    judge = "judges=[{path: /models/judge, max_tokens: 9, rubric: {axes: [{name: kind, question: '?'}]}}]"
+    _, made = plan("compare.algorithms=[dpo, grpo]", judge, "rewards=[]")
+    runs = configs(made)
+    label = runs["label-seed-0"].label
+    assert label.source == "judge" and label.judge.max_tokens == 9 and label.judge.rubric.axes[0].name == "kind"
+    assert runs["grpo-seed-0"].reward_names == runs["grpo-seed-0-eval"].reward_names == ["judge_kind"]
+
+
+def test_with_an_adapter_all_train_one_and_are_judged_merged() -> None:
+    _, made = plan(ALL, "model.lora={rank: 4}", "compare.overrides.ppo.critic.lora={rank: 2}")
+    runs = configs(made)
+    trained = {name: run for name, run in runs.items() if isinstance(run, RunConfig | TuningConfig)}
+    assert len(trained) == len(METHODS) - 1
+    for run in trained.values():
+        assert run.model.lora.rank == 4 and run.checkpoint.export_merged
+        assert not (isinstance(run, RunConfig) and run.has_reference_workers)
+    assert not hasattr(runs["base"].model, "lora") and not hasattr(runs["label-seed-0"].model, "lora")
+
+
+def test_what_stands_for_the_truth_has_a_column_and_is_what_is_drawn(tmp_path: Path) -> None:
+    machine = Machine(tmp_path)
+    model = MODEL.replace("/models/proxy", "builtin:tiny-llama")
+    rows = machine.compare("compare.algorithms=[dpo, grpo, best_of_n]", model, TRUTH, "compare.gold=letter")
+    for row in rows:
+        found = row.measures
+        assert found is not None and found.gold is not None and 0 < found.gold.value < 0.5 < found.reward.value + 0.5
+    (header,) = [line for line in (machine.folder / MARKDOWN).read_text().splitlines() if "| reward |" in line]
+    assert "| gold |" in header and "letter, held out" in (machine.folder / PLOT).read_text()
+    plain = Machine(tmp_path / "plain")
+    assert plain.compare("compare.algorithms=[dpo]")[1].measures.gold is None  # type: ignore[union-attr]
+    assert "| gold |" not in (plain.folder / MARKDOWN).read_text()
 
 
 def test_updates_of_the_policy_are_counted_without_those_of_the_critic_alone(tmp_path: Path) -> None:
