@@ -9,6 +9,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 from aiohttp import web
+from chain_model import chain_model
 from rich.console import Console
 from stand_in import StandIn, between
 from test_end_to_end import RUN_S, SMALL, Start, start
@@ -62,13 +63,26 @@ def test_a_judge_behind_an_endpoint_is_the_reward_of_a_run_and_its_end_is_the_ru
         assert len({*answered[1:40]} & {*later}) <= 1, "what was answered is not asked again, but for the probe"
 
 
-def test_a_judge_on_an_engine_of_its_own_stands_beside_other_rewards(start: Start) -> None:
-    judge = {"path": TINY, "weight": 0.0, "max_tokens": 8, "chat": False, "generator": {"kv_cache_gib": 0.25}}
-    brief = ("run.num_steps=1", "checkpoint.every=0", "checkpoint.export=false")
-    run = start("beside", *SMALL, *brief, "judges=" + json.dumps([judge]))
+BRIEF = ("run.num_steps=1", "checkpoint.every=0", "checkpoint.export=false")
+OWN: dict[str, Any] = {"max_tokens": 8, "chat": False, "generator": {"kv_cache_gib": 0.25}}
+
+
+def test_a_judge_on_an_engine_of_its_own_marks_beside_other_rewards(start: Start, tmp_path: Path) -> None:
+    rubric = {"axes": [{"name": "k", "question": "is it kind?"}]}
+    judge = {"path": chain_model(tmp_path / "judge", "k:7"), "weight": 2.0, "rubric": rubric, **OWN}
+    run = start("beside", *SMALL, *BRIEF, "judges=" + json.dumps([judge]))
     assert run.end() == 0, run.tail()
     row = run.rows("metrics.jsonl")[-1]
-    # A tiny model marks nothing that can be read: counted by kind, and with weight 0 nothing is masked by it.
+    assert row["rewards/judge_k/mean"] == pytest.approx(6 / 9) and row["rewards/judge_k/std"] == 0
+    assert row["failures/num_samples_masked"] == row["failures/num_reward"] == 0
+    own = [v for k, v in row.items() if k.startswith("rewards/") and k.endswith("/mean") and "judge" not in k]
+    assert row["reward"] == pytest.approx(sum(own) + 2.0 * 6 / 9)
+
+
+def test_marks_of_an_engine_that_cannot_be_read_are_counted_and_with_weight_0_mask_nothing(start: Start) -> None:
+    run = start("beside", *SMALL, *BRIEF, "judges=" + json.dumps([{"path": TINY, "weight": 0.0, **OWN}]))
+    assert run.end() == 0, run.tail()
+    row = run.rows("metrics.jsonl")[-1]
     assert sum(v for k, v in row.items() if k.startswith("failures/kind/")) > 0
     assert row["failures/num_samples_masked"] == 0
 

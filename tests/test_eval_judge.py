@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from chain_model import chain_model
 from pydantic import ValidationError
 from rich.console import Console
 from transformers import AutoModelForCausalLM
@@ -170,14 +171,29 @@ def test_every_verdict_stands_in_a_file_and_on_the_page(tmp_path: Path) -> None:
     assert "asked 2 times in both orders" in (tmp_path / "eval.html").read_text()
 
 
-@pytest.mark.slow
-def test_a_real_engine_judges_and_its_nonsense_is_counted(tmp_path: Path) -> None:
+def other_base(folder: Path) -> dict[str, str]:
+    """A model that says something else under the same seeds."""
     base = AutoModelForCausalLM.from_pretrained(resolve_model(TINY))
     with torch.no_grad():
-        base.lm_head.weight.copy_(base.lm_head.weight.roll(1, dims=0))  # says something else under the same seeds
-    base.save_pretrained(tmp_path / "base")
-    load_tokenizer(resolve_model(TINY)).save_pretrained(tmp_path / "base")
-    settings = config(tmp_path, base={"path": str(tmp_path / "base")})
+        base.lm_head.weight.copy_(base.lm_head.weight.roll(1, dims=0))
+    base.save_pretrained(folder)
+    load_tokenizer(resolve_model(TINY)).save_pretrained(folder)
+    return {"path": str(folder)}
+
+
+@pytest.mark.slow
+def test_a_real_engine_s_verdicts_are_read(tmp_path: Path) -> None:
+    judge = {**JUDGE, "path": chain_model(tmp_path / "judge", "A")}  # it likes whatever comes first
+    settings = config(tmp_path, base=other_base(tmp_path / "base"), eval={"judge": judge})
+    report = json.loads(evaluate_models(settings, Console(quiet=True)).read_text())
+    counts, rate = report["judge"], report["win_rate"]["judge"]
+    assert counts["num_asked"] > 0 == counts["num_unparsed"] and counts["first_place"]["value"] == 1.0
+    assert counts["consistency"]["value"] == 0.0 and rate["num_left_out"] == 0 and rate["raw"]["value"] == 0.5
+
+
+@pytest.mark.slow
+def test_a_real_engine_judges_and_its_nonsense_is_counted(tmp_path: Path) -> None:
+    settings = config(tmp_path, base=other_base(tmp_path / "base"))
     report = json.loads(evaluate_models(settings, Console(quiet=True)).read_text())
     counts, rate = report["judge"], report["win_rate"]["judge"]
     assert counts["num_asked"] > 0 and counts["num_asked"] + counts["num_identical"] == 12

@@ -15,6 +15,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 from aiohttp import web
+from chain_model import chain_model
 from pydantic import ValidationError
 from rich.console import Console
 from stand_in import StandIn, between
@@ -264,20 +265,43 @@ def test_a_row_without_an_answer_is_refused_before_anything_is_asked(tmp_path: P
         run(config.model_copy(update={"revise": config.revise.model_copy(update={"answer_column": "reply"})}))
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_the_policy_criticises_and_revises_itself_on_its_own_engine(tmp_path: Path) -> None:
-    raw = parse_yaml(
-        f"""
-run: {{name: own, directory: {tmp_path}, num_prompts: 4}}
+def on_own_engines(folder: Path, writer: str, judge: str) -> ReviseConfig:
+    return ReviseConfig.model_validate(
+        parse_yaml(
+            f"""
+run: {{name: own, directory: {folder}, num_prompts: 4}}
 model: {{path: {TINY}}}
 prompts: {{train: {{procedural: chain_sum, size: 4}}}}
 sampling: {{max_tokens: 8}}
-revise: {{critique_max_tokens: 8, revision_max_tokens: 8, judge: {{max_tokens: 4}}}}
+generator: {{kv_cache_gib: 0.25}}
+revise:
+  critique_max_tokens: 8
+  revision_max_tokens: 8
+  writer: {{{writer}}}
+  judge: {{max_tokens: 4, {judge}}}
 cluster: {{backend: in_process, device: cpu}}
 """
+        )
     )
-    folder, summary = run(ReviseConfig.model_validate(raw))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_writer_and_judge_on_engines_of_their_own_are_read(tmp_path: Path) -> None:
+    own = "chat: false, generator: {kv_cache_gib: 0.25}"
+    writer, judge = (chain_model(tmp_path / says, says) for says in ("ok", "A"))
+    folder, summary = run(on_own_engines(tmp_path, f"path: {writer}, {own}", f"path: {judge}, {own}"))
+    assert summary["num_answers"] == summary["num_revised"] == 4 and not sum(summary["failures"].values())
+    rows = pq.read_table(folder / "sft.parquet").to_pylist()
+    assert [row["completion"] for row in rows] == ["ok"] * 4 == [row["revisions"][-1] for row in rows]
+    assert {critique for row in rows for critique in row["critiques"]} == {"ok"}
+    assert summary["swap_consistency"] == 0.0, "it likes whatever comes first"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_policy_criticises_and_revises_itself_on_its_own_engine(tmp_path: Path) -> None:
+    folder, summary = run(on_own_engines(tmp_path, "", ""))
     # A tiny model says nonsense up to its last token: what is cut off is counted, and no half revision is written.
     assert summary["num_answers"] == 4 == summary["num_revised"] + sum(summary["failures"].values())
     assert pq.read_table(folder / "sft.parquet").num_rows == summary["num_revised"]
