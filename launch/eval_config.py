@@ -91,7 +91,7 @@ class EvalSettings(Settings):
     suites: tuple[str, ...] = Field((), description="capability, refusal, over_refusal, sycophancy, red_team; or JSONL")
     suite_max_tokens: Positive = Field(128, description="longest answer to a suite's question; decoded greedily")
     preferences: str | None = Field(
-        None, description="held-out preference pairs (docs/data.md) on which reward models and the judge are judged"
+        None, description="held-out preference pairs (docs/data.md) on which reward models and judges are judged"
     )
     num_page_samples: int = Field(12, ge=0, description="prompts shown with both answers on the page")
 
@@ -148,9 +148,10 @@ class EvalConfig(Settings):
                 hint = f"did you mean {near[0]}?" if near else "give rewards"
                 raise ValueError(f"eval.{key}={value!r}: is none of the rewards {known}; {hint}")
         self._check_best_of_n(names)
-        if self.eval.preferences is not None and not self.reward_models and self.eval.judge is None:
+        if self.eval.preferences is not None and not (self.reward_models or self.judges) and self.eval.judge is None:
             raise ValueError(
-                "eval.preferences: there is no reward model to judge; give reward_models or eval.judge, or leave it out"
+                "eval.preferences: there is no reward model and no judge to be judged; give reward_models, judges or "
+                "eval.judge, or leave it out"
             )
         longest, max_tokens = self.model.max_length, self.generator.sampling.max_tokens
         if longest is not None and max(max_tokens, self.eval.suite_max_tokens if self.eval.suites else 0) >= longest:

@@ -57,7 +57,7 @@ class PreparedEval:
     suites: list[Suite]
     pairs: Mapping[str, list[Comparison]]  # of each reward model, in the tokens that it reads
     judge: PreparedJudge | None = None
-    labelled: Sequence[LabelledPair] = ()  # what the judge is compared with people on
+    labelled: Sequence[LabelledPair] = ()  # what judges are compared with people on
 
 
 def check_eval_folder(config: EvalConfig) -> Path:
@@ -117,7 +117,7 @@ def prepare_eval(config: EvalConfig) -> PreparedEval:
         judge = prepare_judge(asked, "eval.judge", path, max_length, asked.max_tokens, asked.template)
     pairs = {} if config.eval.preferences is None else _pairs(config, tokenizer)
     labelled = []
-    if config.eval.preferences is not None and config.eval.judge is not None:
+    if config.eval.preferences is not None and (config.eval.judge is not None or config.judges):
         labelled = labelled_pairs(_preference_rows(config))
     return PreparedEval(path, base, max_length, stream, prompts, suites, pairs, judge, labelled)
 

@@ -1,7 +1,8 @@
 """From what two models said to every number of an evaluation, each with its interval and its n.  Pure.
 
 Axes: prompts [N], G samples of each; rows [N * G] hold the samples of a prompt side by side.
-May import: numpy, trainers.*, launch.{eval_best_of_n, eval_config, eval_prepare, journal, judge_agreement}.
+May import: numpy, trainers.*, launch.{eval_best_of_n, eval_config, eval_prepare, journal, judge_agreement,
+judge_marks}.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from launch.eval_config import JUDGE, TOTAL, EvalConfig
 from launch.eval_prepare import PreparedEval, Suite
 from launch.journal import strict
 from launch.judge_agreement import agreement_report
+from launch.judge_marks import marks_report
 from trainers.calibration import Estimate, mean_estimate, policy_calibration, score_summary
 from trainers.comparisons import Comparison as Preference
 from trainers.diversity import diversity_report, sampled_entropy, truncation_share
@@ -70,6 +72,7 @@ class Measured:
     judgements: Sequence[Judgement] = ()  # [N * G], with a judge
     pool: Answers | None = None  # with eval.best_of_n
     of_people: Sequence[Judgement] = ()  # of the pairs that people labelled, with a judge and eval.preferences
+    marked: Mapping[str, Sequence[GroupRewards]] = dataclasses.field(default_factory=dict)  # judges.N -> the same pairs
 
 
 def build_report(config: EvalConfig, prepared: PreparedEval, measured: Measured) -> dict[str, Any]:
@@ -90,6 +93,12 @@ def build_report(config: EvalConfig, prepared: PreparedEval, measured: Measured)
         report["judge"] = judge_report(measured.judgements)
     if measured.of_people:
         report["agreement"] = agreement_report(prepared.labelled, measured.of_people, config.run.seed)
+    if measured.marked:
+        judges = {f"judges.{i}": judge for i, judge in enumerate(config.judges)}
+        report["marks_agreement"] = {
+            judges[name].name: marks_report(judges[name], prepared.labelled, rewards, config.run.seed)
+            for name, rewards in measured.marked.items()
+        }
     if measured.logprobs is not None:
         report["kl_from_base"] = _kl(measured, config.generator.sampling.temperature)
     if measured.pool is not None:

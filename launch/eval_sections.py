@@ -37,6 +37,10 @@ def summary_rows(report: Mapping[str, Any]) -> list[Row]:
     if people := report.get("agreement"):
         rows.append(("judge: agreement with people", people["rate"], None))
         rows.append(("judge: kappa with people", people["kappa"], None))
+    for name, axes in report.get("marks_agreement", {}).items():
+        for axis, people in axes.items():
+            rows.append((f"{name}, {axis}: agreement with people", people["rate"], None))
+            rows.append((f"{name}, {axis}: kappa with people", people["kappa"], None))
     if kl := report.get("kl_from_base"):
         rows.append(("KL from base, nats a sequence (k1)", kl["sequence"], None))
         rows.append(("KL from base, nats a sequence (k3)", kl["sequence_k3"], None))

@@ -22,34 +22,23 @@ from rich.console import Console
 from actors.generator_fleet import GeneratorFleet
 from actors.mixed_scorer import MixedScorer
 from actors.scorer_pools import ReferencePool, RewardModelPool, RewardPool
-from cluster.transport import fetch, put
+from cluster.transport import fetch
 from launch.eval_config import EvalConfig
 from launch.eval_files import write_results
 from launch.eval_fleet import FUNCTIONS, GENERATOR, LOGPROBS, EvalCluster, Role
 from launch.eval_judge import judge_pairs, judge_role, open_judge
+from launch.eval_pairs import SCORED_AT_ONCE, as_payload, judge_reward_models, mark_labelled
 from launch.eval_prepare import REPORT, PreparedEval, check_eval_folder, prepare_eval
 from launch.eval_report import BASE, POLICY, POOL, Answers, Measured, build_report
 from launch.judge_agreement import judge_labelled
 from launch.lanes import in_lanes
-from trainers.comparisons import Comparison
 from trainers.errors import InputError
-from trainers.experience import (
-    Prompt,
-    Trajectory,
-    TrajectoryGroup,
-    VersionSpan,
-    WeightVersion,
-    decode_group,
-    decode_logprobs,
-    encode_group,
-    summarize,
-)
-from trainers.protocols import GeneratedGroup, GroupRequest
+from trainers.experience import Prompt, TrajectoryGroup, decode_group, decode_logprobs
+from trainers.protocols import GroupRequest
 from trainers.sampling_seeds import sample_seed
 from trainers.verdicts import Judgement
 
 PAYLOAD_DEADLINE_S = 120.0
-SCORED_AT_ONCE = 64  # groups in flight for each scoring worker: enough to fill its packs
 OVERSUPPLY = 2  # groups in flight for each place: no worker runs dry, and none waits out a deadline in a queue
 HELD_OUT = -1  # the turn of a held-out prompt, as in trainers/evaluation.py: training never draws these streams
 
@@ -106,10 +95,14 @@ async def _measure(config: EvalConfig, prepared: PreparedEval, console: Console)
         pair_scores = {}
         if prepared.pairs:
             pair_scores = await judge_reward_models(config, prepared, cluster, judged, console)
+        marked = {}
+        if prepared.labelled:
+            rubric_judges = [role for role in scorers if role.name.startswith("judges.")]
+            marked = await mark_labelled(config, prepared, cluster, rubric_judges)
     finally:
         cluster.close()
     return Measured(
-        answers[POLICY], answers.get(BASE), logprobs, pair_scores, judgements, answers.get(POOL), of_people
+        answers[POLICY], answers.get(BASE), logprobs, pair_scores, judgements, answers.get(POOL), of_people, marked
     )
 
 
@@ -185,7 +178,7 @@ async def _score(
         num_lanes = SCORED_AT_ONCE * max(len(role.kwargs) for role in roles)
         found = {}
         for who, side in answers.items():
-            rewards = await in_lanes(num_lanes, [_payload(g) for g in side.groups], scorer.score)
+            rewards = await in_lanes(num_lanes, [as_payload(g) for g in side.groups], scorer.score)
             found[who] = Answers(side.groups, side.suites, rewards)
     num_failed = sum(f.kind != "abstained" for side in found.values() for r in side.rewards for _, f in r.failures)
     failed = f", {num_failed} rewards failed" if num_failed else ""
@@ -201,39 +194,10 @@ async def _logprobs(
         pool = ReferencePool(workers[LOGPROBS], config.base.deadline_s, config.base.token_budget)
 
         async def score(group: TrajectoryGroup) -> list[np.ndarray]:
-            return decode_logprobs(fetch(await pool.logprobs(_payload(group)), PAYLOAD_DEADLINE_S))
+            return decode_logprobs(fetch(await pool.logprobs(as_payload(group)), PAYLOAD_DEADLINE_S))
 
         rows = await in_lanes(SCORED_AT_ONCE * config.base.num_workers, answered, score)
     return [row for group in rows for row in group]
-
-
-async def judge_reward_models(
-    config: EvalConfig, prepared: PreparedEval, cluster: EvalCluster, roles: Sequence[Role], console: Console
-) -> dict[str, list[np.ndarray]]:
-    """Of each reward model: the scores, float64 [K], of the answers of every held-out comparison."""
-    started, found = time.perf_counter(), {}
-    for model, role in zip(config.reward_models, roles, strict=True):
-        async with cluster.stage([role]) as groups:
-            pool = RewardModelPool(groups[role.name], model.deadline_s, model.token_budget)
-            payloads = [_payload(_as_group(c, f"pair-{i}")) for i, c in enumerate(prepared.pairs[model.name])]
-            rewards = await in_lanes(SCORED_AT_ONCE * model.num_workers, payloads, pool.score)
-            found[model.name] = [r.parts[model.name] for r in rewards]
-    _say(console, f"pairs: {time.perf_counter() - started:.1f} s")
-    return found
-
-
-def _as_group(comparison: Comparison, group_id: str) -> TrajectoryGroup:
-    """Written answers in the form that reward models score."""
-    span = WeightVersion(0, 0)
-    answers = tuple(
-        Trajectory(i, 0, ids, np.zeros(len(ids), np.float32), "", "stop", (VersionSpan(span, len(ids)),))
-        for i, ids in enumerate(comparison.completion_ids)
-    )
-    return TrajectoryGroup(group_id, Prompt(comparison.prompt_id, comparison.prompt_ids, ""), answers)
-
-
-def _payload(group: TrajectoryGroup) -> GeneratedGroup:
-    return GeneratedGroup(summarize(group, "eval", 0.0), put(encode_group(group)))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -24,12 +24,12 @@ from launch.config import RunConfig
 from launch.constitution_files import load_constitution
 from launch.demands import role_demands
 from launch.judge_agreement import agreement_report, judge_labelled, labelled_pairs
+from launch.judge_marks import as_group, marks_report
 from launch.judge_workers import judge_kwargs
 from launch.judging import pair_judge
 from launch.label_config import LabelConfig
 from launch.label_records import Summary, preferences, record_of, schema
 from launch.label_sources import JudgeLabeller, ScoreLabeller
-from launch.overrides import load_config
 from launch.resuming import made_with
 from trainers.agreement import agreement
 from trainers.asking import Question, Reply
@@ -375,6 +375,18 @@ def test_a_judge_is_compared_with_people_on_their_pairs_in_both_orders() -> None
         labelled_pairs([("row 9", {"prompt": "P?", "chosen": "a", "rejected": "a"})])
 
 
-@pytest.mark.parametrize("name", ["cpu-judge-grpo", "cpu-judge-label", "cpu-revise"])
-def test_the_recipes_of_ai_feedback_name_no_key(name: str) -> None:
-    assert "sk-" not in str(load_config(name).config.model_dump())
+def test_a_judge_that_marks_is_compared_with_people_axis_by_axis() -> None:
+    """Helpful by its x and harmless unless it says so; people prefer the first."""
+    answers = [("xx", "x"), ("x", "xx"), ("a", "harm"), ("mumble", "x")]
+    rows = [(str(i), {"prompt": f"{i}?", "chosen": a, "rejected": b}) for i, (a, b) in enumerate(answers)]
+    pairs = labelled_pairs(rows)
+    judge = JudgeRewardSettings.model_validate({"path": "/models/judge", "weight": -1.0})
+    rewards = [scored(as_group(pair, str(i)), weight=-1.0) for i, pair in enumerate(pairs)]
+    found = marks_report(judge, pairs, rewards, seed=0)
+    assert {name: row["rate"].value for name, row in found.items()} == pytest.approx(
+        {"mean": 2 / 3, "helpful": 2.5 / 4, "honest": 0.5, "harmless": 2 / 3}
+    )
+    assert {name: row["num_left_out"] for name, row in found.items()} == {
+        "mean": 1, "helpful": 0, "honest": 1, "harmless": 1,
+    }  # fmt: skip
+    assert all(row["num_pairs"] == 4 for row in found.values())

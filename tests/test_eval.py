@@ -21,9 +21,10 @@ from actors.model_folders import resolve_model
 from launch.eval_config import EvalConfig
 from launch.eval_files import write_results
 from launch.eval_fleet import EvalCluster
+from launch.eval_pairs import judge_reward_models
 from launch.eval_prepare import PreparedEval, check_eval_folder, prepare_eval, shipped_suites
 from launch.eval_report import BASE, POLICY, Answers, Measured, build_report, flat, plain
-from launch.evaluate import evaluate_models, judge_reward_models
+from launch.evaluate import evaluate_models
 from launch.live_instruments import FirstEvaluation, live_metrics
 from launch.overrides import load_config
 from trainers.comparisons import Comparison

@@ -192,6 +192,21 @@ def test_a_real_engine_s_verdicts_are_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_real_engine_that_marks_is_compared_with_people(tmp_path: Path) -> None:
+    rows = [{"prompt": f"{i}?", "chosen": "yes", "rejected": "no"} for i in range(5)]
+    (tmp_path / "people.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    judge = {"path": chain_model(tmp_path / "marks", "k:7"), "chat": False, "max_tokens": 8,
+             "rubric": {"axes": [{"name": "k", "question": "is it kind?"}]}}  # fmt: skip
+    settings = config(
+        tmp_path, judges=[judge], eval={"num_samples": 2, "preferences": str(tmp_path / "people.jsonl")}
+    )
+    report = json.loads(evaluate_models(settings, Console(quiet=True)).read_text())
+    assert report["models"]["policy"]["rewards"]["judge_k"]["mean"]["value"] == pytest.approx(6 / 9)
+    people = report["marks_agreement"]["judge"]["k"]
+    assert people["rate"]["value"] == 0.5 and people["num_pairs"] == 5 and people["num_left_out"] == 0
+
+
+@pytest.mark.slow
 def test_a_real_engine_judges_and_its_nonsense_is_counted(tmp_path: Path) -> None:
     settings = config(tmp_path, base=other_base(tmp_path / "base"))
     report = json.loads(evaluate_models(settings, Console(quiet=True)).read_text())
