@@ -1,6 +1,6 @@
 """Whom judges, critics and revisers are: a model in engines of our own, or one behind an endpoint.
 
-May import: pydantic, actors.settings, trainers.{rubric, settings}.
+May import: pydantic, actors.settings, trainers.{asking, judge_template, rubric, settings}.
 """
 
 from __future__ import annotations
@@ -12,11 +12,14 @@ from urllib.parse import urlsplit
 from pydantic import Field, model_validator
 
 from actors.settings import GeneratorSettings, SamplingSettings
+from trainers.asking import check_places
+from trainers.judge_template import JUDGE_TEMPLATE
 from trainers.rubric import RubricSettings
 from trainers.settings import Settings
 
 Positive = Annotated[int, Field(ge=1)]
 OWN = ("model", "messages", "stream", "n")  # what a request says, and no parameter may
+WINS = "wins"  # the part of a judge that compares
 _SECRET = re.compile(r"(api|access|auth)\w*_?(key|token)|secret|password|authorization", re.IGNORECASE)
 SAID = ("temperature", "max_tokens", "seed")  # what it says unless a parameter takes it out
 
@@ -94,11 +97,19 @@ class LanguageModelSettings(Settings):
 
 
 class JudgeRewardSettings(LanguageModelSettings):
-    """A language model that marks every sample by a rubric; each axis is a part of the reward."""
+    """A language model that marks every sample by a rubric, or compares the samples of a prompt."""
 
     name: str = Field("judge", pattern=r"^[^/<>]+$", description="parts are NAME_AXIS, in metrics and errors")
-    weight: float = Field(1.0, allow_inf_nan=False, description="of the mean over axes, in the sum of all rewards")
-    rubric: RubricSettings = Field(RubricSettings(), description="what is marked")
+    weight: float = Field(
+        1.0, allow_inf_nan=False, description="of the mean over axes, or of the share of comparisons won, in the sum "
+        "of all rewards"
+    )  # fmt: skip
+    rubric: RubricSettings = Field(RubricSettings(), description="what is marked; each axis is a part of the reward")
+    pairwise: bool = Field(
+        False, description="compare a prompt's samples in twos and both orders instead: the part NAME_wins is the "
+        "share of the others that a sample beats"
+    )  # fmt: skip
+    template: str = Field(JUDGE_TEMPLATE, description="with pairwise: {prompt}, {a} and {b} are replaced")
     max_tokens: Positive = Field(64, description="longest reply; it is decoded greedily")
     gpus_per_worker: float | None = Field(None, ge=0, description="of an engine; default: as its generator says")
     deadline_s: float = Field(900.0, gt=0, description="for one group at a worker, waiting for rate limits included")
@@ -107,12 +118,18 @@ class JudgeRewardSettings(LanguageModelSettings):
     def _whose_engines(self) -> Self:
         if self.path is None and self.endpoint is None:
             raise ValueError("path: nobody marks himself; give path or endpoint")
+        check_places(self.template, ("{a}", "{b}"), ("{principle}",))
+        if self.pairwise and self.rubric != RubricSettings():
+            raise ValueError("rubric: with pairwise samples are compared and not marked; leave one of them out")
+        if not self.pairwise and self.template != JUDGE_TEMPLATE:
+            raise ValueError("template: it is for pairs, and marks are asked for as rubric.template says; set "
+                             "pairwise, or leave it out")  # fmt: skip
         if self.endpoint is not None and self.endpoint.patience_s >= self.deadline_s:
             raise ValueError(
                 f"deadline_s={self.deadline_s:g}: must be above endpoint.patience_s={self.endpoint.patience_s:g}, or a "
                 "worker is taken for dead while it waits; raise it"
             )
-        if (paced := self.paced_s(self.room)) >= self.deadline_s:
+        if not self.pairwise and (paced := self.paced_s(self.room)) >= self.deadline_s:
             raise ValueError(
                 f"deadline_s={self.deadline_s:g}: {self.room} questions wait at a worker at a time, which endpoint."
                 f"requests_per_minute={self.endpoint.requests_per_minute} stretches over {paced:.0f} s; raise it or "  # type: ignore[union-attr]
@@ -123,16 +140,20 @@ class JudgeRewardSettings(LanguageModelSettings):
     @property
     def room(self) -> int:
         """Samples that a worker has at a time: one half is asked about, one half keeps it from waiting for more."""
-        return 2 * (self.generator.max_num_seqs if self.endpoint is None else self.endpoint.num_at_once)
+        places = self.generator.max_num_seqs if self.endpoint is None else self.endpoint.num_at_once
+        return places if self.pairwise else 2 * places  # of pairs each sample is asked about more than once
 
-    def paced_s(self, num_samples: int) -> float:
+    def paced_s(self, num_samples: int, group_size: int = 2) -> float:
         """How long our own limit of requests stretches the questions about so many samples."""
         per_minute = None if self.endpoint is None else self.endpoint.requests_per_minute
-        return 0.0 if per_minute is None else 60.0 * num_samples / per_minute
+        num_questions = num_samples * (group_size - 1 if self.pairwise else 1)
+        return 0.0 if per_minute is None else 60.0 * num_questions / per_minute
 
     @property
     def part_names(self) -> list[str]:
         """Parts of the reward, in order."""
+        if self.pairwise:
+            return [f"{self.name}_{WINS}"]
         return [f"{self.name}_{axis.name}" for axis in self.rubric.axes]
 
 
@@ -143,10 +164,14 @@ def check_judges(judges: tuple[JudgeRewardSettings, ...], group_size: int) -> No
         group_size: samples of a prompt.
     """
     for index, judge in enumerate(judges):
-        if (paced := judge.paced_s(group_size)) >= judge.deadline_s:
+        if judge.pairwise and group_size < 2:
+            raise ValueError(f"judges.{index}.pairwise: a prompt has one sample, and nothing to compare it with; leave "
+                             "it out, or sample more")  # fmt: skip
+        at_once = max(judge.room, group_size) if judge.pairwise else group_size
+        if (paced := judge.paced_s(at_once, group_size)) >= judge.deadline_s:
             raise ValueError(
-                f"judges.{index}.deadline_s={judge.deadline_s:g}: endpoint.requests_per_minute stretches the "
-                f"{group_size} questions about one group over {paced:.0f} s; raise one of them"
+                f"judges.{index}.deadline_s={judge.deadline_s:g}: endpoint.requests_per_minute stretches the questions "
+                f"about {at_once} samples over {paced:.0f} s; raise one of them"
             )
         if judge.generator.sampling != SamplingSettings():
             name = f"judges.{index}.generator.sampling"

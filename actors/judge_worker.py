@@ -1,4 +1,4 @@
-"""A judge that marks samples, as the pools of scorers see it: beside its own engine, or in front of an endpoint.
+"""A judge that is a reward, as the pools of scorers see it: beside its own engine, or in front of an endpoint.
 
 Samples never pass the driver: the worker fetches a group, asks about each of its samples, and hands marks back.
 May import: actors.{endpoint, generator, judge_settings, modeling, respondents}, cluster.transport, trainers.*.
@@ -18,8 +18,9 @@ from actors.respondents import EngineRespondent, OwnEngine
 from cluster.transport import fetch
 from trainers.asking import Respondent
 from trainers.experience import GroupRewards, decode_group
-from trainers.judge import RubricJudge
+from trainers.judge import PairJudge, RubricJudge
 from trainers.protocols import GeneratedGroup
+from trainers.win_judge import WinJudge
 
 PAYLOAD_DEADLINE_S = 120.0
 
@@ -50,7 +51,7 @@ class JudgeWorker:
                 OwnEngine(self._generator), load_tokenizer(engine["model_path"]), engine["max_length"], settings.chat,
                 settings.name,
             )  # fmt: skip
-        self._judge = rubric_judge(settings, self._respondent)
+        self._judge = reward_judge(settings, self._respondent)
 
     async def score(self, payload: list[Any], deadline_s: float) -> GroupRewards:
         """Marks of the one group in ``payload``; failures are values in it.
@@ -78,8 +79,11 @@ class JudgeScorer:
         return await self._judge.score(decode_group(buffer))
 
 
-def rubric_judge(settings: JudgeRewardSettings, respondent: Respondent) -> RubricJudge:
+def reward_judge(settings: JudgeRewardSettings, respondent: Respondent) -> RubricJudge | WinJudge:
     """The judge that ``settings`` describe, asking ``respondent``."""
+    if settings.pairwise:
+        pairs = PairJudge(respondent, settings.template, settings.max_tokens, settings.system)
+        return WinJudge(pairs, settings.part_names[0], settings.weight)
     return RubricJudge(
         respondent, settings.rubric, settings.max_tokens, settings.system, settings.name, settings.weight
     )

@@ -182,6 +182,10 @@ class CompareConfig(Settings):
                 f"{kinds[1]}.weight: offline methods learn from the labels of one scorer, and {' and '.join(kinds)} "
                 "all weigh; give weight to one of them, or compare online methods alone"
             )
+        for index, judge in enumerate(self.judges):
+            if judge.weight and judge.pairwise:
+                raise ValueError(f"judges.{index}.pairwise: offline methods learn from scores; use a rubric, or compare "
+                                 "online methods alone")  # fmt: skip
         for name in ("reward_models", "judges"):
             for index, scorer in enumerate(getattr(self, name)):
                 if scorer.weight < 0:

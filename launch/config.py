@@ -268,6 +268,7 @@ class RunConfig(Settings):
         if not names:
             raise ValueError("rewards is empty and so is reward_models: nothing would be learned; give one of them")
         check_judges(self.judges, run.samples_per_prompt)
+        self._check_comparing_judges()
         weights = [r.weight for r in self.rewards] + [m.weight for m in self.reward_models]
         if not any(weights + [judge.weight for judge in self.judges]):
             raise ValueError(
@@ -284,6 +285,19 @@ class RunConfig(Settings):
         if self.evaluation.every and self.prompts.eval is None:
             raise ValueError("evaluation.every is set but prompts.eval is missing; add it or set evaluation.every=0")
         return self
+
+    def _check_comparing_judges(self) -> None:
+        """Who compares samples needs several of each prompt, in evaluations too."""
+        for index, judge in enumerate(self.judges):
+            if not judge.pairwise:
+                continue
+            name = f"judges.{index}.pairwise"
+            if self.algorithm.needs_greedy:
+                raise ValueError(f"{name}: the greedy answer of algorithm.name={self.algorithm.name} has nothing to be "
+                                 "compared with; use a rubric, or another algorithm")  # fmt: skip
+            if self.evaluation.every and self.evaluation.num_samples < 2 and judge.weight:
+                raise ValueError(f"{name}: an evaluation draws evaluation.num_samples=1 answer of a prompt, and there "
+                                 "is nothing to compare it with; use 2 or more, or evaluation.every=0")  # fmt: skip
 
     def _check_lora(self) -> None:
         """Pushes, reference, critic and dropout of a run with an adapter."""

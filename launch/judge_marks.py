@@ -1,16 +1,16 @@
-"""A judge that marks by a rubric, on pairs that people have labelled: does it mark higher what they prefer?
+"""A judge that is a reward, on pairs that people have labelled: does it reward higher what they prefer?
 
 May import: numpy, actors.judge_settings, launch.judge_agreement, trainers.*.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from actors.judge_settings import JudgeRewardSettings
+from actors.judge_settings import WINS, JudgeRewardSettings
 from launch.judge_agreement import LabelledPair
 from trainers.agreement import agreement
 from trainers.experience import GroupRewards, Prompt, Trajectory, TrajectoryGroup, VersionSpan, WeightVersion
@@ -33,24 +33,32 @@ def as_group(pair: LabelledPair, group_id: str) -> TrajectoryGroup:
 def marks_report(
     judge: JudgeRewardSettings, pairs: Sequence[LabelledPair], rewards: Sequence[GroupRewards], seed: int
 ) -> dict[str, dict[str, Any]]:
-    """Axis, and the mean over all -> agreement with people and Cohen's kappa, with intervals over prompts.
+    """Axis, and the mean over all -> agreement with people and Cohen's kappa, with intervals over prompts; of a judge
+    that compares, the one part that it has.
 
     Equal marks are the judge's ties; a pair of which one answer could not be marked is left out and counted.
     """
     axes = judge.rubric.axes
+    names = [WINS] if judge.pairwise else [axis.name for axis in axes]
     marks = {
-        axis.name: np.array([reward.parts[part] for reward in rewards])
-        for axis, part in zip(axes, judge.part_names, strict=True)
+        name: np.array([reward.parts[part] for reward in rewards])
+        for name, part in zip(names, judge.part_names, strict=True)
     }
-    means = [[weighted_mean({name: m[i, k] for name, m in marks.items()}, axes) for k in (0, 1)]
-             for i in range(len(pairs))]  # fmt: skip
     found = {}
-    for name, values in {MEAN: np.array(means), **marks}.items():
+    for name, values in {**({} if judge.pairwise else {MEAN: _means(marks, judge)}), **marks}.items():
         said = [_higher(row) for row in values.reshape(-1, 2)]
         people = agreement(said, [WIN] * len(pairs), [pair.prompt.prompt_id for pair in pairs], seed=seed)
         found[name] = {"rate": people.rate, "kappa": people.kappa, "num_pairs": len(pairs),
                        "num_left_out": people.num_left_out}  # fmt: skip
     return found
+
+
+def _means(marks: Mapping[str, np.ndarray], judge: JudgeRewardSettings) -> np.ndarray:
+    """[pairs, 2]"""
+    num_pairs = len(next(iter(marks.values())))
+    rows = [[weighted_mean({name: m[i, k] for name, m in marks.items()}, judge.rubric.axes) for k in (0, 1)]
+            for i in range(num_pairs)]  # fmt: skip
+    return np.array(rows)
 
 
 def _higher(marks: np.ndarray) -> float | None:

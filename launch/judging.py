@@ -117,4 +117,5 @@ def pair_judge(settings: JudgeSettings, respondent: Respondent, template: str | 
 def prepare_judges(judges: tuple[JudgeRewardSettings, ...], policy_path: str) -> None:
     """Check every judge that is a reward.  InputError as of :func:`prepare_judge`."""
     for index, judge in enumerate(judges):
-        prepare_judge(judge, f"judges.{index}", policy_path, 0, judge.max_tokens, judge.rubric.template)
+        template = judge.template if judge.pairwise else judge.rubric.template
+        prepare_judge(judge, f"judges.{index}", policy_path, 0, judge.max_tokens, template)

@@ -21,26 +21,13 @@ from actors.settings import (
 from cluster.settings import ClusterSettings
 from launch.config import PromptSettings
 from trainers.asking import check_places
+from trainers.judge_template import JUDGE_TEMPLATE, JUDGED
 from trainers.rewards import RewardSettings
 from trainers.rubric import RubricSettings
 from trainers.settings import Settings
 
 Positive = Annotated[int, Field(ge=1)]
-_JUDGED = "Judge what is said, not its length or its place."
-JUDGE_TEMPLATE = """Which of two answers to a prompt is better?
-
-[Prompt]
-{prompt}
-
-[Answer A]
-{a}
-
-[Answer B]
-{b}
-
-Judge what is said, not its length or its place. Say [[A]] if answer A is better, [[B]] if answer B is better, and \
-[[C]] if they are equally good."""
-PRINCIPLE_TEMPLATE = JUDGE_TEMPLATE.replace(_JUDGED, f"{{principle}} {_JUDGED}")
+PRINCIPLE_TEMPLATE = JUDGE_TEMPLATE.replace(JUDGED, f"{{principle}} {JUDGED}")
 
 
 class LabelRunSettings(Settings):

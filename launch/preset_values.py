@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from actors.judge_settings import JudgeRewardSettings
+from actors.judge_settings import WINS, JudgeRewardSettings
 from actors.settings import SamplingSettings
 from trainers.presets import PRESETS, Preset, merged
 from trainers.rewards import default_name
@@ -75,6 +75,8 @@ def _first_name(rewards: Sequence[Any], models: Sequence[Any], judges: Sequence[
     for model in models:
         return _get(model, "name")
     name = _get(judges[0], "name") or JudgeRewardSettings.model_fields["name"].default
+    if _get(judges[0], "pairwise"):
+        return f"{name}_{WINS}"
     axes = _get(_get(judges[0], "rubric") or {}, "axes") or RubricSettings().axes
     return f"{name}_{_get(axes[0], 'name')}"
 
