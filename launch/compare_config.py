@@ -184,8 +184,8 @@ class CompareConfig(Settings):
             )
         for index, judge in enumerate(self.judges):
             if judge.weight and judge.pairwise:
-                raise ValueError(f"judges.{index}.pairwise: offline methods learn from scores; use a rubric, or compare "
-                                 "online methods alone")  # fmt: skip
+                raise ValueError(f"judges.{index}.pairwise: offline methods learn from scores; use a rubric, or "
+                                 "compare online methods alone")  # fmt: skip
         for name in ("reward_models", "judges"):
             for index, scorer in enumerate(getattr(self, name)):
                 if scorer.weight < 0:
