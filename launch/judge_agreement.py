@@ -52,12 +52,11 @@ async def judge_labelled(judge: PairJudge, pairs: Sequence[LabelledPair], num_at
 
 def agreement_report(pairs: Sequence[LabelledPair], judgements: Sequence[Judgement], seed: int) -> dict[str, Any]:
     """Agreement with its intervals; pairs on which the judge contradicts itself count as its ties."""
-    found = agreement(
-        [j.outcome for j in judgements], [WIN] * len(pairs), [pair.prompt.prompt_id for pair in pairs], seed=seed
-    )
+    prompts = [pair.prompt.prompt_id for pair in pairs]
+    found = agreement([j.outcome for j in judgements], [WIN] * len(pairs), prompts, seed=seed)
     return {
         "rate": found.rate, "kappa": found.kappa, "num_pairs": len(pairs), "num_left_out": found.num_left_out,
-        "judge": judge_report(judgements),
+        "judge": judge_report(judgements, prompts, seed),
     }  # fmt: skip
 
 

@@ -108,11 +108,11 @@ def summary_of(records: Iterable[Record], num_sft: int, num_pairs: int, dropped:
     }  # fmt: skip
     judged = [(r, j) for r, j in ((r, judgement_of(r)) for r in whole) if j is not None]
     if judged:
-        outcomes = [j.outcome for _, j in judged]
-        found["win_rate"] = win_rate(outcomes, [r["prompt_id"] for r, _ in judged])
+        outcomes, prompts = [j.outcome for _, j in judged], [r["prompt_id"] for r, _ in judged]
+        found["win_rate"] = win_rate(outcomes, prompts)
         found["num_wins"], found["num_losses"] = outcomes.count(WIN), outcomes.count(LOSS)
         found["num_ties"], found["num_left_out"] = outcomes.count(TIE), outcomes.count(None)
-        found["judge"] = judge_report([j for _, j in judged])
+        found["judge"] = judge_report([j for _, j in judged], prompts)
     return found
 
 
