@@ -2,7 +2,7 @@
 
 The mean's own scores have another scale than any member's, so it has no ``reward_stats.json`` until samples are given
 to score.
-May import: transformers (inside a function), actors.*, trainers.*, launch.{row_settings, tuning_data}.
+May import: transformers (inside a function), actors.*, trainers.*, launch.{bad_rows, row_settings, tuning_data}.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from actors.modeling import load_tokenizer
 from actors.reward_model import STATS, RewardStats
 from actors.scalar_model import is_scalar_folder, load_scalar
 from actors.weight_average import average_models
+from launch.bad_rows import read_rows
 from launch.row_settings import HeldOutSettings
 from launch.tuning_data import load_located_rows
 from trainers.errors import InputError
@@ -70,7 +71,7 @@ def _read(reference: str, folder: str, chat: bool) -> list[tuple[np.ndarray, np.
     """
     form, tokenizer, longest = PromptFormat(chat=chat), load_tokenizer(folder), _longest(folder)
     samples = load_located_rows(HeldOutSettings.model_validate({"path": reference}), "reference")
-    read = [read_sample(row, where, tokenizer, form) for where, row in samples]
+    read, _ = read_rows(samples, lambda where, row: read_sample(row, where, tokenizer, form), "reference")
     kept = [(c.prompt_ids, c.completion_ids[0]) for c in read if c.longest <= longest]
     if len(kept) < 2:
         raise InputError("reference", reference, f"{len(kept)} of its samples fit the model: they have no deviation",
