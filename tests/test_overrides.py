@@ -203,6 +203,7 @@ def test_the_printed_configuration_shows_each_origin_and_is_the_dump() -> None:
         "rewards.0.args={api_key: zq7}", "rewards.0.args={headers: {Authorization: Bearer zq7}}",
         "generator.engine_args={hf_token: zq7}", "prompts.train.args.db={password: zq7}",
         f"prompts.system=Use hf_{'q' * 30}", "rewards.0.args={places: [https://me:zq7@host/]}",
+        "judges=[{endpoint: {base_url: http://h/v1, model: m, parameters: {api_key: zq7}}}]",
         "rewards.0.args={client-secret: zq7}", f"rewards.0.args={{judge: sk-{'q' * 30}}}",
     ],
 )  # fmt: skip
