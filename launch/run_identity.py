@@ -48,7 +48,7 @@ class RunIdentity:
                     raise InputError(key, ours.get(key), reason, remedy)
             what = "the run was started with another one"
             if theirs:
-                what = "the settings are the same, but not the files or functions behind them"
+                what = "no setting that is written down differs, but a file or function behind one, or a redacted one"
             raise InputError(name, digest, f"{what} (digest {before['identity'].get(name)})", remedy)
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from pydantic import ValidationError
@@ -28,7 +29,7 @@ from launch.judging import pair_judge
 from launch.label import label
 from launch.label_config import LabelConfig
 from launch.label_prepare import label_settings
-from launch.label_records import METADATA_KEY, RecordFile
+from launch.label_records import METADATA_KEY, RecordFile, write_preferences
 from launch.label_sources import JudgeLabeller, PairLabeller, ScoreLabeller
 from launch.run_folder import is_taken, only_process_in
 from launch.run_identity import RunIdentity
@@ -484,6 +485,36 @@ def test_neither_a_resumed_run_nor_a_new_one_begins_beside_another(tmp_path: Pat
     assert not (tmp_path / "one" / "labelled.jsonl").exists()
 
 
+def test_a_file_that_came_while_the_run_went_on_is_not_replaced_and_a_kill_before_the_rename_costs_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, target = tmp_path / "run", tmp_path / "out.jsonl"
+    folder.mkdir()
+
+    def write(text: str) -> None:
+        write_preferences(target, iter([{"text": text}]), pa.schema([]), True, folder)
+
+    target.write_text("theirs")
+    with pytest.raises(InputError, match="output.path.*did not write it"):
+        write("ours")
+    assert target.read_text() == "theirs" and sorted(f.name for f in tmp_path.iterdir()) == ["out.jsonl", "run"]
+    target.unlink()
+    write("first")
+
+    def killed(source: Path, place: Path) -> None:
+        if place == target:
+            raise KeyboardInterrupt
+        os.rename(source, place)
+
+    monkeypatch.setattr("launch.run_folder.os.replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        write("second")
+    monkeypatch.undo()
+    assert "first" in target.read_text()
+    write("second")
+    assert "second" in target.read_text()
+
+
 # --- what a run is ------------------------------------------------------------------------------------------------
 
 REWARD_MODEL = {"name": "rm", "path": "/models/rm", "token_budget": 4096}
@@ -525,7 +556,7 @@ def test_a_run_that_was_started_with_something_else_says_with_what(tmp_path: Pat
         identity("Judge!").check(manifest)
     assert str(refused.value).startswith("label.judge.system = 'Judge!': the run was started with 'Judge.'; restore it")
     for same_settings in (identity("Judge.", content="b"), identity("Judge.", key="hf_" + 30 * "y")):
-        with pytest.raises(InputError, match="not the files or functions behind them.*digest Judge"):
+        with pytest.raises(InputError, match="no setting that is written down differs.*digest Judge"):
             same_settings.check(manifest)
     manifest.write_text(json.dumps({"identity": {"label": "old", "run.seed": "5"}}))
     with pytest.raises(InputError, match="started with another one .digest old"):
