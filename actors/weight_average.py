@@ -13,7 +13,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +30,16 @@ OF_THE_SAVING = ("_name_or_path", "transformers_version")  # keys of config.json
 OWN = ("reward_stats.json", "reward_report.json", "reward_report.svg", MANIFEST)  # true of one member, not of the mean
 
 
-def average_models(members: Sequence[str], out: Path) -> dict[str, float]:
+def average_models(
+    members: Sequence[str], out: Path, finish: Callable[[Path], None] | None = None
+) -> dict[str, float]:
     """Write the mean of ``members`` (folders) to ``out``; how far each lies from the first, ||a - b|| / ||a||.
 
     Sums are float64, so equal members come out bit for bit; tensors keep their dtype.  Configuration and tokenizer
     are the first member's.  ``out`` appears by one rename.
+
+    Args:
+        finish: called with the whole folder before that; what it raises leaves nothing behind.
 
     Raises:
         InputError: fewer than two members, different architectures, tensors, tokenizers or bases, or ``out`` exists.
@@ -63,6 +68,8 @@ def average_models(members: Sequence[str], out: Path) -> dict[str, float]:
             if file.is_file() and file.suffix != ".safetensors" and file.name not in OWN:
                 shutil.copy2(file, scratch / file.name)
         (scratch / MANIFEST).write_text(json.dumps({"members": found}, indent=2) + "\n", encoding="utf-8")
+        if finish is not None:
+            finish(scratch)
         os.rename(scratch, out)
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)

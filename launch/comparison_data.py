@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from launch.bad_rows import DROP_THEM, BadRows, read_rows
 from launch.datasets import Row
 from launch.row_settings import HeldOutSettings
 from launch.tuning_config import TuningConfig
@@ -37,14 +38,16 @@ class ComparisonData:
     ) -> None:
         self._config, self._base, self._read, self._is_grouped = config, base, read, is_grouped
         self.left_out: dict[str, int] = {}  # field -> rows that were too long
+        self.bad: dict[str, BadRows] = {}  # field -> rows that were dropped
 
     def train(self) -> list[list[Comparison]]:
         """Of each dataset of data.train."""
         return [self.comparisons(dataset, f"data.train.{i}") for i, dataset in enumerate(self._config.data.train)]
 
     def comparisons(self, dataset: HeldOutSettings, field: str) -> list[Comparison]:
-        """Those that fit; InputError when none is left."""
-        read = [self._read(where, row) for where, row in load_located_rows(dataset, field)]
+        """Those that fit; InputError when none is left, or as of :func:`launch.bad_rows.read_rows`."""
+        rows, on_bad_row = load_located_rows(dataset, field), self._config.data.on_bad_row
+        read, self.bad[field] = read_rows(rows, self._read, field, on_bad_row, DROP_THEM)
         if self._is_grouped:
             budget = self._config.learner.token_budget
             read = grouped_by_prompt(read, budget, self._base.max_length, self._share_prompts)
@@ -77,6 +80,11 @@ class ComparisonData:
         """One answer must fit the model, all answers together one micro-batch: they are compared in it."""
         cost = comparison.cost(self._share_prompts)
         return comparison.longest <= self._base.max_length and cost <= self._config.learner.token_budget
+
+    @property
+    def num_bad(self) -> dict[str, int]:
+        """Rows that were dropped, of each dataset."""
+        return {field: rows.num for field, rows in self.bad.items()}
 
     @property
     def _share_prompts(self) -> bool:

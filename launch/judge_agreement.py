@@ -1,6 +1,6 @@
 """A judge on pairs that people have labelled: what it says of them, and how far the two agree.
 
-May import: trainers.*, launch.{datasets, lanes}.
+May import: trainers.*, launch.{bad_rows, datasets, lanes}.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from launch.bad_rows import read_rows
 from launch.datasets import Row, prompt_key
 from launch.lanes import in_lanes
 from trainers.agreement import agreement
@@ -31,10 +32,10 @@ class LabelledPair:
 
 
 def labelled_pairs(rows: Sequence[tuple[str, Row]]) -> list[LabelledPair]:
-    """Every pair of every row.  InputError where a row is no preference."""
+    """Every pair of every row.  InputError where rows are no preferences."""
     found = []
-    for where, row in rows:
-        source, pairs = read_texts(row, where)
+    read, _ = read_rows(rows, lambda where, row: read_texts(row, where), "eval.preferences")
+    for source, pairs in read:
         digest = hashlib.blake2b(prompt_key(source).encode(), digest_size=16).hexdigest()
         prompt = Prompt(digest, np.zeros(0, np.int32), prompt_key(source), source)
         found += [LabelledPair(prompt, _words(better), _words(worse)) for better, worse in pairs]
@@ -52,12 +53,11 @@ async def judge_labelled(judge: PairJudge, pairs: Sequence[LabelledPair], num_at
 
 def agreement_report(pairs: Sequence[LabelledPair], judgements: Sequence[Judgement], seed: int) -> dict[str, Any]:
     """Agreement with its intervals; pairs on which the judge contradicts itself count as its ties."""
-    found = agreement(
-        [j.outcome for j in judgements], [WIN] * len(pairs), [pair.prompt.prompt_id for pair in pairs], seed=seed
-    )
+    prompts = [pair.prompt.prompt_id for pair in pairs]
+    found = agreement([j.outcome for j in judgements], [WIN] * len(pairs), prompts, seed=seed)
     return {
         "rate": found.rate, "kappa": found.kappa, "num_pairs": len(pairs), "num_left_out": found.num_left_out,
-        "judge": judge_report(judgements),
+        "judge": judge_report(judgements, prompts, seed),
     }  # fmt: skip
 
 

@@ -14,7 +14,7 @@ import asyncio
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -30,10 +30,11 @@ from cluster.transport import fetch
 from launch.label_config import LabelConfig
 from launch.label_fleet import LabelFleet, start_fleet
 from launch.label_prepare import (
+    CONFIG,
     MANIFEST,
     RECORDS,
+    SUMMARY,
     PreparedLabel,
-    check_identity,
     check_label_folder,
     output_path,
     prepare_label,
@@ -42,6 +43,8 @@ from launch.label_records import RecordFile, Summary, preferences, record_of, sc
 from launch.label_sources import merge
 from launch.progress import duration
 from launch.prompts import PromptStream
+from launch.redaction import redact
+from launch.run_folder import only_process_in
 from trainers.asking import Usage
 from trainers.errors import InputError
 from trainers.experience import Prompt, TrajectoryGroup, decode_group
@@ -59,8 +62,8 @@ def label(config: LabelConfig, console: Console, resume: bool = False) -> Path:
         InputError: something in the configuration, the model, the data or the labeller cannot be used.
     """
     with labelled(config, config.model_dump(mode="json"), console, resume) as found:
-        target, summary = _write(config, found.prepared, found.records, found.total)
-    write_summary(found, summary)
+        target, summary = _write(config, found)
+        write_summary(found, summary)
     console.print(summary_table(summary))
     console.print(f"preferences: {target}", soft_wrap=True)
     return target
@@ -86,29 +89,33 @@ def labelled(config: LabelConfig, shown: Mapping[str, Any], console: Console, re
         shown: the configuration as the user gave it, for the run's files.
     """
     folder = check_label_folder(config, resume)
-    prepared = prepare_label(config)
-    if resume:
-        check_identity(folder, prepared.identity)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(yaml.safe_dump(dict(shown), sort_keys=False))
-    provenance = _provenance(shown, prepared)
-    (folder / MANIFEST).write_text(json.dumps(provenance, indent=2) + "\n")
-    stream = PromptStream(prepared.prompts, config.run.seed, config.prompts.shuffle)
-    total = config.run.num_prompts or len(stream)
-    records = RecordFile(folder / RECORDS)
-    try:
+    with ExitStack() as stack:
+        if resume:
+            stack.enter_context(only_process_in(folder))
+        prepared = prepare_label(config)
+        if resume:
+            prepared.identity.check(folder / MANIFEST)
+        else:
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(only_process_in(folder))
+            check_label_folder(config, resume)  # another run may have come meanwhile
+        (folder / CONFIG).write_text(yaml.safe_dump(dict(shown), sort_keys=False))
+        provenance = _provenance(shown, prepared)
+        (folder / MANIFEST).write_text(json.dumps(provenance, indent=2) + "\n")
+        stream = PromptStream(prepared.prompts, config.run.seed, config.prompts.shuffle)
+        total = config.run.num_prompts or len(stream)
+        records = RecordFile(folder / RECORDS)
+        stack.callback(records.close)
         left = [position for position in range(total) if position not in records.positions]
         console.print(f"{config.run.name}: {total} prompts, {total - len(left)} of them labelled already")
         usage = asyncio.run(_label_all(config, prepared, stream, left, records, console)) if left else None
         yield Labelled(folder, prepared, records, total, provenance, usage)
-    finally:
-        records.close()
 
 
 def write_summary(found: Labelled, summary: Mapping[str, Any]) -> None:
     """``summary.json``, with what an endpoint was asked."""
     asked = {} if found.usage is None else {"usage": asdict(found.usage)}
-    (found.folder / "summary.json").write_text(json.dumps({**summary, **asked}, indent=2) + "\n")
+    (found.folder / SUMMARY).write_text(json.dumps({**summary, **asked}, indent=2) + "\n")
 
 
 async def _label_all(
@@ -172,11 +179,11 @@ async def _sample(
 
 
 def _provenance(shown: Mapping[str, Any], prepared: PreparedLabel) -> dict[str, Any]:
-    """What these preferences are: enough to make them again.  ``shown``: the configuration."""
+    """What these preferences are: enough to make them again.  ``shown``: the configuration, which goes in redacted."""
     return {
-        "identity": dict(prepared.identity),
+        **prepared.identity.to_json(),
         "policy": prepared.model_path,
-        "config": dict(shown),
+        "config": redact(dict(shown)),
         "versions": versions(),
     }
 
@@ -193,22 +200,20 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _write(
-    config: LabelConfig, prepared: PreparedLabel, records: RecordFile, total: int
-) -> tuple[Path, dict[str, Any]]:
+def _write(config: LabelConfig, found: Labelled) -> tuple[Path, dict[str, Any]]:
+    prepared, digests = found.prepared, found.prepared.identity.digests
     constants = {
         "policy": prepared.model_path,
-        "policy_digest": prepared.identity["model.path"],
+        "policy_digest": digests["model.path"],
         "label_source": config.label.source,
-        "label_version": prepared.identity["label"],
+        "label_version": digests["label"],
     }
     conversational = not isinstance(prepared.prompts[0].source, str)
-    provenance = _provenance(config.model_dump(mode="json"), prepared)
-    shape = schema(conversational, config.output.rows, constants, provenance)
+    shape = schema(conversational, config.output.rows, constants, found.provenance)
     summary, target = Summary(), output_path(config)
-    labelled = (record for record in records if record["position"] < total)
+    labelled = (record for record in found.records if record["position"] < found.total)
     rows: Iterator[dict[str, Any]] = preferences(labelled, config, constants, summary)
-    write_preferences(target, rows, shape, config.output.format == "jsonl")
+    write_preferences(target, rows, shape, config.output.format == "jsonl", found.folder)
     return target, summary.to_dict()
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,14 +20,17 @@ from launch.judging import PreparedJudge, longest, prepare_judge
 from launch.label_config import LabelConfig
 from launch.model_facts import ModelFacts, check_model_folder
 from launch.prompts import PromptStream, load_prompts
+from launch.run_folder import LOCK, WRITTEN, check_replaceable, is_taken
+from launch.run_identity import RunIdentity
 from trainers.constitution import Principle
 from trainers.errors import InputError
 from trainers.experience import Prompt
 from trainers.pair_function import load_pair_function, probe_pair_function, source_of
 from trainers.rewards import load_reward, probe_rewards
 
-MANIFEST, RECORDS = "label.json", "labelled.jsonl"
+MANIFEST, RECORDS, CONFIG, SUMMARY = "label.json", "labelled.jsonl", "config.yaml", "summary.json"
 PAIR_FIELD = "label.pair.function"
+OF_RUNNING = ("token_budget", "num_workers", "gpus_per_worker", "deadline_s")  # of a reward model: they decide nothing
 PROBE_TIMEOUT_S = 60.0  # for one call of a function at start, imports included
 HASHED_BYTES = 2**22  # read at a time
 
@@ -43,7 +45,7 @@ class PreparedLabel:
     prompts: list[Prompt]
     judge: PreparedJudge | None
     principles: tuple[Principle, ...]  # that a judge prefers by
-    identity: Mapping[str, str]  # what must be the same for a run to be continued
+    identity: RunIdentity  # what must be the same for a run to be continued
 
 
 def output_path(config: LabelConfig) -> Path:
@@ -57,7 +59,7 @@ def check_label_folder(config: LabelConfig, resume: bool) -> Path:
     """The run's folder: absent (or empty) for a new run, a labelling run's for a resumed one.
 
     Raises:
-        InputError: it is otherwise, or the output is there already.
+        InputError: it is otherwise, or where the output belongs is something that this run did not write.
     """
     folder, name = Path(config.run.directory) / config.run.name, config.run.name
     if folder.exists() and not folder.is_dir():
@@ -70,13 +72,13 @@ def check_label_folder(config: LabelConfig, resume: bool) -> Path:
         if not (folder / MANIFEST).exists():
             reason = f"there is no labelling run to resume in {folder}"
             raise InputError("run.name", name, reason, "start it without --resume")
-        return folder
-    if folder.exists() and any(folder.iterdir()):
+    elif is_taken(folder):
         raise InputError("run.name", name, f"the run folder {folder} exists already",
                          "add --resume to continue it, or choose another run.name")  # fmt: skip
-    target = output_path(config)
-    if target.exists():
-        raise InputError("output.path", str(target), "exists already", "name another file or remove it")
+    target = output_path(config).absolute()
+    if target in {folder.absolute() / own for own in (MANIFEST, RECORDS, CONFIG, SUMMARY, WRITTEN, LOCK)}:
+        raise InputError("output.path", str(target), "is a file of the run itself", "name another file")
+    check_replaceable(folder, target)
     return folder
 
 
@@ -112,26 +114,46 @@ def prepare_label(config: LabelConfig) -> PreparedLabel:
         labeller = digest_of([principle.model_dump() for principle in principles]) if principles else ""
         if asked.path is not None:
             labeller += folder_digest(judge.path)
-    identity = {
+    sampling, (decides, files) = config.sampling.model_dump(mode="json"), label_settings(config)
+    compared = "random" if config.keep.pairs == "random" else "all"  # which pairs are
+    digests = {
         "run.seed": str(config.run.seed),
         "model.path": folder_digest(path),
         "model.dtype": config.model.dtype,
         "prompts": str(PromptStream(prompts, config.run.seed, config.prompts.shuffle).identity()["digest"]),
-        "sampling": digest_of(config.sampling.model_dump(mode="json")),
-        "label": digest_of([_label_identity(config), labeller]),
+        "sampling": digest_of(sampling),
+        "label": digest_of([decides, labeller]),
         "keep.drop_identical": str(config.keep.drop_identical),
-        "keep.pairs": "random" if config.keep.pairs == "random" else "all",  # which ones are compared
+        "keep.pairs": compared,
     }
-    return PreparedLabel(path, facts, max_length, prompts, judge, principles, identity)
+    settings = {
+        "run.seed": config.run.seed, "model.path": config.model.path, "model.dtype": config.model.dtype,
+        "prompts": config.prompts.model_dump(mode="json"), "sampling": sampling, "label": {**decides, **files},
+        "keep.drop_identical": config.keep.drop_identical, "keep.pairs": compared,
+    }  # fmt: skip
+    return PreparedLabel(path, facts, max_length, prompts, judge, principles, RunIdentity(digests, settings))
 
 
-def _label_identity(config: LabelConfig) -> dict[str, Any]:
-    """What decides about labels: of an endpoint not how it is reached, how fast, or how much may be spent."""
+def label_settings(config: LabelConfig) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(what decides about labels, the files behind it, which count by their content).
+
+    Of a model neither where it is, on what it runs nor how fast decides; of an endpoint neither how it is reached nor
+    how much may be spent.
+    """
     found = config.label.model_dump(mode="json")
-    if config.label.judge is not None and config.label.judge.endpoint is not None:
-        endpoint = config.label.judge.endpoint
-        found["judge"]["endpoint"] = {"model": endpoint.model, "parameters": endpoint.parameters}
-    return found
+    files: dict[str, Any] = {}
+    for labeller, running in (("reward_model", OF_RUNNING), ("judge", ("generator",))):
+        if found[labeller] is None:
+            continue
+        for name in ("path", "constitution"):
+            if (file := found[labeller].pop(name, None)) is not None:
+                files[f"{labeller}.{name}"] = file
+        for name in running:
+            del found[labeller][name]
+    if found["judge"] is not None and found["judge"]["endpoint"] is not None:
+        endpoint = found["judge"]["endpoint"]
+        found["judge"]["endpoint"] = {name: endpoint[name] for name in ("model", "parameters")}
+    return found, files
 
 
 def _labeller_source(config: LabelConfig, prompts: list[Prompt]) -> str:
@@ -154,15 +176,6 @@ def _reward_model_digest(settings: RewardModelSettings, tokenizer: Any, max_leng
         field, remedy = error.field.replace(theirs, ours), error.remedy.replace(theirs, ours)
         raise InputError(field, error.value, error.reason, remedy) from error
     return " ".join(folder_digest(resolve_model(path)) for path in settings.paths)
-
-
-def check_identity(folder: Path, identity: Mapping[str, str], manifest: str = MANIFEST) -> None:
-    """InputError where the run in ``folder`` was started with something else: its records would not be of one kind."""
-    before = json.loads((folder / manifest).read_text())["identity"]
-    for name, value in identity.items():
-        if before.get(name) != value:
-            raise InputError(name, value, f"the run was started with another one ({before.get(name)})",
-                             "restore it, or start a new run under another run.name")  # fmt: skip
 
 
 def folder_digest(path: str) -> str:

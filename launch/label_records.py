@@ -2,7 +2,7 @@
 
 The records (``labelled.jsonl``) hold everything that was sampled and said, in the order of arrival; the preferences
 are made from them in the order of the prompt stream, so they do not depend on who was faster, or on a kill between.
-May import: pyarrow, numpy, trainers.{experience, labellers}, launch.{judge_counts, label_config}.
+May import: pyarrow, numpy, trainers.{experience, labellers}, launch.{judge_counts, label_config, run_folder}.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 
 from launch.judge_counts import JudgeCounts
 from launch.label_config import LabelConfig
+from launch.run_folder import replace_with
 from trainers.experience import TrajectoryGroup
 from trainers.labellers import Labels, Outcome, label_seed, rank, select
 
@@ -58,7 +59,10 @@ def record_of(
 
 
 class RecordFile:
-    """``labelled.jsonl``: appended to line by line, and read again at the end or after a kill."""
+    """``labelled.jsonl``: appended to line by line, and read again at the end or after a kill.
+
+    Of several records of one position the last one counts.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -73,7 +77,6 @@ class RecordFile:
                     end += len(line)
         self._file = path.open("ab")
         self._file.truncate(end)
-        self._end = end
 
     @property
     def positions(self) -> set[int]:
@@ -82,11 +85,10 @@ class RecordFile:
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Write one record; it survives a kill of this process from here on."""
-        line = json.dumps(record).encode() + b"\n"
-        self._file.write(line)
+        self._file.seek(0, os.SEEK_END)
+        self._offsets[record["position"]] = self._file.tell()
+        self._file.write(json.dumps(record).encode() + b"\n")
         self._file.flush()
-        self._offsets[record["position"]] = self._end
-        self._end += len(line)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """Records in the order of the prompt stream."""
@@ -245,8 +247,14 @@ def schema(conversational: bool, rows: str, constants: Iterable[str], metadata: 
     return pa.schema(fields, metadata={METADATA_KEY: json.dumps(metadata).encode()})
 
 
-def write_preferences(path: Path, rows: Iterator[dict[str, Any]], shape: pa.Schema, jsonl: bool) -> None:
-    """Write all rows and rename the file into place."""
+def write_preferences(
+    path: Path, rows: Iterator[dict[str, Any]], shape: pa.Schema, jsonl: bool, folder: Path | None = None
+) -> None:
+    """Write all rows and rename the file into place.
+
+    Args:
+        folder: of the run; given, only what this run wrote is replaced, and it is refused by an InputError otherwise.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -257,7 +265,10 @@ def write_preferences(path: Path, rows: Iterator[dict[str, Any]], shape: pa.Sche
             with pq.ParquetWriter(scratch, shape) as writer:
                 for batch in _batches(rows):
                     writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=shape))
-        os.replace(scratch, path)
+        if folder is None:
+            os.replace(scratch, path)
+        else:
+            replace_with(scratch, path, folder)
     finally:
         scratch.unlink(missing_ok=True)
 

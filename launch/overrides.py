@@ -10,7 +10,8 @@ A recipe with a section ``select`` samples and chooses, one with ``label`` label
 ``revise`` revises, with ``compare`` compares; else ``algorithm.name`` says which it is: runs that sample (the default)
 have other sections than those that learn from files.
 Whatever is wrong leaves as one InputError that names the key, the value, the reason and the remedy.
-May import: pydantic, yaml, rich, trainers.errors, launch.config and the other configuration files of this room.
+May import: pydantic, yaml, rich, trainers.errors, launch.{config, redaction} and the other configuration files of
+this room.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from launch.eval_config import EvalConfig
 from launch.label_config import LabelConfig
 from launch.preset_values import with_preset
 from launch.recipe_files import locate_recipe, parse_yaml
+from launch.redaction import REDACTED, find_secret
 from launch.revise_config import ReviseConfig
 from launch.select_config import SelectConfig
 from launch.tuning_config import TUNING, TuningConfig
@@ -82,6 +84,9 @@ def resolve(raw: dict[Any, Any], overrides: Sequence[str], label: str, text: str
         config = model.model_validate(raw)
     except ValidationError as error:
         raise explain(model, error, label, raw) from error
+    if (name := find_secret(config.model_dump())) is not None:
+        reason = "is a secret, and a run writes its configuration down"
+        raise InputError(name, REDACTED, reason, "put it into an environment variable, and read that where it is used")
     origins = {dotted(key): _origin(raw, key, touched, f"recipe {label}") for key, _ in leaves(config)}
     if isinstance(config, RunConfig):
         given, source = with_preset(raw), f"{PRESET} {config.algorithm.name}"

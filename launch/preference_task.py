@@ -14,6 +14,7 @@ import numpy as np
 
 from actors.model_folders import resolve_model
 from actors.preference_learner import HELD_OUT, TRAIN, PreferenceLearner
+from launch.bad_rows import dropped_rows
 from launch.comparison_data import ComparisonData
 from launch.datasets import Row
 from launch.model_facts import check_model_folder
@@ -67,12 +68,14 @@ class PreferenceTask:
         )
         if left:
             self.summary += f"; {left} rows left out as too long"
+        self.summary += dropped_rows(data.bad)
         self.report: Mapping[str, Any] = {
             "num_comparisons": dict(zip(config.data.names, self.sizes, strict=True)),
             **kinds,
             "num_prompts": num_prompts,
             "num_held_out": len(held_out),
             "num_too_long": data.left_out,
+            "num_bad": data.num_bad,
         }
 
     def _read(self, where: str, row: Row) -> Comparison:

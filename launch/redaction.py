@@ -1,5 +1,7 @@
-"""What may be a secret: redacted before anything is written down or sent.  Whether W&B would find a key.
+"""What may be a secret: refused in a recipe, redacted in what is shared.  Whether W&B would find a key.
 
+What is surely a secret is refused where a recipe is read: a run's config.yaml holds true values, so that it is a recipe
+again.  What only may be one (any name with "key" in it) is redacted in W&B, in provenance and in reports.
 May import: the standard library.
 """
 
@@ -16,8 +18,16 @@ from urllib.parse import urlparse
 REDACTED = "<redacted>"
 _SECRET_NAME = re.compile(r"token(?!iz)|key|secret|password", re.IGNORECASE)
 _COUNT_NAME = re.compile(r"tokens|token_", re.IGNORECASE)  # max_tokens, token_budget: names of numbers
+_SURE_NAME = re.compile(
+    r"(?:^|[_.-])(?:api_?key|(?:access|auth|api|bearer|hf|refresh)_?token|(?:access|private|secret)_?key|secret|password|"
+    r"passwd|authorization)$",
+    re.IGNORECASE,
+)
+_SURE_VALUE = re.compile(
+    r"\bwandb_v\d+_\w{20,}|\bhf_\w{20,}|\bsk-[\w-]{20,}|\bgh[pousr]_\w{20,}|://[^/\s@:]+:[^/\s@]+@"
+)
 _SECRET_VALUE = re.compile(
-    r"\b[0-9a-f]{40}\b|\bwandb_v\d+_\w{20,}|\bhf_\w{20,}|\bsk-[\w-]{20,}|\bgh[pousr]_\w{20,}|://[^/\s@]+:[^/\s@]+@"
+    r"(?<!/snapshots/)\b[0-9a-f]{40}\b|\bwandb_v\d+_\w{20,}|\bhf_\w{20,}|\bsk-[\w-]{20,}|\bgh[pousr]_\w{20,}|://[^/\s@]+:[^/\s@]+@"
 )
 _SECRET_ARGUMENT = re.compile(r"(token(?!s|_|iz)|key|secret|password)[\w.-]*(=|$)", re.IGNORECASE)
 
@@ -39,6 +49,22 @@ def redact(value: Any, name: str = "") -> Any:
     if isinstance(value, str):
         return REDACTED if _SECRET_VALUE.search(value) else value
     return value
+
+
+def find_secret(value: Any, name: str = "") -> str | None:
+    """Dotted key of the first text that is surely a secret, by its own key or by its looks; None if there is none.
+
+    Keys are compared without regard to case and hyphens; names of variables (``api_key_env``) are no secrets.
+    """
+    if isinstance(value, Mapping):
+        below = [(f"{name}.{key}" if name else str(key), item) for key, item in value.items()]
+    elif isinstance(value, list | tuple):
+        below = [(f"{name}.{index}", item) for index, item in enumerate(value)]
+    else:
+        last = name.rpartition(".")[2].replace("-", "_")
+        is_secret = isinstance(value, str) and value and (_SURE_NAME.search(last) or _SURE_VALUE.search(value))
+        return name if is_secret else None
+    return next((found for key, item in below if (found := find_secret(item, key)) is not None), None)
 
 
 def wandb_key_is_there() -> bool:

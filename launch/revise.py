@@ -13,6 +13,7 @@ import asyncio
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,13 +29,14 @@ from launch.engine_fleet import EngineRole, start_engines
 from launch.eval_report import plain
 from launch.judging import make_respondent, pair_judge
 from launch.label import Progress, summary_table, versions
-from launch.label_prepare import check_identity
 from launch.label_records import RecordFile, write_preferences
 from launch.lanes import in_lanes
 from launch.prompts import PromptStream
+from launch.redaction import redact
 from launch.revise_config import ReviseConfig
 from launch.revise_prepare import PreparedRevise, given_answer, prepare_revise, revise_folder
-from launch.revise_records import preference_rows, record_of, schema, sft_rows, summary_of
+from launch.revise_records import Record, preference_rows, record_of, rounds_of, schema, sft_rows, summary_of
+from launch.run_folder import is_taken, only_process_in
 from trainers.asking import Respondent
 from trainers.constitution import Principle, Revised, Unrevised, draw, revise
 from trainers.errors import InputError
@@ -66,40 +68,56 @@ def revise_answers(config: ReviseConfig, console: Console, resume: bool = False)
         EndpointError: an endpoint cannot be asked any more; ``--resume`` goes on from there.
     """
     folder = _check_folder(config, resume)
-    prepared = prepare_revise(config)
-    if resume:
-        check_identity(folder, prepared.identity, MANIFEST)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
-    provenance = {
-        "identity": dict(prepared.identity), "config": config.model_dump(mode="json"), "versions": versions(),
-        "principles": [principle.model_dump() for principle in prepared.principles],
-    }  # fmt: skip
-    (folder / MANIFEST).write_text(json.dumps(provenance, indent=2) + "\n")
-    stream = PromptStream(prepared.prompts, config.run.seed, config.prompts.shuffle)
+    with ExitStack() as stack:
+        if resume:
+            stack.enter_context(only_process_in(folder))
+        prepared = prepare_revise(config)
+        if resume:
+            prepared.identity.check(folder / MANIFEST)
+        else:
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(only_process_in(folder))
+            _check_folder(config, resume)  # another run may have come meanwhile
+        (folder / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+        provenance = {
+            **prepared.identity.to_json(), "config": redact(config.model_dump(mode="json")), "versions": versions(),
+            "principles": [principle.model_dump() for principle in prepared.principles],
+        }  # fmt: skip
+        (folder / MANIFEST).write_text(json.dumps(provenance, indent=2) + "\n")
+        records = RecordFile(folder / RECORDS)
+        stack.callback(records.close)
+        _revise_left(config, prepared, records, provenance, console)
+    return folder
+
+
+def _revise_left(
+    config: ReviseConfig, prepared: PreparedRevise, records: RecordFile, provenance: Mapping[str, Any],
+    console: Console,
+) -> None:  # fmt: skip
+    """Revise what is not revised yet; write and tell what came of it all."""
+    folder, stream = records.path.parent, PromptStream(prepared.prompts, config.run.seed, config.prompts.shuffle)
     total = config.run.num_prompts or len(stream)
-    records = RecordFile(folder / RECORDS)
-    try:
-        left = [position for position in range(total) if position not in records.positions]
-        console.print(f"{config.run.name}: {total} answers, {total - len(left)} of them revised already")
-        usage = asyncio.run(_revise_all(config, prepared, stream, left, records, folder, console)) if left else {}
-        summary = _write(config, prepared, [r for r in records if r["position"] < total], folder, provenance)
-    finally:
-        records.close()
+    begun = {r["position"]: r for r in records if _wants_more_rounds(r, config.revise.num_rounds)}
+    left = [position for position in range(total) if position not in records.positions or position in begun]
+    console.print(f"{config.run.name}: {total} answers, {total - len(left)} of them revised already")
+    usage: dict[str, Any] = {}
+    if left:
+        usage = asyncio.run(_revise_all(config, prepared, stream, left, begun, records, console))
+    summary = _write(config, prepared, [r for r in records if r["position"] < total], folder, provenance)
     (folder / SUMMARY).write_text(json.dumps(plain({**summary, "usage": usage}), indent=2) + "\n")
     shown = {name: value for name, value in summary.items() if isinstance(value, (int, dict)) and name != "judge"}
     console.print(summary_table(shown, "revisions"))
     if "win_rate" in summary:
         console.print(f"revisions win over originals: {summary['win_rate']} (ties as half, both orders)")
     console.print(f"rows: {folder}", soft_wrap=True)
-    return folder
 
 
 async def _revise_all(
-    config: ReviseConfig, prepared: PreparedRevise, stream: PromptStream, left: Sequence[int], records: RecordFile,
-    folder: Path, console: Console,
+    config: ReviseConfig, prepared: PreparedRevise, stream: PromptStream, left: Sequence[int],
+    begun: Mapping[int, Record], records: RecordFile, console: Console,
 ) -> dict[str, Any]:  # fmt: skip
-    """What was asked of each endpoint."""
+    """What was asked of each endpoint.  ``begun``: by position, the records of fewer rounds than are asked for."""
+    folder = records.path.parent
     paths = {"generator": (prepared.model_path, prepared.max_length)}
     for role, found in (("writer", prepared.writer), ("judge", prepared.judge)):
         if found is not None and role in config.engines:
@@ -121,7 +139,7 @@ async def _revise_all(
 
         async def one(position: int) -> None:
             record = await _revise_one(config, prepared.principles, team, stream.at(position), position,
-                                       stream.occurrence(position))  # fmt: skip
+                                       stream.occurrence(position), begun.get(position))  # fmt: skip
             records.append(record)
             progress.done(0)
 
@@ -143,17 +161,21 @@ def _num_lanes(config: ReviseConfig) -> int:
 
 
 async def _revise_one(
-    config: ReviseConfig, principles: Sequence[Principle], team: _Team, prompt: Prompt, position: int, turn: int
-) -> dict[str, Any]:
-    """The record of one answer."""
+    config: ReviseConfig, principles: Sequence[Principle], team: _Team, prompt: Prompt, position: int, turn: int,
+    begun: Record | None,
+) -> dict[str, Any]:  # fmt: skip
+    """The record of one answer; ``begun``: its record of fewer rounds, whose rounds come first."""
     asked, seed = config.revise, label_seed(config.run.seed, prompt.prompt_id, turn, "principles")
-    answer, sampled = await _answer(config, team.generator, prompt, position, turn)
+    if begun is not None:
+        answer, sampled, done = begun["original"], begun["sampled"], rounds_of(begun)
+    else:
+        (answer, sampled), done = await _answer(config, team.generator, prompt, position, turn), ()
     drawn, shown = draw(principles, asked.num_rounds, seed), conversation_text(prompt)
     if not answer.strip() or sampled.get("finish_reason") == "abort":
         why: Unrevised = "aborted" if sampled.get("finish_reason") == "abort" else "empty"
         revised = Revised(answer, (), ("answer", why))
     else:
-        revised = await revise(team.writer, asked, drawn, shown, answer, seed % 2**31, asked.writer.system)
+        revised = await revise(team.writer, asked, drawn, shown, answer, seed % 2**31, asked.writer.system, done)
     judgement: Judgement | None = None
     if team.judge is not None and revised.final is not None:
         judgement = IDENTICAL
@@ -199,6 +221,11 @@ def _write(
     return summary_of(records, len(rows["sft"][1]), len(rows["preferences"][1]), dropped)
 
 
+def _wants_more_rounds(record: Record, num_rounds: int) -> bool:
+    """Whether it ended well, in a run of fewer rounds."""
+    return record["failure"] is None and len(record["revisions"]) < num_rounds
+
+
 def _check_folder(config: ReviseConfig, resume: bool) -> Path:
     """The run's folder: absent (or empty) for a new run, one of revisions for a resumed one."""
     folder, name = revise_folder(config), config.run.name
@@ -207,7 +234,12 @@ def _check_folder(config: ReviseConfig, resume: bool) -> Path:
     if resume and not (folder / MANIFEST).exists():
         raise InputError("run.name", name, f"there is no run of revisions to resume in {folder}",
                          "start it without --resume")  # fmt: skip
-    if not resume and folder.exists() and any(folder.iterdir()):
+    if resume:
+        before = json.loads((folder / MANIFEST).read_text())["config"]["revise"]["num_rounds"]
+        if config.revise.num_rounds < before:
+            raise InputError("revise.num_rounds", config.revise.num_rounds, f"the run has {before}, and none is undone",
+                             f"give {before} or more, or start a new run under another run.name")  # fmt: skip
+    if not resume and is_taken(folder):
         raise InputError("run.name", name, f"the run folder {folder} exists already",
                          "add --resume to continue it, or choose another run.name")  # fmt: skip
     return folder

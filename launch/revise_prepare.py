@@ -5,7 +5,6 @@ May import: actors.{model_folders, modeling}, trainers.*, launch.*.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from launch.label_prepare import digest_of, folder_digest
 from launch.model_facts import check_model_folder
 from launch.prompts import PromptStream, load_prompts
 from launch.revise_config import ReviseConfig
+from launch.run_identity import RunIdentity
 from trainers.constitution import Principle
 from trainers.errors import InputError
 from trainers.experience import Prompt
@@ -33,7 +33,7 @@ class PreparedRevise:
     principles: tuple[Principle, ...]
     writer: PreparedJudge
     judge: PreparedJudge | None
-    identity: Mapping[str, str]  # what must be the same for a run to be continued
+    identity: RunIdentity  # what must be the same for a run to be continued
 
 
 def prepare_revise(config: ReviseConfig) -> PreparedRevise:
@@ -65,18 +65,28 @@ def prepare_revise(config: ReviseConfig) -> PreparedRevise:
     if asked.judge is not None:
         verdict = asked.judge.max_tokens
         judge = prepare_judge(asked.judge, "revise.judge", path, max_length, verdict, asked.judge.template)
-    settings = asked.model_dump(mode="json", exclude={"writer", "judge", "keep"})
-    identity = {
+    # Not num_rounds: a later round builds on the earlier ones, so a finished run may be given more of them.
+    revising = asked.model_dump(mode="json", exclude={"writer", "judge", "keep", "num_rounds", "constitution"})
+    sampling = config.sampling.model_dump(mode="json")
+    rules = [principle.model_dump() for principle in principles]
+    digests = {
         "run.seed": str(config.run.seed),
         "model.path": folder_digest(path),
         "model.dtype": config.model.dtype,
         "prompts": str(PromptStream(prompts, config.run.seed, config.prompts.shuffle).identity()["digest"]),
-        "sampling": digest_of(config.sampling.model_dump(mode="json")),
-        "revise": digest_of([settings, [principle.model_dump() for principle in principles]]),
+        "sampling": digest_of(sampling),
+        "revise": digest_of([revising, rules]),
         "revise.writer": _model_identity(asked.writer, writer),
         "revise.judge": "none" if asked.judge is None or judge is None else _model_identity(asked.judge, judge),
     }
-    return PreparedRevise(path, max_length, prompts, principles, writer, judge, identity)
+    told: dict[str, Any] = {
+        "run.seed": config.run.seed, "model.path": config.model.path, "model.dtype": config.model.dtype,
+        "prompts": config.prompts.model_dump(mode="json"), "sampling": sampling,
+        "revise": {**revising, "constitution": asked.constitution},
+        "revise.writer": _model_settings(asked.writer),
+        "revise.judge": None if asked.judge is None else _model_settings(asked.judge),
+    }  # fmt: skip
+    return PreparedRevise(path, max_length, prompts, principles, writer, judge, RunIdentity(digests, told))
 
 
 def given_answer(prompt: Prompt, column: str) -> str:
@@ -98,9 +108,15 @@ def revise_folder(config: ReviseConfig) -> Path:
 
 def _model_identity(settings: LanguageModelSettings, found: PreparedJudge) -> str:
     """Who answers and how, not where it is served, how fast it is asked, or what it may cost."""
+    who = "" if settings.endpoint is not None else folder_digest(found.path)
+    decides = _model_settings(settings)
+    del decides["path"]  # what is in it counts, not where it is
+    return digest_of([who, decides])
+
+
+def _model_settings(settings: LanguageModelSettings) -> dict[str, Any]:
+    """What decides about what it says, and the path of its folder."""
+    found = settings.model_dump(mode="json", exclude={"endpoint", "generator", "path"})
     if settings.endpoint is not None:
-        who = [settings.endpoint.model, settings.endpoint.parameters]
-    else:
-        who = [folder_digest(found.path)]
-    kept = settings.model_dump(mode="json", exclude={"endpoint", "path", "generator"})
-    return digest_of([who, kept])
+        found["endpoint"] = {"model": settings.endpoint.model, "parameters": settings.endpoint.parameters}
+    return {**found, "path": settings.path}

@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 
 from launch.revise_config import ReviseConfig
-from trainers.constitution import Revised
+from trainers.constitution import Revised, Round
 from trainers.experience import Prompt
 from trainers.verdicts import LOSS, TIE, WIN, Judgement, combine, judge_report
 from trainers.win_rate import win_rate
@@ -27,17 +27,30 @@ _MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]
 def record_of(
     position: int, turn: int, prompt: Prompt, sampled: Mapping[str, Any], revised: Revised, judgement: Judgement | None
 ) -> dict[str, Any]:
-    """Everything that is known of one answer, as JSON.  ``sampled``: how the original came to be."""
+    """Everything that is known of one answer, as JSON.  ``sampled``: how the original came to be.
+
+    ``principles``, ``critiques`` and ``revisions`` are of one length.  Of a round that failed the principle is there,
+    the critique where that was said (else null), and null for the revision.
+    """
+    rounds: list[tuple[str, str | None, str | None]] = [(r.principle, r.critique, r.revision) for r in revised.rounds]
+    if revised.unfinished is not None:
+        rounds.append((*revised.unfinished, None))
     return {
         "position": position, "turn": turn, "prompt_id": prompt.prompt_id, "prompt": prompt.source,
         "columns": dict(prompt.columns), "original": revised.original, "sampled": dict(sampled),
-        "principles": [r.principle for r in revised.rounds], "critiques": [r.critique for r in revised.rounds],
-        "revisions": [r.revision for r in revised.rounds], "failure": revised.failure,
+        "principles": [name for name, _, _ in rounds], "critiques": [critique for _, critique, _ in rounds],
+        "revisions": [revision for _, _, revision in rounds], "failure": revised.failure,
         "judgement": None if judgement is None else {
             "said": judgement.said, "verdicts": judgement.verdicts, "why": judgement.why,
             "failures": judgement.failures,
         },
     }  # fmt: skip
+
+
+def rounds_of(record: Record) -> tuple[Round, ...]:
+    """The rounds of a record that came to an end."""
+    columns = (record[name] for name in ("principles", "critiques", "revisions"))
+    return tuple(Round(*row) for row in zip(*columns, strict=True) if row[2] is not None)
 
 
 def judgement_of(record: Record) -> Judgement | None:
@@ -95,11 +108,11 @@ def summary_of(records: Iterable[Record], num_sft: int, num_pairs: int, dropped:
     }  # fmt: skip
     judged = [(r, j) for r, j in ((r, judgement_of(r)) for r in whole) if j is not None]
     if judged:
-        outcomes = [j.outcome for _, j in judged]
-        found["win_rate"] = win_rate(outcomes, [r["prompt_id"] for r, _ in judged])
+        outcomes, prompts = [j.outcome for _, j in judged], [r["prompt_id"] for r, _ in judged]
+        found["win_rate"] = win_rate(outcomes, prompts)
         found["num_wins"], found["num_losses"] = outcomes.count(WIN), outcomes.count(LOSS)
         found["num_ties"], found["num_left_out"] = outcomes.count(TIE), outcomes.count(None)
-        found["judge"] = judge_report([j for _, j in judged])
+        found["judge"] = judge_report([j for _, j in judged], prompts)
     return found
 
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from actors.reward_learner import RewardModelLearner
 from actors.scalar_model import scalar_pad_token_id
+from launch.bad_rows import dropped_rows, read_rows
 from launch.comparison_data import ComparisonData
 from launch.datasets import Row
 from launch.reward_files import PLOT, REPORT, write_reward_files
@@ -57,12 +58,14 @@ class RewardTask:
             f"{len(flat)} comparisons of {num_prompts} prompts to learn from, {len(self._held_out)} of "
             f"{len({c.prompt_id for c in self._held_out})} other prompts held out"
         ) + (f"; {left} rows left out as too long" if left else "")
+        self.summary += dropped_rows(data.bad)
         self.report: Mapping[str, Any] = {
             "num_comparisons": dict(zip(config.data.names, self.sizes, strict=True)),
             "num_pairs": sum(len(c.pairs) for c in flat),
             "num_prompts": num_prompts,
             "num_held_out": len(self._held_out),
             "num_too_long": self._left_out,
+            "num_bad": data.num_bad,
         }
 
     # --- data ---------------------------------------------------------------------------------
@@ -78,7 +81,8 @@ class RewardTask:
             return []
         field = f"algorithm.{REFERENCE}"
         rows = load_located_rows(HeldOutSettings(path=path), field)  # type: ignore[call-arg]
-        read = [read_sample(row, where, self._base.tokenizer, self._config.data.format) for where, row in rows]
+        tokenizer, form = self._base.tokenizer, self._config.data.format
+        read, _ = read_rows(rows, lambda where, row: read_sample(row, where, tokenizer, form), field)
         kept = [c for c in read if c.longest <= self._base.max_length]
         self._left_out[field] = len(read) - len(kept)
         if len(kept) < 2:

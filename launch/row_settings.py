@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
 from trainers.settings import Settings
+
+OnBadRow = Literal["refuse", "drop"]
 
 
 class HeldOutSettings(Settings):

@@ -40,7 +40,7 @@ def select_answers(config: SelectConfig, console: Console, resume: bool = False)
         rows = list(sft_rows(_records(found), config.select, selection))
         if rows:
             _write(config, SFT, found, rows, sft_schema(_is_conversational(found), found.provenance))
-    write_summary(found, selection.to_dict())
+        write_summary(found, selection.to_dict())
     console.print(summary_table(selection.to_dict(), "selection"))
     if not rows:
         raise _nothing_left(config, selection)
@@ -93,7 +93,7 @@ def _answer(config: SelectConfig, console: Console, resume: bool) -> tuple[Selec
         selection = Selection()
         rows = list(answer_rows(_records(found), config.select, selection))
         _write(config, ANSWERS, found, rows, answer_schema(_is_conversational(found), found.provenance))
-    write_summary(found, selection.to_dict())
+        write_summary(found, selection.to_dict())
     return selection, rows
 
 
@@ -106,7 +106,7 @@ def _is_conversational(found: Labelled) -> bool:
 
 
 def _write(config: SelectConfig, name: str, found: Labelled, rows: list[dict[str, Any]], shape: pa.Schema) -> None:
-    write_preferences(config.target(name), iter(rows), shape, config.output.format == "jsonl")
+    write_preferences(config.target(name), iter(rows), shape, config.output.format == "jsonl", found.folder)
 
 
 def _told(config: SelectConfig, name: str, console: Console) -> Path:

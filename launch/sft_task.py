@@ -12,6 +12,7 @@ from typing import Any
 
 from actors.example_files import write_examples
 from actors.sft_learner import SFTLearner
+from launch.bad_rows import DROP_THEM
 from launch.row_settings import HeldOutSettings
 from launch.tuning_config import TuningConfig
 from launch.tuning_data import load_examples
@@ -67,6 +68,7 @@ class SFTTask:
         found, self._left_out[name] = load_examples(
             dataset, field, self._base.tokenizer, self._base.max_length, self._config.data.format, settings.truncate,
             "raise model.max_length and learner.token_budget, or set algorithm.truncate=true",
+            self._config.data.on_bad_row, DROP_THEM,
         )  # fmt: skip
         return found
 

@@ -13,7 +13,7 @@ from actors.adapted_model import TrainedModelSettings, check_lora, is_own_refere
 from actors.settings import LearnerSettings, ReferenceSettings
 from cluster.settings import ClusterSettings
 from launch.config import CheckpointSettings, Positive, TelemetrySettings
-from launch.row_settings import HeldOutSettings
+from launch.row_settings import HeldOutSettings, OnBadRow
 from trainers.alarms import ALARMS, AlarmSettings
 from trainers.mixture import Knots, check_knots
 from trainers.preference_training import PreferenceSettings
@@ -66,6 +66,11 @@ class DataSettings(Settings):
     train: tuple[TrainDataSettings, ...] = Field(min_length=1)
     eval: HeldOutSettings | None = Field(None, description="held out")
     format: PromptFormat = Field(PromptFormat(), description="the same keys as in prompts of a run that samples")
+    on_bad_row: OnBadRow = Field(
+        "refuse",
+        description="a row that cannot be read, such as one whose chosen and rejected answers are the same: refuse all "
+        "of them at once, with their lines, or drop them, counted, if they are at most half of their dataset",
+    )
 
     @model_validator(mode="after")
     def _mixture(self) -> Self:

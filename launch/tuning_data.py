@@ -1,17 +1,19 @@
 """Rows to learn from: files and folders as in launch/datasets.py, or what a function returns.
 
-May import: pyarrow, trainers.{errors, examples, prompt_format}, launch.{datasets, made_rows, row_settings}.
+May import: pyarrow, trainers.{errors, examples, prompt_format}, launch.{bad_rows, datasets, made_rows, row_settings}.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from launch.bad_rows import read_rows
 from launch.datasets import Row, dataset_files, jsonl_rows, read_table, table_rows
 from launch.made_rows import made_rows
-from launch.row_settings import HeldOutSettings
+from launch.row_settings import HeldOutSettings, OnBadRow
 from trainers.errors import InputError
 from trainers.examples import Example, LeftOut, encode_example
 from trainers.prompt_format import PromptFormat
@@ -36,21 +38,26 @@ def load_located_rows(settings: HeldOutSettings, field: str) -> list[tuple[str, 
 
 def load_examples(
     settings: HeldOutSettings, field: str, tokenizer: Any, max_length: int, form: PromptFormat, truncate: bool,
-    remedy: str,
+    remedy: str, on_bad_row: OnBadRow = "refuse", bad_remedy: str = "",
 ) -> tuple[list[Example], dict[str, int]]:  # fmt: skip
     """(every row as token ids with its targets, reason -> rows left out); see :func:`trainers.examples.encode_example`.
 
+    Bad rows that were dropped are left out for the reason ``bad_row``.
+
     Raises:
-        InputError: as above, a row that cannot be read, or nothing is left; ``remedy`` is for that.
+        InputError: as above, a row that cannot be read (:func:`launch.bad_rows.read_rows`), or nothing is left;
+            ``remedy`` is for that.
     """
-    found: list[Example] = []
-    left: Counter[str] = Counter()
-    for index, (where, row) in enumerate(load_located_rows(settings, field)):
-        made = encode_example(row, tokenizer, max_length, form=form, index=index, where=where, truncate=truncate)
-        if isinstance(made, LeftOut):
-            left[made.reason] += 1
-        else:
-            found.append(made)
+    rows = load_located_rows(settings, field)
+    number = itertools.count()
+
+    def read(where: str, row: Row) -> Example | LeftOut:
+        index = next(number)
+        return encode_example(row, tokenizer, max_length, form=form, index=index, where=where, truncate=truncate)
+
+    made, bad = read_rows(rows, read, field, on_bad_row, bad_remedy)
+    found = [example for example in made if isinstance(example, Example)]
+    left = Counter(out.reason for out in made if isinstance(out, LeftOut)) + Counter(bad_row=bad.num)
     if not found:
         counts = ", ".join(f"{count} {reason}" for reason, count in left.items())
         raise InputError(field, f"{sum(left.values())} rows", f"none is left to learn from ({counts})", remedy)

@@ -155,6 +155,27 @@ def test_samples_give_the_average_the_statistics_that_normalise_it(folders: list
     check_reward_model(usable, load_tokenizer(resolve_model(TINY)))
 
 
+def test_samples_that_cannot_be_scored_leave_no_half_done_average(folders: list[str], tmp_path: Path) -> None:
+    samples, out = tmp_path / "samples.jsonl", tmp_path / "out"
+    good = json.dumps({"prompt": "p", "completion": "z"}) + "\n"
+    for bad, says in ((good + json.dumps({"prompt": "p"}), "samples.jsonl:2"), (good, "1 of its samples fit"),
+                      (2 * good + json.dumps({"prompt": "p", "completion": ""}), "samples.jsonl:3")):  # fmt: skip
+        samples.write_text(bad)
+        with pytest.raises(InputError, match=says):
+            average(folders, out, str(samples), chat=False)
+        assert [file.name for file in tmp_path.iterdir()] == ["samples.jsonl"]
+    samples.write_text(2 * good)
+    average(folders, out, str(samples), chat=False)  # the repeat is not in its own way
+
+    def fails(scratch: Path) -> None:
+        assert (scratch / "config.json").is_file() and not (tmp_path / "other").exists()
+        raise OSError("no room")
+
+    with pytest.raises(OSError, match="no room"):
+        average_models(folders, tmp_path / "other", fails)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["out", "samples.jsonl"]
+
+
 def edited(folder: str, target: Path, **changes: Any) -> str:
     shutil.copytree(folder, target)
     config = json.loads((target / "config.json").read_text()) | changes

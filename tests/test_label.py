@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from pydantic import ValidationError
@@ -27,8 +28,11 @@ from actors.respondents import EngineRespondent
 from launch.judging import pair_judge
 from launch.label import label
 from launch.label_config import LabelConfig
-from launch.label_records import METADATA_KEY, RecordFile
+from launch.label_prepare import label_settings
+from launch.label_records import METADATA_KEY, RecordFile, write_preferences
 from launch.label_sources import JudgeLabeller, PairLabeller, ScoreLabeller
+from launch.run_folder import is_taken, only_process_in
+from launch.run_identity import RunIdentity
 from trainers.bradley_terry import ranking_pairs
 from trainers.errors import InputError
 from trainers.experience import (
@@ -433,6 +437,132 @@ def test_a_record_that_a_kill_tore_is_written_again(tmp_path: Path) -> None:
     assert file.read_bytes() == whole
 
 
+def test_a_record_is_found_where_it_was_written_whoever_wrote_before_it(tmp_path: Path) -> None:
+    file = tmp_path / "labelled.jsonl"
+    ours, theirs = RecordFile(file), RecordFile(file)
+    ours.append({"position": 0})
+    theirs.append({"position": 1, "text": "é" * 9})
+    ours.append({"position": 2})
+    assert [r["position"] for r in ours] == [0, 2] and [r["position"] for r in theirs] == [1]
+    ours.append({"position": 0, "again": True})
+    assert next(iter(ours))["again"], "the last record of a position counts"
+    ours.close()
+    theirs.close()
+
+
+HOLD = """
+import sys
+from pathlib import Path
+from launch.run_folder import only_process_in
+with only_process_in(Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_folder_has_one_process_and_the_second_is_told_which(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", HOLD, str(tmp_path)]
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment) as first:
+        assert first.stdout is not None and first.stdout.readline() == "held\n"
+        with pytest.raises(InputError, match=f"process {first.pid} on .* works in {tmp_path}.*--resume"):
+            with only_process_in(tmp_path):
+                pytest.fail("two processes hold one folder")
+        first.kill()
+        first.wait(RUN_S)
+        with only_process_in(tmp_path):
+            assert not is_taken(tmp_path), "a lock alone is no run"
+
+
+def test_neither_a_resumed_run_nor_a_new_one_begins_beside_another(tmp_path: Path) -> None:
+    config = config_of(run={"name": "one", "directory": str(tmp_path)})
+    (tmp_path / "one").mkdir()
+    with only_process_in(tmp_path / "one"), pytest.raises(InputError, match="works in"):
+        label(config, Console(quiet=True))
+    (tmp_path / "one" / "label.json").write_text("{}")
+    with only_process_in(tmp_path / "one"), pytest.raises(InputError, match="works in"):
+        label(config, Console(quiet=True), resume=True)
+    assert not (tmp_path / "one" / "labelled.jsonl").exists()
+
+
+def test_a_file_that_came_while_the_run_went_on_is_not_replaced_and_a_kill_before_the_rename_costs_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, target = tmp_path / "run", tmp_path / "out.jsonl"
+    folder.mkdir()
+
+    def write(text: str) -> None:
+        write_preferences(target, iter([{"text": text}]), pa.schema([]), True, folder)
+
+    target.write_text("theirs")
+    with pytest.raises(InputError, match="output.path.*did not write it"):
+        write("ours")
+    assert target.read_text() == "theirs" and sorted(f.name for f in tmp_path.iterdir()) == ["out.jsonl", "run"]
+    target.unlink()
+    write("first")
+
+    def killed(source: Path, place: Path) -> None:
+        if place == target:
+            raise KeyboardInterrupt
+        os.rename(source, place)
+
+    monkeypatch.setattr("launch.run_folder.os.replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        write("second")
+    monkeypatch.undo()
+    assert "first" in target.read_text()
+    write("second")
+    assert "second" in target.read_text()
+
+
+# --- what a run is ------------------------------------------------------------------------------------------------
+
+REWARD_MODEL = {"name": "rm", "path": "/models/rm", "token_budget": 4096}
+JUDGE = {"path": "/models/judge", "system": "You judge."}
+
+
+def decides(**labeller: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    (source,) = labeller
+    return label_settings(config_of(label={"source": source, **labeller}))
+
+
+def test_what_decides_no_label_is_no_part_of_what_a_run_is() -> None:
+    running = {"token_budget": 9, "num_workers": 3, "deadline_s": 7.0, "gpus_per_worker": 0.5}
+    ours, files = decides(reward_model=REWARD_MODEL)
+    assert decides(reward_model=REWARD_MODEL | running)[0] == ours
+    assert decides(reward_model=REWARD_MODEL | {"path": "/moved/rm"})[0] == ours and files
+    assert decides(reward_model=REWARD_MODEL | {"clip": 1.0})[0] != ours
+    ours, _ = decides(judge=JUDGE)
+    assert decides(judge=JUDGE | {"generator": {"max_num_seqs": 8, "gpu_memory_utilization": 0.5}})[0] == ours
+    assert decides(judge=JUDGE | {"system": "Judge!"})[0] != ours
+    served = {"base_url": "http://here/v1", "model": "m"}
+    ours, _ = decides(judge={"endpoint": served})
+    assert decides(judge={"endpoint": served | {"base_url": "http://there/v1", "num_at_once": 2}})[0] == ours
+    assert decides(judge={"endpoint": served | {"parameters": {"top_p": 0.5}}})[0] != ours
+
+
+def test_a_run_that_was_started_with_something_else_says_with_what(tmp_path: Path) -> None:
+    manifest = tmp_path / "label.json"
+    secret = "hf_" + 30 * "x"
+
+    def identity(system: str, key: str = secret, content: str = "a") -> RunIdentity:
+        settings = {"label": {"judge": {"system": system, "args": {"key": key}}}, "run.seed": 5}
+        return RunIdentity({"label": f"{system}{key}{content}", "run.seed": "5"}, settings)
+
+    manifest.write_text(json.dumps(identity("Judge.").to_json()))
+    assert secret not in manifest.read_text().replace(identity("Judge.").digests["label"], "")
+    identity("Judge.").check(manifest)
+    with pytest.raises(InputError) as refused:
+        identity("Judge!").check(manifest)
+    assert str(refused.value).startswith("label.judge.system = 'Judge!': the run was started with 'Judge.'; restore it")
+    for same_settings in (identity("Judge.", content="b"), identity("Judge.", key="hf_" + 30 * "y")):
+        with pytest.raises(InputError, match="no setting that is written down differs.*digest Judge"):
+            same_settings.check(manifest)
+    manifest.write_text(json.dumps({"identity": {"label": "old", "run.seed": "5"}}))
+    with pytest.raises(InputError, match="started with another one .digest old"):
+        identity("Judge.").check(manifest)
+
+
 # --- whole runs --------------------------------------------------------------------------------------------------
 
 RUN = """
@@ -479,7 +609,7 @@ def test_a_run_is_complete_and_the_same_after_a_kill(tmp_path: Path, functions: 
     marked = json.loads(lines[0]) | {"prompt_ids": [7]}
     records.write_text("\n".join([json.dumps(marked), *lines[1:12], lines[12][:40]]))
     output.unlink()
-    with pytest.raises(InputError, match="started with another one") as refused:
+    with pytest.raises(InputError, match="was started with 5") as refused:
         label(LabelConfig.model_validate(raw | {"run": {**raw["run"], "seed": 6}}), Console(quiet=True), resume=True)
     assert refused.value.field == "run.seed"
     run(raw, resume=True)

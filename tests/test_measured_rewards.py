@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from trainers.experience import (
     TrajectoryGroup,
     WeightVersion,
 )
+from trainers.metrics import check
 from trainers.protocols import LearnerGroup
 from trainers.rewards import RewardSettings, load_reward, score_group
 from trainers.step_metrics import group_metrics
@@ -113,6 +115,27 @@ def test_masked_samples_are_a_share_and_groups_without_a_reward_have_no_spread()
     assert metrics["failures/masked_fraction"] == pytest.approx(3 / 8)
     assert metrics["frac_reward_zero_std"] == pytest.approx(2 / 3), "the third group has no rewards that could be equal"
     assert metrics["reward_std"] == pytest.approx(np.sqrt(2) / 3)
+
+
+def test_a_value_that_is_missing_is_counted_once_and_one_that_nobody_owes_is_no_failure() -> None:
+    (group,) = batch([NAN, NAN, 1.0])
+    members = tuple((0, RewardFailure("rm", "nan", f"member {i}: its score is nan")) for i in range(3))
+    more = tuple((i, RewardFailure(*what, "")) for i, *what in
+                 ((0, "f", "timeout"), (1, "rm", "nan"), (1, "rm", "too_long")))  # fmt: skip
+    abstained = tuple((i, RewardFailure("math", "abstained", "returned None")) for i in range(3))
+    failed = replace(group, rewards=replace(group.rewards, failures=members + more + abstained))
+    metrics = group_metrics([failed], WeightVersion(0, 0))
+    assert metrics["failures/num_reward"] == 3, "rm of two samples, f of one"
+    kinds = {name: value for name, value in metrics.items() if name.startswith("failures/kind/")}
+    assert kinds == {"failures/kind/nan": 2, "failures/kind/timeout": 1, "failures/kind/too_long": 1,
+                     "failures/kind/abstained": 3}  # fmt: skip
+
+
+def test_where_no_completion_ended_by_itself_there_is_no_length_of_those_that_did() -> None:
+    (group,) = batch([1.0, 2.0])
+    cut = replace(group, summary=replace(group.summary, finish_reasons=("length", "length")))
+    assert np.isnan(group_metrics([cut], WeightVersion(0, 0))["completions/mean_terminated_length"])
+    assert check("completions/mean_terminated_length").definition.endswith("null if none did")
 
 
 def test_single_samples_have_no_spread_at_all() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from launch.config_keys import all_keys, dotted, slot_at
 from launch.label_config import LabelConfig
 from launch.overrides import dump_yaml, leaves, load_config, print_config
 from launch.recipe_files import list_recipes, parse_yaml
+from launch.redaction import REDACTED, redact
 from launch.revise_config import ReviseConfig
 from launch.select_config import SelectConfig
 from trainers.errors import InputError
@@ -193,3 +195,29 @@ def test_the_printed_configuration_shows_each_origin_and_is_the_dump() -> None:
     print_config(resolved, Console(file=out, width=60))
     assert re.search(r"seed: 7 +# command line", out.getvalue())
     assert parse_yaml(out.getvalue()) == parse_yaml(dump_yaml(resolved))
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "rewards.0.args={api_key: zq7}", "rewards.0.args={headers: {Authorization: Bearer zq7}}",
+        "generator.engine_args={hf_token: zq7}", "prompts.train.args.db={password: zq7}",
+        f"prompts.system=Use hf_{'q' * 30}", "rewards.0.args={places: [https://me:zq7@host/]}",
+        "judges=[{endpoint: {base_url: http://h/v1, model: m, parameters: {api_key: zq7}}}]",
+        "rewards.0.args={client-secret: zq7}", f"rewards.0.args={{judge: sk-{'q' * 30}}}",
+    ],
+)  # fmt: skip
+def test_a_secret_is_refused_by_its_key_and_not_shown(override: str) -> None:
+    refused = refuse(override)
+    assert refused.field.startswith(override.partition("=")[0]) and refused.value == REDACTED
+    assert "zq7" not in str(refused) and "qqq" not in str(refused) and "environment variable" in refused.remedy
+
+
+def test_what_only_sounds_like_a_secret_is_no_secret() -> None:
+    spared = {
+        "api_key_env": "KEY", "key": "answer", "stop_token": "</s>", "hf_token": True, "tokenizer": "a/b",
+        "api_key": None, "path": f"/hub/snapshots/{'0f' * 20}/model", "revision": "0f" * 20, "key_column": "id",
+    }  # fmt: skip
+    found = load_config("cpu-demo", [f"generator.engine_args={json.dumps(spared)}"]).config
+    assert found.generator.engine_args == spared
+    assert redact(spared)["path"] == spared["path"], "a commit in a path is no key"

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from aiohttp import web
@@ -25,12 +26,15 @@ from actors.modeling import load_tokenizer
 from launch.cli import main
 from launch.constitution_files import load_constitution
 from launch.recipe_files import parse_yaml
+from launch.redaction import REDACTED
 from launch.revise import RECORDS, SUMMARY, revise_answers
 from launch.revise_config import ReviseConfig
+from launch.revise_records import METADATA_KEY, record_of, rounds_of
 from trainers.asking import Question, Reply
 from trainers.constitution import Constitution, WritingSettings, draw, revise
 from trainers.errors import EndpointBrokenError, InputError
 from trainers.examples import Example, encode_example
+from trainers.experience import Prompt
 from trainers.preferences import read_comparison
 from trainers.prompt_format import PromptFormat
 
@@ -117,9 +121,29 @@ def test_every_round_criticises_and_revises_what_the_round_before_left() -> None
         (Reply("", "timeout"), ("critique", "timeout")),
     ],
 )  # fmt: skip
-def test_a_round_that_fails_leaves_no_half_revision(reply: Reply, failure: tuple[str, str]) -> None:
+def test_a_round_that_fails_leaves_no_half_revision_and_what_was_asked_and_said_before(
+    reply: Reply, failure: tuple[str, str]
+) -> None:
     found = asyncio.run(revise(Scripted(lambda _: reply), WritingSettings(), principles(1).principles, "P", "A", 0))
     assert found.failure == failure and found.final is None and not found.rounds
+    critique = "torn" if failure[0] == "revision" else None
+    assert found.unfinished == ("p0", critique)
+    record = record_of(0, 0, Prompt("id", np.zeros(1, np.int32), "P"), {}, found, None)
+    assert (record["principles"], record["critiques"], record["revisions"]) == (["p0"], [critique], [None])
+    assert rounds_of(record) == ()
+
+
+def test_rounds_that_were_done_are_not_asked_for_again_and_lead_to_the_same_answer() -> None:
+    def says(text: str) -> Reply:
+        return Reply(str(len(text)))
+
+    drawn = draw(principles(3).principles, 2, 7)
+    assert draw(principles(3).principles, 1, 7) == drawn[:1], "a run of more rounds begins with those of fewer"
+    first, whole, rest = Scripted(says), Scripted(says), Scripted(says)
+    one = asyncio.run(revise(first, WritingSettings(), drawn[:1], "P", "A", 5))
+    two = asyncio.run(revise(whole, WritingSettings(), drawn, "P", "A", 5))
+    assert asyncio.run(revise(rest, WritingSettings(), drawn, "P", "A", 5, done=one.rounds)) == two
+    assert first.questions + rest.questions == whole.questions
 
 
 def test_principles_are_drawn_by_seed_and_none_comes_again_before_all_have_come() -> None:
@@ -210,6 +234,45 @@ def test_a_run_that_its_endpoint_ended_goes_on_and_asks_nothing_twice(tmp_path: 
         _, summary = run(config_of(tmp_path, server.url), resume=True)
         assert not {*answered} & {*server.questions}
     assert summary["num_revised"] == 10 and summary["num_wins"] == 8
+
+
+def test_a_finished_run_is_given_more_rounds_and_is_then_as_if_it_had_had_them_from_the_start(tmp_path: Path) -> None:
+    def records(folder: Path) -> dict[int, Any]:
+        return {r["position"]: r for r in map(json.loads, (folder / RECORDS).read_text().splitlines())}
+
+    def rewrites(text: str) -> str:
+        return planted(text) + "!" if text.startswith("Rewrite") else planted(text)
+
+    with StandIn(rewrites) as server:
+        run(config_of(tmp_path, server.url, num=4))
+        del server.bodies[:]
+        folder, summary = run(config_of(tmp_path, server.url, num=4, num_rounds=2), resume=True)
+        assert sum(q.startswith("Criticise") for q in server.questions) == 4, "no first round is asked for again"
+        other = tmp_path / "other"
+        other.mkdir()
+        fresh, expected = run(config_of(other, server.url, num=4, num_rounds=2))
+        with pytest.raises(InputError, match="revise.num_rounds = 1: the run has 2") as refused:
+            run(config_of(tmp_path, server.url, num=4, num_rounds=1), resume=True)
+        with pytest.raises(InputError, match="the run was started with 256") as refused:
+            run(config_of(tmp_path, server.url, num=4, num_rounds=2, critique_max_tokens=9), resume=True)
+    assert refused.value.field == "revise.critique_max_tokens"
+    assert records(folder) == records(fresh) and {len(r["revisions"]) for r in records(folder).values()} == {2}
+    assert {k: v for k, v in summary.items() if k != "usage"} == {k: v for k, v in expected.items() if k != "usage"}
+    for name in ("sft", "preferences"):
+        assert pq.read_table(folder / f"{name}.parquet").equals(pq.read_table(fresh / f"{name}.parquet"))
+
+
+def test_a_key_in_a_configuration_does_not_leave_it(tmp_path: Path) -> None:
+    secret = "hf_" + "q" * 30
+    with StandIn(planted) as server:
+        config = config_of(tmp_path, server.url, num=2)
+        writer = config.revise.writer.model_copy(update={"system": f"Be brief. {secret}"})
+        revise_keys = config.revise.model_copy(update={"writer": writer})
+        folder, _ = run(config.model_copy(update={"revise": revise_keys}))
+    shared = [folder / "revise.json", folder / "summary.json", folder / "sft.parquet", folder / "preferences.parquet"]
+    assert all(secret.encode() not in file.read_bytes() for file in shared)
+    metadata = pq.read_schema(folder / "sft.parquet").metadata[METADATA_KEY]
+    assert json.loads(metadata)["config"]["revise"]["writer"]["system"] == REDACTED
 
 
 def test_keep_wins_keeps_what_the_judge_prefers_and_a_judge_of_places_leaves_nothing(tmp_path: Path) -> None:

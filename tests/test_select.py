@@ -193,7 +193,7 @@ def resumed(monkeypatch: pytest.MonkeyPatch, settings: SelectConfig) -> None:
     """Let a resumed run begin: its identity is the one it was started with."""
     found = labelling.prepare_label(settings.labelling("sft"))
     folder = Path(settings.run.directory) / settings.run.name
-    (folder / labelling.MANIFEST).write_text(json.dumps({"identity": dict(found.identity)}))
+    (folder / labelling.MANIFEST).write_text(json.dumps(found.identity.to_json()))
 
 
 SUMS = [record_of((f"{i}", i / 5, "stop"), ("x", 0.0, "stop"), prompt=f"q{i}", position=i) for i in range(6)]
@@ -244,6 +244,30 @@ def test_answers_are_written_a_row_a_prompt(tmp_path: Path, monkeypatch: pytest.
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     assert [row["completion"] for row in rows] == [None, None, "2", "3", "4", "5"]
     assert rows[2]["score"] == 0.4 and rows[2]["scores"] == [0.4, 0.0]
+
+
+def test_a_resumed_run_replaces_its_own_file_and_no_other_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    theirs = tmp_path / "human.parquet"
+    theirs.write_bytes(b"by people")
+    settings = config(tmp_path, output={"path": str(theirs)})
+    made_up(tmp_path / "chosen", *SUMS)
+    resumed(monkeypatch, settings)
+    for command in (select.select_answers, select.answer_prompts):
+        with pytest.raises(InputError, match="this run did not write it") as caught:
+            command(settings, Console(quiet=True), resume=True)
+        assert caught.value.field == "output.path" and theirs.read_bytes() == b"by people"
+    own = config(tmp_path, output={"path": str(tmp_path / "own.parquet")}, select={"threshold": 0.5})
+    assert pq.read_table(select.select_answers(own, Console(quiet=True), resume=True)).num_rows == 3
+    lower = own.model_copy(update={"select": SelectSettings(threshold=0.3)})
+    assert pq.read_table(select.select_answers(lower, Console(quiet=True), resume=True)).num_rows == 4
+    (tmp_path / "own.parquet").write_bytes(b"mended by people")
+    with pytest.raises(InputError, match="this run did not write it as it is now"):
+        select.select_answers(own, Console(quiet=True), resume=True)
+    within = config(tmp_path, output={"path": str(tmp_path / "chosen" / "labelled.jsonl")})
+    with pytest.raises(InputError, match="a file of the run itself"):
+        select.select_answers(within, Console(quiet=True), resume=True)
 
 
 def test_more_than_the_best_answer_is_no_answer(tmp_path: Path) -> None:

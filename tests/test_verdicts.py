@@ -6,6 +6,7 @@ import itertools
 import math
 from typing import Any, get_args
 
+import numpy as np
 import pytest
 from pydantic import ValidationError
 
@@ -75,6 +76,33 @@ def test_the_report_counts_replies_that_could_not_be_read_and_silences_by_kind()
     assert report["silent"] == {"too_long": 1, "timeout": 1}
     assert (report["num_asked"], report["num_unparsed"], report["num_identical"]) == (4, 2, 1)
     assert report["consistency"].value == 0.5 and report["consistency"].n == 2
+
+
+def test_pairs_of_one_prompt_are_one_observation_of_the_judge_and_so_are_the_verdicts_of_one_pair() -> None:
+    honest, placed = Judgement.of(("[[A]]", "[[B]]")), Judgement.of(("[[A]]", "[[A]]"))
+    half_tied, tied = Judgement.of(("[[A]]", "[[C]]")), Judgement.of(("[[C]]", "[[C]]"))
+    few = [honest, placed, placed, honest, honest, placed, honest, honest]
+    prompts = [*range(len(few))]
+    once = judge_report(few, prompts)
+    for copies in (10, 100):  # the same pairs again: nothing new is known of the judge
+        again = judge_report(few * copies, prompts * copies)
+        assert again["consistency"] == once["consistency"] and again["first_place"] == once["first_place"]
+    assert once["consistency"].value == 5 / 8 and once["first_place"].value == (5 * 0.5 + 3 * 1.0) / 8
+    assert once["first_place"].n == 8, "not 16: the second verdict of a pair is no second observation"
+    alone = judge_report([half_tied, tied, honest])
+    assert alone["first_place"].value == 0.75 and alone["first_place"].n == 2 and alone["consistency"].n == 3
+
+
+def test_the_intervals_of_the_judge_hold_what_they_promise() -> None:
+    random, num_held = np.random.default_rng(3), 0
+    honest, placed = Judgement.of(("[[A]]", "[[B]]")), Judgement.of(("[[A]]", "[[A]]"))
+    for _ in range(200):  # 40 prompts of 6 pairs that go alike: half of the prompts mislead the judge
+        misled = random.random(40) < 0.5
+        said = [placed if m else honest for m in misled for _ in range(6)]
+        found = judge_report(said, np.repeat(range(40), 6).tolist())
+        num_held += found["consistency"].low <= 0.5 <= found["consistency"].high
+        assert found["first_place"].low <= found["first_place"].value <= found["first_place"].high
+    assert num_held >= 180, "Wilson's over 240 pairs holds it in about 60 % of the runs"
 
 
 def test_an_answer_that_looks_like_a_place_in_the_template_stays_as_it_is() -> None:

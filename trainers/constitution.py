@@ -99,6 +99,7 @@ class Revised:
     original: str
     rounds: tuple[Round, ...]  # those that came to an end
     failure: tuple[Step, Unrevised] | None = None  # what ended them early
+    unfinished: tuple[str, str | None] | None = None  # of the round that failed: its principle, its critique if any
 
     @property
     def final(self) -> str | None:
@@ -116,16 +117,19 @@ def draw(principles: Sequence[Principle], num: int, seed: int) -> list[Principle
 
 async def revise(
     respondent: Respondent, settings: WritingSettings, principles: Sequence[Principle], prompt: str, answer: str,
-    seed: int, system: str | None = None,
+    seed: int, system: str | None = None, done: Sequence[Round] = (),
 ) -> Revised:  # fmt: skip
     """Criticise and revise ``answer`` by each of ``principles`` in turn.
+
+    Args:
+        done: the first rounds, by the first of ``principles``, from an earlier call with the same arguments.
 
     Raises:
         EndpointError: nobody is answered any more.
     """
-    rounds: list[Round] = []
-    current = answer
-    for number, principle in enumerate(principles):
+    rounds = list(done)
+    current = rounds[-1].revision if rounds else answer
+    for number, principle in enumerate(principles[len(rounds) :], start=len(rounds)):
         said: list[str] = []
         steps: tuple[tuple[Step, str, int, str], ...] = (
             ("critique", settings.critique_template, settings.critique_max_tokens, principle.critique),
@@ -141,7 +145,7 @@ async def revise(
             empty: Unrevised | None = None if reply.text.strip() else "empty"
             failure = reply.silence or empty or torn
             if failure is not None:
-                return Revised(answer, tuple(rounds), (step, failure))
+                return Revised(answer, tuple(rounds), (step, failure), (principle.name, said[0] if said else None))
             said.append(reply.text.strip())
         current = said[1]
         rounds.append(Round(principle.name, said[0], current))

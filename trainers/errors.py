@@ -2,6 +2,7 @@
 
     BurnishError
     |- InputError          bad configuration, data, model folder or reward function (exit code 2)
+    |   `- RowKindError    a row of another kind than what learns from it: the dataset is the wrong one
     |- EndpointError       a model behind an endpoint that nobody is answered by any more (exit code 1)
     |   |- EndpointDownError, EndpointSlowError, RateLimitedError, EndpointBrokenError, EndpointRejectedError,
     |   `- NonsenseError, BudgetSpentError
@@ -34,6 +35,10 @@ class InputError(BurnishError):
             shown = shown[:157] + "..."
         line = f"{self.field} = {shown}: {self.reason}; {self.remedy}"
         return " ".join(line.split())
+
+
+class RowKindError(InputError):
+    """A row of another kind than what learns from it: not the row is wrong, but the dataset."""
 
 
 class EndpointError(BurnishError):

@@ -19,7 +19,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from trainers.errors import InputError
+from trainers.errors import InputError, RowKindError
 from trainers.prompt_format import Messages, PromptFormat, checked_text, close
 
 Reason = Literal["too_long", "no_target"]
@@ -64,8 +64,9 @@ def encode_example(
 ) -> Example | LeftOut:
     """One row; longer ones than ``max_length`` tokens are left out, or cut with ``truncate``.
 
-    ``where`` names the row in errors.  Raises InputError: none (or several) of the kinds above, a value that is empty
-    or of another type, messages without a role or text, a chat template that is missing or cannot be cut into turns.
+    ``where`` names the row in errors.  Raises RowKindError: none (or several) of the kinds above; InputError: a value
+    that is empty or of another type, messages without a role or text, a chat template that is missing or cannot be cut
+    into turns.
     """
     kind = _kind(row, where)
     columns = [checked_text(row[name], name, where) for name in kind]
@@ -97,7 +98,7 @@ def _kind(row: Mapping[str, Any], where: str) -> tuple[str, ...]:
     if len(kinds) != 1:
         shown = ", ".join(sorted(there)) or "nothing"
         reason = "can be read in several ways" if kinds else "has none of: prompt and completion, messages, text"
-        raise InputError(where, shown, reason, "give the columns of exactly one of these; or leave the row out")
+        raise RowKindError(where, shown, reason, "give the columns of exactly one of these; or leave the row out")
     return kinds[0]
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from trainers.comparisons import Comparison
-from trainers.errors import InputError
+from trainers.errors import InputError, RowKindError
 from trainers.preference_training import LABELLED, LossName
 from trainers.preferences import SHAPES, read_comparison, read_sample, without_eos
 from trainers.prompt_format import PromptFormat
@@ -30,21 +30,22 @@ def read_preference(row: Row, where: str, tokenizer: Any, form: PromptFormat, lo
     """The pair, the ranking or (loss ``kto``) the labelled answer that ``row`` holds.
 
     Raises:
-        InputError: a row of the kind that another loss, or another algorithm, learns from; or one that cannot be read.
+        RowKindError: a row of the kind that another loss, or another algorithm, learns from.
+        InputError: one that cannot be read.
     """
     there = {name for name, value in row.items() if value is not None}
     has_pair = {"chosen", "rejected"} <= there or "completions" in there
     if loss == "kto":
         if has_pair and not {"completion", "label"} <= there:
             reason = "holds answers that were compared, and loss=kto learns from answers judged one by one"
-            raise InputError(where, sorted(there), reason, f"give {LABELLED}; or set algorithm.loss=sigmoid")
+            raise RowKindError(where, sorted(there), reason, f"give {LABELLED}; or set algorithm.loss=sigmoid")
         return _read_labelled(row, there, where, tokenizer, form)
     if not has_pair and {"completion", "label"} <= there:
-        raise InputError(where, sorted(there), f"holds one labelled answer, and loss={loss} learns from pairs",
-                         f"give {SHAPES}; or set algorithm.loss=kto")  # fmt: skip
+        raise RowKindError(where, sorted(there), f"holds one labelled answer, and loss={loss} learns from pairs",
+                           f"give {SHAPES}; or set algorithm.loss=kto")  # fmt: skip
     if not has_pair and not {"chosen", "rejected"} & there and {"completion", "messages", "text"} & there:
-        raise InputError(where, sorted(there), f"is an example of SFT, and loss={loss} learns from pairs",
-                         f"give {SHAPES}; or set algorithm.name=sft")  # fmt: skip
+        raise RowKindError(where, sorted(there), f"is an example of SFT, and loss={loss} learns from pairs",
+                           f"give {SHAPES}; or set algorithm.name=sft")  # fmt: skip
     return read_comparison(row, where, tokenizer, form)
 
 

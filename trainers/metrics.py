@@ -29,6 +29,7 @@ class Metric:
 TOKENS = "completion tokens of samples with a valid reward, EOS included"
 COMPLETIONS = "all completions of the step, masked ones included"
 VALID = "samples with a valid reward"
+REWARD_VALUES = "one of each sample and reward part"
 GROUPS = "groups with at least one valid reward"
 EVALUATED = "held-out prompts with a valid reward"
 RUN = "the whole step"
@@ -86,11 +87,12 @@ _ROWS: tuple[Metric, ...] = (
            "standard deviation over samples"),
     Metric("baseline/greedy_reward", "total reward of the prompts' greedy completions, which samples are compared with "
            "(algorithm.baseline=greedy)", "reward", "groups whose greedy completion has a reward", "mean over groups"),
-    Metric("failures/num_reward", "reward calls without a value: raised, timed out, NaN, wrong count, no number",
-           "count", "all calls of all reward parts", SUM),
-    Metric("failures/kind/<name>", "rewards without a value of kind <name>: raised, timeout, nan, ...; of a judge what "
-           "could not be read (missing, contradictory, ...) or why it was silent (docs/ai_feedback.md)", "count",
-           "all calls of all reward parts", SUM),
+    Metric("failures/num_reward", "values that a reward part should have given and did not: raised, timed out, NaN, "
+           "wrong count, no number, a judge that cannot be read; not None, by which a function says that it does not "
+           "apply", "count", REWARD_VALUES, SUM),
+    Metric("failures/kind/<name>", "values that are missing for the reason <name>: raised, timeout, nan, ...; of a "
+           "judge what could not be read (missing, contradictory, ...) or why it was silent (docs/ai_feedback.md); "
+           "abstained: the function said that it does not apply, which is no failure", "count", REWARD_VALUES, SUM),
     Metric("failures/num_samples_masked", "samples left out of the update because they have no valid reward",
            "samples", COMPLETIONS, SUM),
     Metric("failures/masked_fraction", "share of samples left out of the update because they have no valid reward",
@@ -109,7 +111,7 @@ _ROWS: tuple[Metric, ...] = (
     Metric("completions/min_length", "shortest completion, EOS included", "tokens", COMPLETIONS, MIN),
     Metric("completions/clipped_ratio", "share of completions cut at max_tokens (finish_reason length)", "fraction",
            COMPLETIONS, MEAN),
-    Metric("completions/mean_terminated_length", "length of the completions that ended by themselves; 0 if none did",
+    Metric("completions/mean_terminated_length", "length of the completions that ended by themselves; null if none did",
            "tokens", "completions with finish_reason stop", MEAN),
     Metric("num_tokens", "prompt and completion tokens processed since the run began", "tokens",
            "all trained groups; a group's prompt counts once a sample", "cumulative sum"),
@@ -194,7 +196,8 @@ _ROWS: tuple[Metric, ...] = (
            "sum over generators / wall time"),
     Metric("throughput/learn_tokens_per_s", "completion tokens trained on / time/learn_s", "tokens/s", TOKENS,
            "sum over ranks / wall time"),
-    Metric("throughput/samples_per_s", "samples trained on / time/step_s", "samples/s", VALID, "sum / wall time"),
+    Metric("throughput/samples_per_s", "samples of the trained groups / time/step_s", "samples/s", COMPLETIONS,
+           "sum / wall time"),
     Metric("push/num_bytes", "bytes of weights sent to one generator", "bytes", "all pushed parameters", CONTROLLER),
     # --- accounting (docs/accounting.md) --------------------------------------------------------
     Metric("accounting/<name>/useful_fraction", "share of the role's time that generated, scored, learned, or computed "

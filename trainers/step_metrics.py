@@ -38,7 +38,7 @@ def group_metrics(
         "completions/min_length": float(lengths.min()),
         "completions/clipped_ratio": float((reasons == "length").mean()),
         "completions/mean_terminated_length": float(ended.mean()) if ended.size else float("nan"),
-        "failures/num_reward": float(sum(len(g.rewards.failures) for g in groups)),
+        "failures/num_reward": float(sum(_num_failed(g.rewards) for g in groups)),
         "failures/num_samples_masked": float((~np.isfinite(totals)).sum()),
         "failures/masked_fraction": float((~np.isfinite(totals)).mean()),
         "staleness/mean": float(lags.mean()),
@@ -54,7 +54,8 @@ def group_metrics(
         metrics["baseline/greedy_reward"] = _mean(np.array(greedy))
     if dropped is not None:
         metrics["groups/reward_generated"] = _mean(np.concatenate([r.totals for r in scored]))
-    kinds = Counter(failure.kind for g in groups for _, failure in g.rewards.failures)
+    # Three members of an ensemble that fail alike on a sample are one value that it has not.
+    kinds = Counter(kind for g in groups for _, _, kind in {(i, f.reward, f.kind) for i, f in g.rewards.failures})
     metrics |= {f"failures/kind/{kind}": float(count) for kind, count in sorted(kinds.items())}
     by_length = np.array_split(sample_lags[np.argsort(lengths, kind="stable")], NUM_LENGTH_PARTS)
     metrics |= {f"staleness/length_quartile_{i + 1}": float(p.mean()) for i, p in enumerate(by_length) if p.size}
@@ -77,6 +78,11 @@ def throughput(
     if times.get("time/step_s", 0) > 0:
         rates["throughput/samples_per_s"] = num_samples / times["time/step_s"]
     return rates
+
+
+def _num_failed(rewards: GroupRewards) -> int:
+    """(sample, part) that should have a value and have none; a function that does not apply has not failed."""
+    return len({(i, failure.reward) for i, failure in rewards.failures if failure.kind != "abstained"})
 
 
 def _oldest_versions(group: LearnerGroup) -> tuple[WeightVersion, ...]:

@@ -5,18 +5,18 @@
 Judges favour a place, so a preference counts only where it survives the swap.  Where it does not, a label is masked
 (half a preference would be trained on) and a win rate counts a tie (leaving it out would flatter the sure ones): the
 rule is a choice that the caller names.
-May import: trainers.calibration.
+May import: trainers.prompt_bootstrap.
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-from trainers.calibration import proportion
+from trainers.prompt_bootstrap import mean_over_prompts
 
 Verdict = Literal["first", "second", "tie"]  # of the two places that were shown
 Unread = Literal["empty", "cut_off", "no_verdict", "contradictory"]
@@ -102,24 +102,39 @@ class Judgement:
 IDENTICAL = Judgement(None, ("tie", "tie"), "identical")  # no judge tells a text from itself
 
 
-def judge_report(judgements: Sequence[Judgement]) -> dict[str, Any]:
+def judge_report(
+    judgements: Sequence[Judgement], prompt_ids: Sequence[Hashable] | None = None, seed: int = 0
+) -> dict[str, Any]:
     """How far the judge can be believed.
 
-    ``consistency``: share of the pairs it could be read on whose verdict survives the swap; ``first_place``: share of
-    its choices that fell on the answer it was shown first, 0.5 of a judge without a favourite place; ``unread`` and
-    ``silent``: replies that could not be read, and pairs without a reply, by kind.
+    ``consistency``: share of the pairs it could be read on whose verdict survives the swap; ``first_place``: mean over
+    pairs of the share of the pair's choices that fell on the answer shown first, 0.5 of a judge without a favourite
+    place; ``unread`` and ``silent``: replies that could not be read, and pairs without a reply, by kind.
+
+    Args:
+        prompt_ids: [n] of the pairs.  Both intervals take prompts as the independent observations: the two verdicts of
+            a pair hang together, and so do the pairs of a prompt.  Without them each pair stands alone.
+        seed: of the intervals' bootstrap.
     """
     reasons = Counter(j.why for j in judgements if j.why is not None)
-    asked = [j.verdicts for j in judgements if j.said is not None]
-    read = [v for v in asked if None not in v]
-    same = sum(combine(*v, "masked").value is not None for v in read)
-    chosen = [verdict for pair in read for verdict in pair if verdict != "tie"]
+    prompts = range(len(judgements)) if prompt_ids is None else prompt_ids
+    asked = [(j.verdicts, prompt) for j, prompt in zip(judgements, prompts, strict=True) if j.said is not None]
+    read = [(v, prompt) for v, prompt in asked if None not in v]
+    same = [float(combine(*v, "masked").value is not None) for v, _ in read]
+    places, clusters = [_first_place(v) for v, _ in read], [prompt for _, prompt in read]
     return {
         "num_asked": len(asked), "num_unparsed": len(asked) - len(read),
         "num_identical": reasons.pop("identical", 0), "num_too_long": reasons["too_long"],
         "unread": counts(kind for j in judgements for kind in j.failures), "silent": dict(reasons.most_common()),
-        "consistency": proportion(same, len(read)), "first_place": proportion(chosen.count("first"), len(chosen)),
+        "consistency": mean_over_prompts(same, clusters, seed=seed),
+        "first_place": mean_over_prompts(places, clusters, seed=seed),
     }  # fmt: skip
+
+
+def _first_place(verdicts: tuple[Verdict | None, Verdict | None]) -> float | None:
+    """Share of a pair's choices that fell on the answer shown first; None of a pair that it called a tie twice."""
+    chosen = [verdict for verdict in verdicts if verdict != "tie"]
+    return chosen.count("first") / len(chosen) if chosen else None
 
 
 def counts(kinds: Iterable[str | None]) -> dict[str, int]:

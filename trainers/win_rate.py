@@ -1,24 +1,23 @@
 """How often policy a is preferred to policy b: by score or by a judge, raw and at equal length.
 
 Outcomes are 1 (a wins), 0.5 (tie), 0 (b wins) or None (not judged: counted and left out).
-May import: numpy, trainers.{calibration, verdicts}.
+May import: numpy, trainers.{calibration, prompt_bootstrap, verdicts}.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from trainers.calibration import CONFIDENCE, Estimate, wilson_interval
+from trainers.calibration import CONFIDENCE, Estimate
+from trainers.prompt_bootstrap import bootstrap, counted, mean_over_prompts
 from trainers.verdicts import Verdict, combine
 
-NUM_RESAMPLES = 1000
 RIDGE = 0.01  # of the logistic fit: a normal prior of variance 100, felt only where the data separate
 MAX_NEWTON_STEPS = 60
-CHUNK_CELLS = 2_000_000  # resamples x comparisons held at once, 16 MB a float64 array
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,20 +78,8 @@ def win_rate(
     confidence: float = CONFIDENCE,
     seed: int = 0,
 ) -> Estimate:
-    """Mean outcome [n] with a percentile interval of the bootstrap over prompts; ``n`` counts the prompts.
-
-    Comparisons that share a prompt are drawn together.  Without ``prompt_ids`` each stands alone.  Where all
-    prompts agree there is nothing to resample, and the interval is Wilson's for that many prompts.
-    """
-    kept, clusters, _ = _counted(outcomes, prompt_ids, [0.0] * len(outcomes))
-    num = int(clusters.max()) + 1 if len(kept) else 0
-    if not num:
-        return Estimate(math.nan, 0.0, 1.0, 0)
-    totals, sizes = np.bincount(clusters, kept), np.bincount(clusters).astype(np.float64)
-    value = float(kept.mean())
-    if np.ptp(totals / sizes) == 0:
-        return Estimate(value, *wilson_interval(value * num, num, confidence), num)
-    return _bootstrap(value, num, lambda draws: (draws @ totals) / (draws @ sizes), confidence, seed)
+    """Mean outcome [n] and its interval; see :func:`trainers.prompt_bootstrap.mean_over_prompts`."""
+    return mean_over_prompts(outcomes, prompt_ids, confidence, seed)
 
 
 def length_controlled_win_rate(
@@ -114,7 +101,7 @@ def length_controlled_win_rate(
     one) none of them says what happens at equal length: the value is NaN, the interval (0, 1).  Where all outcomes
     are the same, or all lengths, the rate is the raw one.
     """
-    kept, clusters, differences = _counted(outcomes, prompt_ids, length_differences)
+    kept, clusters, differences = counted(outcomes, prompt_ids, length_differences)
     num = int(clusters.max()) + 1 if len(kept) else 0
     if not num or (differences > 0).all() or (differences < 0).all():
         return Estimate(math.nan, 0.0, 1.0, num)
@@ -122,48 +109,8 @@ def length_controlled_win_rate(
         return win_rate(kept.tolist(), clusters.tolist(), confidence, seed)
     x = np.tanh(differences / math.sqrt(float(np.square(differences).mean())))
     value = float(_rate_at_zero(x, kept, np.ones((1, len(kept))))[0])
-    return _bootstrap(value, num, lambda draws: _rate_at_zero(x, kept, draws[:, clusters]), confidence, seed,
-                      width=len(kept))  # fmt: skip
-
-
-def _counted(
-    outcomes: Sequence[float | None], prompt_ids: Sequence[Hashable] | None, differences: Sequence[float]
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Outcomes, cluster numbers and length differences of the comparisons that were judged."""
-    prompts = range(len(outcomes)) if prompt_ids is None else prompt_ids
-    if not len(outcomes) == len(prompts) == len(differences):
-        raise ValueError(f"{len(outcomes)} outcomes, {len(prompts)} prompts, {len(differences)} length differences")
-    rows = [(o, p, d) for o, p, d in zip(outcomes, prompts, differences, strict=True) if o is not None]
-    if any(not 0 <= o <= 1 for o, _, _ in rows):
-        raise ValueError("an outcome is in [0, 1] or None")
-    numbers: dict[Hashable, int] = {}
-    clusters = [numbers.setdefault(p, len(numbers)) for _, p, _ in rows]
-    return (
-        np.array([o for o, _, _ in rows], dtype=np.float64),
-        np.array(clusters, dtype=np.int64),
-        np.array([d for _, _, d in rows], dtype=np.float64),
-    )
-
-
-def _bootstrap(
-    value: float,
-    num_clusters: int,
-    statistic: Callable[[np.ndarray], np.ndarray],
-    confidence: float,
-    seed: int,
-    width: int = 0,
-) -> Estimate:
-    """Percentile interval.  ``statistic`` maps how often each cluster was drawn [B, clusters] to values [B]."""
-    random = np.random.default_rng(seed)
-    chunk = max(1, CHUNK_CELLS // max(num_clusters, width))
-    found = []
-    for start in range(0, NUM_RESAMPLES, chunk):
-        size = min(chunk, NUM_RESAMPLES - start)
-        draws = random.multinomial(num_clusters, np.full(num_clusters, 1 / num_clusters), size=size)
-        found.append(statistic(draws.astype(np.float64)))
-    low, high = np.quantile(np.concatenate(found), [(1 - confidence) / 2, (1 + confidence) / 2])
-    # The full sample belongs to its own interval, even where the fit's resamples are skewed.
-    return Estimate(value, min(float(low), value), max(float(high), value), num_clusters)
+    return bootstrap(value, num, lambda draws: _rate_at_zero(x, kept, draws[:, clusters]), confidence, seed,
+                     width=len(kept))  # fmt: skip
 
 
 def _rate_at_zero(x: np.ndarray, outcomes: np.ndarray, weights: np.ndarray) -> np.ndarray:
