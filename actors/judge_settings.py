@@ -5,7 +5,6 @@ May import: pydantic, actors.settings, trainers.{asking, judge_template, rubric,
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, Any, Self
 from urllib.parse import urlsplit
 
@@ -20,7 +19,6 @@ from trainers.settings import Settings
 Positive = Annotated[int, Field(ge=1)]
 OWN = ("model", "messages", "stream", "n")  # what a request says, and no parameter may
 WINS = "wins"  # the part of a judge that compares
-_SECRET = re.compile(r"(api|access|auth)\w*_?(key|token)|secret|password|authorization", re.IGNORECASE)
 SAID = ("temperature", "max_tokens", "seed")  # what it says unless a parameter takes it out
 
 
@@ -58,11 +56,6 @@ class EndpointSettings(Settings):
             raise ValueError("base_url: a key does not belong into it; name a variable in api_key_env")
         if parts.query or parts.fragment or parts.path.endswith("/chat/completions"):
             raise ValueError("base_url: must end before /chat/completions, without ? and #; cut it there")
-        if secrets := [name for name in self.parameters if _SECRET.search(name)]:
-            raise ValueError(
-                f"parameters: {secrets[0]} looks like a secret, and a recipe is written down; name a variable in "
-                "api_key_env instead"
-            )
         taken = {name for name in SAID if self.parameters.get(name) is not None} | {*OWN} & self.parameters.keys()
         if taken:
             raise ValueError(f"parameters: {', '.join(sorted(taken))} is set by what is asked; leave it out")

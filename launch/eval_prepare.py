@@ -16,6 +16,7 @@ from typing import Any
 from actors.model_folders import resolve_model
 from actors.reward_model import check_reward_model
 from actors.settings import RewardModelSettings
+from launch.bad_rows import read_rows
 from launch.datasets import Row
 from launch.eval_config import EvalConfig
 from launch.judge_agreement import LabelledPair, labelled_pairs
@@ -192,11 +193,20 @@ def _pairs(config: EvalConfig, policy_tokenizer: Any) -> dict[str, list[Comparis
     for model in config.reward_models:
         if model.retokenize:
             own = load_tokenizer(_judged_tokenizer(model))
-            found[model.name] = [read_comparison(row, where, own, form) for where, row in rows]
+            found[model.name] = _comparisons(rows, own, form)
         else:
-            shared = shared or [read_comparison(row, where, policy_tokenizer, form) for where, row in rows]
+            shared = shared or _comparisons(rows, policy_tokenizer, form)
             found[model.name] = shared
     return found
+
+
+def _comparisons(rows: list[tuple[str, Row]], tokenizer: Any, form: PromptFormat) -> list[Comparison]:
+    """Of every row; InputError tells all bad ones at once."""
+
+    def read(where: str, row: Row) -> Comparison:
+        return read_comparison(row, where, tokenizer, form)
+
+    return read_rows(rows, read, "eval.preferences")[0]
 
 
 def _preference_rows(config: EvalConfig) -> list[tuple[str, Row]]:

@@ -90,7 +90,8 @@ def build_report(config: EvalConfig, prepared: PreparedEval, measured: Measured)
             for name in sorted(config.winners, key=lambda name: _rank(config, name))
         }
     if measured.judgements:
-        report["judge"] = judge_report(measured.judgements)
+        prompts = [g.prompt.prompt_id for g in measured.policy.groups for _ in g.trajectories]
+        report["judge"] = judge_report(measured.judgements, prompts, config.run.seed)
     if measured.of_people:
         report["agreement"] = agreement_report(prepared.labelled, measured.of_people, config.run.seed)
     if measured.marked:
@@ -161,7 +162,11 @@ def _model(config: EvalConfig, suites: Sequence[Suite], answers: Answers) -> dic
             }
             for name in _parts(config)
         },
-        "failures": dict(Counter(f"{f.reward}: {f.kind}" for r in answers.rewards for _, f in r.failures)),
+        # Of an ensemble each member may have failed about one sample, which lacks one reward all the same.
+        "failures": dict(Counter(
+            f"{reward}: {kind}"
+            for r in answers.rewards for _, reward, kind in {(i, f.reward, f.kind) for i, f in r.failures}
+        )),
         "mean_length": _clustered(answers.lengths.astype(np.float64), size),
         "truncated": truncation_share([t.finish_reason for t in samples]),
         "diversity": diversity_report(texts, seed=config.run.seed),

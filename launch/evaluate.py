@@ -180,7 +180,10 @@ async def _score(
         for who, side in answers.items():
             rewards = await in_lanes(num_lanes, [as_payload(g) for g in side.groups], scorer.score)
             found[who] = Answers(side.groups, side.suites, rewards)
-    num_failed = sum(f.kind != "abstained" for side in found.values() for r in side.rewards for _, f in r.failures)
+    num_failed = sum(
+        len({(i, f.reward) for i, f in r.failures if f.kind != "abstained"})
+        for side in found.values() for r in side.rewards
+    )  # fmt: skip
     failed = f", {num_failed} rewards failed" if num_failed else ""
     _say(console, f"rewards: {time.perf_counter() - started:.1f} s{failed}")
     return found

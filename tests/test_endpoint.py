@@ -347,8 +347,6 @@ def test_a_key_never_stands_in_an_error(tmp_path: Path, monkeypatch: pytest.Monk
         ({"base_url": "https://me:secret@host/v1"}, "api_key_env"), ({"base_url": "https://host/v1?key=1"}, "without"),
         ({"base_url": "https://host/v1/chat/completions"}, "before /chat"), ({"api_key_env": KEY}, "pattern"),
         ({"parameters": {"temperature": 1}}, "temperature is set"),
-        ({"parameters": {"api_key": KEY}}, "api_key looks like a secret"),
-        ({"parameters": {"Authorization": KEY}}, "looks like a secret"),
     ],
 )  # fmt: skip
 def test_an_address_or_key_that_cannot_be_used_is_refused(keys: dict[str, Any], says: str) -> None:
