@@ -87,7 +87,8 @@ class Folder:
         held = f"{self.path} holds a comparison with"
         for key in sorted(before["task"].keys() | now["task"].keys()):
             old, new = before["task"].get(key), now["task"].get(key)
-            if old != new:
+            is_new = key not in before["task"] and not new  # a key that there was not yet, and that says nothing
+            if old != new and not is_new:
                 raise InputError(key, new, f"{held} {old}", "restore it, or choose another --directory")
         for name in before["methods"].keys() & now["methods"].keys():
             old, new = before["methods"][name], now["methods"][name]
