@@ -1,7 +1,8 @@
 """Each algorithm against its paper, and the identities between them.
 
 The papers' formulas are written out here in plain numpy and torch, sample by sample in float64, and share no code
-with the package.
+with the package.  Where we chose otherwise, or a paper leaves something open, the line is marked "ours".  Numbers of
+other implementations: tests/test_golden.py, tests/test_golden_differences.py.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ def batch(seed: int = 0, spread: float = 0.3) -> Batch:
 
 
 def paper_advantages(name: str, rows: Batch, beta: float) -> list[np.ndarray]:
-    """float64 [T] of each sample."""
+    """float64 [T] of each sample; of the paper but for what is marked ours."""
     penalties = [beta * (p.detach() - r).numpy() for p, r in zip(rows.proximal, rows.reference, strict=True)]
     found, at = [], 0
     for g, rewards in enumerate(REWARDS):
@@ -90,31 +91,33 @@ def paper_advantages(name: str, rows: Batch, beta: float) -> list[np.ndarray]:
                 per_token = np.array([start - sum(penalties[at + i][t:]) for t in range(length)])
             else:
                 spread = statistics.stdev(r)
-                per_token = np.full(length, (r[i] - mean) / (spread + 1e-4) if spread else 0.0)
+                per_token = np.full(length, (r[i] - mean) / (spread + 1e-4) if spread else 0.0)  # ours: the 1e-4
             found.append(per_token)
         at += n
     tokens = np.concatenate(found)
     if name == "reinforce_plus_plus":
         found = [(row - tokens.mean()) / math.sqrt(tokens.var() + 1e-8) for row in found]
-    if name == "reinforce_plus_plus_baseline":
+    if name == "reinforce_plus_plus_baseline":  # ours: the paper subtracts tokens.mean() here too
         found = [row / math.sqrt(tokens.var() + 1e-8) for row in found]
     return found
 
 
 def paper_loss(name: str, rows: Batch, beta: float) -> torch.Tensor:
-    """The scalar that the paper minimises, over the whole batch."""
+    """The scalar that the paper minimises, over the whole batch, but for what is marked ours."""
     low, high = {"dapo": (0.2, 0.28), "gspo": (3e-4, 4e-4)}.get(name, (0.2, 0.2))
     per_sample = []
     for i, advantage in enumerate(map(torch.from_numpy, paper_advantages(name, rows, beta))):
         policy, ratio = rows.policy[i], torch.exp(rows.policy[i] - rows.proximal[i])
         if name == "gspo":
             ratio = torch.prod(ratio) ** (1 / len(ratio)) * torch.ones_like(ratio)
+        # Ours for RLOO and ReMax: their papers have -advantage * policy, which is the same only where the ratio is 1.
         terms = -torch.minimum(ratio * advantage, torch.clamp(ratio, 1 - low, 1 + high) * advantage)
         weight = torch.ones(())
         if name == "cispo":
             weight = torch.clamp(torch.exp(policy - rows.behavior[i]), max=5.0).detach()
-            terms = -advantage * policy
+            terms = -advantage * policy  # no KL in the paper: ours is added below and has the weight as well
         d = policy - rows.reference[i]
+        # Ours for all but GRPO: their papers have no KL term; with a beta they get GRPO's.
         if name in ("grpo", "dr_grpo", "dapo", "gspo", "cispo"):
             terms = terms + beta * (torch.exp(-d) - 1 + d)
         elif name == "reinforce_plus_plus_baseline":
@@ -123,7 +126,7 @@ def paper_loss(name: str, rows: Batch, beta: float) -> torch.Tensor:
     n = len(per_sample)
     if name in ("grpo", "gspo"):
         return sum(terms.mean() for terms in per_sample) / n  # type: ignore[return-value]
-    if name in ("dr_grpo", "rloo", "remax"):
+    if name in ("dr_grpo", "rloo", "remax"):  # ours for RLOO and ReMax: the constant, as in Dr. GRPO
         return sum(terms.sum() for terms in per_sample) / (n * MAX_TOKENS)  # type: ignore[return-value]
     return torch.cat(per_sample).mean()
 
@@ -185,8 +188,13 @@ def gradients(loss: torch.Tensor, rows: Batch) -> torch.Tensor:
 
 @pytest.mark.parametrize("beta", [0.0, BETA])
 @pytest.mark.parametrize("name", WITHOUT_CRITIC)
-def test_every_algorithm_has_the_loss_of_its_paper(name: str, beta: float) -> None:
-    """PPO's is tested with its critic (tests/test_critic.py, tests/test_ppo_targets.py)."""
+def test_every_algorithm_has_the_loss_of_its_paper_but_for_what_is_marked_ours(name: str, beta: float) -> None:
+    """Marked "ours" above: no batch mean in the REINFORCE++ baseline; a constant divisor and PPO's clipped token ratio
+    in RLOO and ReMax, whose papers have REINFORCE's sum over tokens (the same gradient in the first update, but for the
+    divisor); a KL term where a paper has none, which in CISPO has the token's weight.
+
+    PPO's loss is tested with its critic (tests/test_critic.py, tests/test_ppo_targets.py).
+    """
     rows = batch()
     (found,) = our_packs(algorithm(name, kl_coef=beta), rows, EVERYTHING)
     expected = paper_loss(name, rows, beta)

@@ -30,7 +30,8 @@ AGGREGATIONS = {
 
 def markdown() -> str:
     """Two tables, a row an algorithm: its parts, then its definition."""
-    head = ("`algorithm.name`", "baseline", "scale", "ratio", "clip", "aggregation", "KL", "sampling")
+    kl = "KL, once `kl_coef` > 0"
+    head = ("`algorithm.name`", "baseline", "scale", "ratio", "clip", "aggregation", kl, "sampling")
     rows = [_row(name, AlgorithmSettings.model_validate({"name": name}), preset) for name, preset in PRESETS.items()]
     meant = [(f"`{name}`", p.title, f"[{p.paper}](https://arxiv.org/abs/{p.paper})", p.definition)
              for name, p in PRESETS.items()]  # fmt: skip
