@@ -21,7 +21,9 @@ COMMANDS = {"label": "label", "held-out": "label", "train": "train", "reward": "
             "eval": "eval"}  # fmt: skip
 # What the next stage looks for is written, and where it looks.
 ALWAYS: Mapping[str, Sequence[str]] = {
-    "label": ("output.path=null", "output.format=parquet"), "train": ("checkpoint.export=true",), "eval": (),
+    "label": ("output.path=null", "output.format=parquet"),
+    "train": ("checkpoint.export=true", "checkpoint.export_merged=true"),
+    "eval": (),
 }  # fmt: skip
 
 

@@ -153,12 +153,12 @@ class Stages:
                 argument = argument.replace(text, HERE)
             own.append(argument)
         recipe = Path(arguments[1]).expanduser() if len(arguments) > 1 else None
-        text = recipe.read_text(encoding="utf-8") if recipe is not None and recipe.is_file() else None
+        read = recipe.read_text(encoding="utf-8") if recipe is not None and recipe.is_file() else None
         inputs = {
             name: None if noted.made is None else noted.made.digest
             for name, noted in self._noted.items() if any(f"{HERE}/{name}/" in argument for argument in own)
         }  # fmt: skip
-        return Made(tuple(own), None if text is None else _digest(parse_yaml(text)), inputs)
+        return Made(tuple(own), None if read is None else _digest(parse_yaml(read)), inputs)
 
     def _check(self, name: str, folder: Path, before: Noted, now: Made) -> None:
         found = None if before.made is None else difference(before.made, now)
