@@ -27,11 +27,11 @@ study: install ## over-optimisation of the pipeline's reward model: gold and pro
 ensemble-study: install ## the same of one reward model against three as one, at equal KL (after make pipeline; an hour and a half)
 	@$(BIN)/python -m scripts.study --ensemble worst_case --directory $(RUN_DIR)/pipeline
 
-iterate: install ## label the policy's own samples, retrain the reward model: accuracy by round (after make pipeline)
-	@$(BIN)/python -m scripts.iterate --directory $(RUN_DIR)/pipeline
+iterate: install ## label the policy's own samples, retrain the reward model, then the policy, repeat (after make pipeline)
+	@$(BIN)/python -m launch.cli iterate rlhf --directory $(RUN_DIR)/pipeline
 
 iterate-dpo: install ## label the policy's own samples, train by DPO on them, repeat (after make pipeline)
-	@$(BIN)/python -m scripts.iterate_dpo --directory $(RUN_DIR)/pipeline
+	@$(BIN)/python -m launch.cli iterate dpo --directory $(RUN_DIR)/pipeline
 
 compare: install ## thirteen algorithms on one task and budget, two seeds each: docs/compare.md (some hours)
 	@$(BIN)/python -m launch.cli compare cpu-compare --directory $(RUN_DIR)/compare --page docs/compare.md

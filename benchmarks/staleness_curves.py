@@ -8,14 +8,13 @@
 A run that has ended is not run again, so a study can be stopped and gone on with.  Writes the figure
 docs/figures/staleness-STUDY.svg and the section ``staleness-STUDY`` of docs/benchmarks.md; with ``--quick`` everything
 runs once, for two steps on the tiny model, and nothing is written there.
-May import: numpy, rich, matplotlib (in the function that draws), benchmarks.page, launch.*, scripts.stages,
+May import: numpy, rich, matplotlib (in the function that draws), benchmarks.page, launch.*, scripts.staged,
 trainers.calibration.
 """
 
 from __future__ import annotations
 
 import argparse
-import shutil
 import statistics
 import sys
 import tempfile
@@ -32,7 +31,8 @@ from benchmarks.page import PAGE, markdown_table, replace_section
 from benchmarks.process import ROOT
 from launch.journal import read_rows
 from launch.plots import smooth
-from scripts.stages import StageError, Stages
+from launch.stages import Stages
+from scripts.staged import add_deadline, answer
 from trainers.calibration import t_quantile
 
 FIGURES = ROOT / "docs" / "figures"
@@ -187,14 +187,12 @@ def run_all(
     for seed in seeds:  # whole seeds first: a study that is stopped early still compares
         for variant in variants(staleness):
             name = f"{variant.name}-seed{seed}"
-            stages.fresh(name, stages.directory / name)
             metrics = stages.run(
                 name,
                 ["train", study.recipe, f"run.directory={stages.directory}", f"run.name={name}", f"run.seed={seed}",
                  *variant.overrides(), *more],
                 f"{name}/metrics.jsonl",
             )  # fmt: skip
-            shutil.rmtree(stages.directory / name / "checkpoints", ignore_errors=True)  # 1.6 GB that nobody resumes
             curves.setdefault(variant, []).append(read_curve(list(read_rows(metrics))))
     return curves
 
@@ -215,13 +213,19 @@ def text_of(name: str, columns: Sequence[str], rows: Sequence[Sequence[str]], nu
 
 
 def main() -> int:
-    """Run what is missing, draw, print, write; exit code 1 when a run failed."""
+    """Run what is missing, draw, print, write; exit code 1 when a run failed, 2 when one was refused."""
     parser = argparse.ArgumentParser(prog="staleness_curves")
     parser.add_argument("--study", choices=sorted(STUDIES), default="letters")
     parser.add_argument("--directory", type=Path, default=Path("runs/staleness"))
     parser.add_argument("--seeds", default="0,1,2", help="run.seed of each run")
     parser.add_argument("--quick", action="store_true", help="the tiny model, two steps: does it run?")
+    add_deadline(parser)
     arguments = parser.parse_args()
+    return answer("staleness_curves", lambda: draw_curves(arguments))
+
+
+def draw_curves(arguments: argparse.Namespace) -> None:
+    """Run what is missing, draw, print, write.  StageError when a run fails, InputError when one is refused."""
     name = "letters" if arguments.quick else arguments.study
     study, console = STUDIES[name], Console()
     seeds, steps, staleness = [int(s) for s in arguments.seeds.split(",")], study.num_steps, STALENESS
@@ -231,11 +235,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="burnish-staleness-") as scratch:
         directory = Path(scratch) if arguments.quick else arguments.directory.absolute() / name
         directory.mkdir(parents=True, exist_ok=True)
-        try:
-            curves = run_all(Stages(directory, console), study, staleness, seeds, steps)
-        except StageError as error:
-            print(f"staleness_curves: {error}", file=sys.stderr)
-            return 1
+        curves = run_all(Stages(directory, console, arguments.deadline_s), study, staleness, seeds, steps)
         draw(curves, directory / figure.name if arguments.quick else figure)
     rows, columns = table_rows(curves), COLUMNS
     if not study.is_judged_greedily:
@@ -247,7 +247,6 @@ def main() -> int:
     if not arguments.quick:
         PAGE.write_text(replace_section(PAGE.read_text(), text_of(name, columns, rows, steps), f"staleness-{name}"))
         console.print(f"written: {figure.relative_to(ROOT)} and {PAGE.relative_to(ROOT)}")
-    return 0
 
 
 if __name__ == "__main__":

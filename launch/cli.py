@@ -2,7 +2,7 @@
 
 Exit codes: 0 done, 1 the run failed, 2 refused (one line says field, value, reason and remedy),
 130 ended by a second Ctrl-C.
-May import: the standard library; everything else inside the commands.
+May import: the standard library, launch.iterate_command; everything else inside the commands.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
+
+from launch.iterate_command import add_iterate
 
 if TYPE_CHECKING:
     from launch.overrides import ResolvedConfig
@@ -47,11 +49,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _code_of(error: Exception) -> int | None:
     """The exit code of an error whose one line says it all; None: its traceback is wanted."""
     from cluster.errors import ShortfallError
+    from launch.compare_stage import StageError
     from trainers.errors import EndpointError, InputError
 
     if isinstance(error, InputError | ShortfallError):
         return REFUSED
-    return FAILED if isinstance(error, EndpointError) else None
+    return FAILED if isinstance(error, EndpointError | StageError) else None
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -104,6 +107,8 @@ def _parser() -> argparse.ArgumentParser:
     comparison.add_argument("--directory", metavar="DIR", help="its folder; what ended in it is not run again")
     comparison.add_argument("--page", metavar="FILE", help="a Markdown file whose section of results is written too")
     comparison.set_defaults(command=_compare)
+
+    add_iterate(commands)
 
     recipes = commands.add_parser("recipes", help="list, show or copy the recipes that come with Burnish")
     actions = recipes.add_subparsers(title="actions", metavar="ACTION", required=True)
@@ -165,12 +170,12 @@ def _console():  # type: ignore[no-untyped-def]
 
 def _resolved(arguments: argparse.Namespace, command: str | None = None) -> ResolvedConfig | None:
     """The recipe with its overrides, one that ``command`` runs; None when it was only to be printed."""
-    from launch.overrides import load_config, print_config
+    from launch.overrides import expect_command, load_config, print_config
 
     resolved = load_config(arguments.recipe, arguments.overrides)
     if not arguments.print_config:
         if command is not None:
-            _expect(resolved.config, command, arguments.recipe)
+            expect_command(resolved.config, command, arguments.recipe)
         return resolved
     print_config(resolved)
     return None
@@ -191,24 +196,6 @@ def _train(arguments: argparse.Namespace) -> int:
 
     train(resolved, arguments.resume, _console())
     return 0
-
-
-def _expect(config: object, command: str, recipe: str) -> None:
-    """Refuse a recipe that another command runs."""
-    from launch.compare_config import CompareConfig
-    from launch.eval_config import EvalConfig
-    from launch.label_config import LabelConfig
-    from launch.revise_config import ReviseConfig
-    from launch.select_config import SelectConfig
-    from trainers.errors import InputError
-
-    kinds = {"label": LabelConfig, "eval": EvalConfig, "revise": ReviseConfig, "select": SelectConfig,
-             "compare": CompareConfig}  # fmt: skip
-    own = next((name for name, kind in kinds.items() if isinstance(config, kind)), "train")
-    if own != command and (own, command) != ("select", "answer"):
-        what = {"label": "labels", "eval": "evaluates", "revise": "revises", "select": "selects",
-                "compare": "compares", "train": "trains"}  # fmt: skip
-        raise InputError("recipe", recipe, f"{what[own]}, and `burnish {command}` does not", f"use `burnish {own}`")
 
 
 def _label(arguments: argparse.Namespace) -> int:
@@ -265,7 +252,6 @@ def _eval(arguments: argparse.Namespace) -> int:
 
 
 def _compare(arguments: argparse.Namespace) -> int:
-    import signal
     from pathlib import Path
 
     # What the options say is written as the keys they stand for, behind those that were given as keys.
@@ -285,9 +271,10 @@ def _compare(arguments: argparse.Namespace) -> int:
         return 0
     from launch.compare import compare
     from launch.compare_page import num_missing
+    from launch.compare_stage import interrupt_on_signals
 
     page = None if arguments.page is None else Path(arguments.page)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what runs is told to stop, as by Ctrl-C
+    interrupt_on_signals()
     return FAILED if num_missing(compare(resolved.config, _console(), page)) else 0
 
 

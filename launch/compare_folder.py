@@ -27,7 +27,7 @@ from launch.compare_config import CompareConfig, flat
 from launch.compare_contents import contents_of
 from launch.compare_plan import Plan, Stage
 from launch.compare_recipes import HELD_OUT, TRAIN, Raw
-from launch.compare_stage import StageError, run_burnish
+from launch.compare_stage import StageError, has_checkpoint, run_burnish
 from trainers.errors import InputError
 from trainers.experience import Prompt
 
@@ -137,7 +137,7 @@ class Folder:
     def run(self, stage: Stage, more: Sequence[str]) -> Ended:
         """Run it to its end, whatever that is, and remember how it ended.  KeyboardInterrupt passes through."""
         place, before = self.path / stage.name, self.ended.get(stage.name, Ended(FAILED))
-        goes_on = before.status == STOPPED and any((place / "checkpoints").glob("step-*"))
+        goes_on = before.status == STOPPED and has_checkpoint(place)
         if place.exists() and not goes_on:
             shutil.rmtree(place)
         spent = before.seconds if goes_on else 0.0

@@ -1,10 +1,11 @@
-"""One `burnish` command in a process of its own, what it prints in a file.
+"""One `burnish` command in a process of its own, what it prints in a file or on the terminal.
 
 May import: the standard library.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -21,44 +22,77 @@ class StageError(Exception):
     """It failed, did not end in time, or left nothing; the message says why in one line."""
 
 
-def run_burnish(arguments: Sequence[str], log: Path, deadline_s: float) -> float:
+class LateError(StageError):
+    """It did not end in time."""
+
+
+def run_burnish(arguments: Sequence[str], log: Path | None, deadline_s: float, grace_s: float = GRACE_S) -> float:
     """Seconds that ``burnish *arguments`` took.
 
+    Args:
+        log: the file of what it prints; None: it prints where this process does.
+        grace_s: seconds that it has to end in once it was told to; with all it started it is killed then.
+
     Raises:
-        StageError: another exit code than 0, or not done in ``deadline_s`` seconds; it is told to stop then.
+        LateError: it was not done in ``deadline_s`` seconds, and was told to stop.
+        StageError: another exit code than 0.
         KeyboardInterrupt: once the command, which is told as well, has ended.
     """
-    started = time.perf_counter()
-    with log.open("w", encoding="utf-8") as sink:
-        sink.write(f"$ burnish {' '.join(arguments)}\n")
-        sink.flush()
-        process = subprocess.Popen(
-            [sys.executable, "-m", "launch.cli", *arguments], stdout=sink, stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL, env=os.environ | {"TQDM_DISABLE": "1"},
-            start_new_session=True,  # Ctrl-C reaches it once, from here: a second one would cost it its checkpoint
-        )  # fmt: skip
+    started, process = time.perf_counter(), None
     try:
+        with contextlib.ExitStack() as files:
+            sink = None if log is None else files.enter_context(log.open("w", encoding="utf-8"))
+            if sink is not None:
+                sink.write(f"$ burnish {' '.join(arguments)}\n")
+                sink.flush()
+            process = subprocess.Popen(
+                [sys.executable, "-m", "launch.cli", *arguments], stdout=sink,
+                stderr=None if sink is None else subprocess.STDOUT, stdin=subprocess.DEVNULL,
+                env=os.environ | {"TQDM_DISABLE": "1"},
+                start_new_session=True,  # Ctrl-C reaches it once, from here: a second one would cost it its checkpoint
+            )  # fmt: skip
         code = process.wait(deadline_s)
     except subprocess.TimeoutExpired:
-        _end(process)
-        raise StageError(f"was not done in {deadline_s:g} s; {last_line(log)}") from None
+        _end(process, grace_s)
+        raise LateError(f"was not done in {deadline_s:g} s{_said(log, '; ')}") from None
     except BaseException:
-        _end(process)
+        _end(process, grace_s)
         raise
     if code:
         how = f"ended by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-        raise StageError(f"{how}: {last_line(log)}")
+        raise StageError(f"{how}{_said(log, ': ')}")
     return time.perf_counter() - started
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
+def interrupt_on_signals() -> None:
+    """Have SIGTERM and SIGHUP end this process as Ctrl-C does, so that the command it runs is told to stop.
+
+    The command is in a session of its own: nobody else would tell it when the terminal is closed.
+    """
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+            signal.signal(number, signal.default_int_handler)
+
+
+def has_checkpoint(folder: Path) -> bool:
+    """Whether ``burnish train --resume`` has something to go on from in a run's folder."""
+    return any((folder / "checkpoints").glob("step-*"))
+
+
+def _end(process: subprocess.Popen[bytes] | None, grace_s: float) -> None:
     """Tell it to stop as Ctrl-C does, and end it with all it started where it does not."""
+    if process is None:
+        return
     process.send_signal(signal.SIGINT)
     try:
-        process.wait(GRACE_S)
+        process.wait(grace_s)
     except (subprocess.TimeoutExpired, KeyboardInterrupt):
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+
+
+def _said(log: Path | None, before: str) -> str:
+    return "" if log is None else f"{before}{last_line(log)}"
 
 
 def last_line(log: Path) -> str:

@@ -61,6 +61,12 @@ def load_config(recipe: str, overrides: Sequence[str] = ()) -> ResolvedConfig:
 
     Raises InputError for the first thing that is wrong and says how many more there are.
     """
+    label, text, raw = read_sections(recipe)
+    return resolve(raw, overrides, label, text)
+
+
+def read_sections(recipe: str) -> tuple[str, str, dict[Any, Any]]:
+    """(label, text, sections) of a path or a shipped name.  InputError where there is none, or no sections in it."""
     label, text = locate_recipe(recipe)
     try:
         raw = parse_yaml(text)
@@ -68,7 +74,18 @@ def load_config(recipe: str, overrides: Sequence[str] = ()) -> ResolvedConfig:
         raise InputError("recipe", label, f"is not valid YAML: {error}", "mend the line that is named") from error
     if not isinstance(raw, dict):
         raise InputError("recipe", label, "is not a mapping of sections", "start from one of `burnish recipes ls`")
-    return resolve(raw, overrides, label, text)
+    return label, text, raw
+
+
+def expect_command(config: object, command: str, recipe: str) -> None:
+    """InputError for a recipe that another command than ``burnish COMMAND`` runs.  ``config``: checked or raw."""
+    raw = config if isinstance(config, dict) else {}
+    kinds = ((name, name in raw or isinstance(config, kind)) for name, kind in SECTION_KINDS.items())
+    own = next((name for name, is_own in kinds if is_own), "train")
+    if own != command and (own, command) != ("select", "answer"):
+        what = {"label": "labels", "eval": "evaluates", "revise": "revises", "select": "selects",
+                "compare": "compares", "train": "trains"}  # fmt: skip
+        raise InputError("recipe", recipe, f"{what[own]}, and `burnish {command}` does not", f"use `burnish {own}`")
 
 
 def resolve(raw: dict[Any, Any], overrides: Sequence[str], label: str, text: str = "") -> ResolvedConfig:

@@ -5,15 +5,14 @@
 Continues a directory in which ``make pipeline`` ran: its reward model is the first member, the others learn from the
 same labels under other seeds (order, and which prompts are held out).  Then PPO in pairs of runs: one against a single
 member (run i against member i modulo their number), one against all of them, from the same critic, prompts and seed.
-In the first kind the ensemble is only measured.  A stage that has ended is not run again; one that was cut off starts
-afresh.  Coste et al. 2023 (arXiv:2310.02743).
-May import: numpy, rich, scripts.{pipeline, stages}, launch.*, trainers.*.
+In the first kind the ensemble is only measured.  A stage that has ended is not run again; one that was cut off goes on
+from its newest checkpoint, or starts afresh.  Coste et al. 2023 (arXiv:2310.02743).
+May import: numpy, rich, launch.*, trainers.*.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,8 +25,8 @@ from rich.table import Table
 from launch.ensemble_plot import StudyRun, ensemble_plot
 from launch.eval_report import plain
 from launch.journal import read_rows
-from scripts.pipeline import QUICK
-from scripts.stages import StageError, Stages
+from launch.planted_task import QUICK
+from launch.stages import DEADLINE_S, StageError, Stages, only
 from trainers.calibration import Estimate
 from trainers.equal_kl import MOVED, AtDistance, compare, mean_of, overall, verdict
 
@@ -83,7 +82,6 @@ def run_members(stages: Stages, study: Study) -> list[Path]:
     members = [only(directory, "reward/export/step-*")]
     for seed in range(1, study.num_members):
         name = study.member_name(seed)
-        stages.cleared(name, directory / name)
         members.append(
             stages.run(
                 name,
@@ -93,7 +91,6 @@ def run_members(stages: Stages, study: Study) -> list[Path]:
                 f"{name}/export/step-*",
             )
         )  # fmt: skip
-        shutil.rmtree(directory / name / "checkpoints", ignore_errors=True)  # as below
     return members
 
 
@@ -117,7 +114,6 @@ def run_policies(stages: Stages, study: Study, members: Sequence[Path]) -> dict[
         }
         for arm, models in entries.items():
             name = study.run_name(arm, seed)
-            stages.cleared(name, directory / name)
             stages.run(
                 name,
                 ["train", "cpu-pipeline-ppo", f"run.directory={directory}", f"run.name={name}", f"run.seed={seed}",
@@ -130,17 +126,8 @@ def run_policies(stages: Stages, study: Study, members: Sequence[Path]) -> dict[
                  "checkpoint.export=false"],
                 f"{name}/metrics.jsonl",
             )  # fmt: skip
-            shutil.rmtree(directory / name / "checkpoints", ignore_errors=True)  # gigabytes that nobody resumes
             folders[arm].append(directory / name)
     return folders
-
-
-def only(directory: Path, pattern: str) -> Path:
-    """The last match.  StageError where the pipeline left none."""
-    found = sorted(directory.glob(pattern))
-    if not found:
-        raise StageError(f"there is no {directory / pattern}; run `make pipeline` first")
-    return found[-1]
 
 
 def study_runs(folders: Mapping[str, Sequence[Path]]) -> dict[str, list[StudyRun]]:
@@ -226,9 +213,9 @@ def report(runs: Mapping[str, Sequence[StudyRun]], found: Findings, console: Con
     console.print(f"[bold]{found.said}[/bold]")
 
 
-def run_study(directory: Path, study: Study, console: Console) -> None:
-    """Run what is missing, draw and print.  StageError when a stage fails."""
-    stages = Stages(directory, console)
+def run_study(directory: Path, study: Study, console: Console, deadline_s: float = DEADLINE_S) -> None:
+    """Run what is missing, draw and print.  StageError when a stage fails, InputError when one is refused."""
+    stages = Stages(directory, console, deadline_s)
     folders = run_policies(stages, study, run_members(stages, study))
     runs = study_runs(folders)
     found = findings(runs)

@@ -1,10 +1,10 @@
 """``make pipeline``: SFT -> pairs labelled by a planted noisy human -> reward model -> PPO -> evaluation -> one page.
 
-    python -m scripts.pipeline [--directory runs/pipeline] [--quick]
+    python -m scripts.pipeline [--directory runs/pipeline] [--deadline-s 3600] [--quick]
 
 ``--quick`` does everything once on a tiny random model, to see that it runs: those numbers mean nothing.
 Each step is a ``burnish`` command that is printed before it runs; a step that has ended is not run again.
-May import: numpy, pyarrow, rich, transformers (inside a function), scripts.stages, launch.*, trainers.*.
+May import: numpy, pyarrow, rich, transformers (inside a function), scripts.staged, launch.*, trainers.*.
 """
 
 from __future__ import annotations
@@ -24,22 +24,13 @@ from rich.table import Table
 from launch.eval_page import write_page
 from launch.journal import read_rows
 from launch.pipeline_page import Pipeline, page_sections, summary
+from launch.planted_task import LABEL_RECIPE, QUICK
 from launch.recipe_files import locate_recipe, parse_yaml
-from scripts.stages import StageError, Stages
+from launch.stages import Stages
+from scripts.staged import add_deadline, answer
 from trainers.calibration import proportion
 from trainers.comparisons import ComparisonTable
 from trainers.planted import ceiling, gold, prompts
-
-LABEL_RECIPE = "cpu-pipeline-label"
-TINY = ("cluster.backend=in_process",)
-QUICK: Mapping[str, tuple[str, ...]] = {
-    "sft": (*TINY, "model.path=builtin:tiny-llama", "run.num_steps=2", "run.batch_size=4", "evaluation.size=8"),
-    "label": (*TINY, "run.num_prompts=24", "model.max_length=128", "sampling.max_tokens=8"),
-    "reward": (*TINY, "model.max_length=128", "run.batch_size=4", "evaluation.size=8"),
-    "ppo": (*TINY, "model.max_length=128", "run.num_steps=2", "run.groups_per_step=4", "prompts.eval.size=4",
-            "evaluation.every=1", "generator.sampling.max_tokens=8"),
-    "eval": (*TINY, "model.max_length=128", "eval.num_prompts=8", "generator.sampling.max_tokens=8"),
-}  # fmt: skip
 
 
 def write_prompts(folder: Path) -> tuple[Path, Path]:
@@ -56,9 +47,9 @@ def run_stages(stages: Stages, extra: Mapping[str, tuple[str, ...]]) -> dict[str
     directory = stages.directory
     train, held_out = write_prompts(directory / "data")
     for name in ("sft", "label", "reward", "ppo", "eval"):
-        stages.fresh(name, directory / name)
+        stages.refuse_strange(name)
     own = f"run.directory={directory}"
-    brief = ("evaluation.every=32", "checkpoint.every=0")  # a stage that was cut off starts afresh anyway
+    brief = ("evaluation.every=32", "checkpoint.every=0")  # it takes minutes
     sft = stages.run(
         "sft", ["train", "cpu-sft", own, "run.name=sft", *brief, *extra.get("sft", ())], "sft/export/step-*"
     )
@@ -123,21 +114,23 @@ def show(rows: Iterable[tuple[str, str]], console: Console) -> None:
 
 
 def main() -> int:
-    """Run what is missing, write the page; exit code 1 when a stage failed."""
+    """Run what is missing, write the page; exit code 1 when a stage failed, 2 when something was refused."""
     parser = argparse.ArgumentParser(prog="pipeline")
     parser.add_argument("--directory", type=Path, default=Path("runs/pipeline"))
     parser.add_argument("--quick", action="store_true", help="a tiny model: does everything run?")
+    add_deadline(parser)
     arguments = parser.parse_args()
-    directory, console, started = arguments.directory.absolute(), Console(), time.perf_counter()
+    return answer("pipeline", lambda: pipeline(arguments.directory.absolute(), arguments.quick, arguments.deadline_s))
+
+
+def pipeline(directory: Path, quick: bool, deadline_s: float) -> None:
+    """Run what is missing, write the page.  StageError when a stage fails, InputError when one is refused."""
+    console, started = Console(), time.perf_counter()
     directory.mkdir(parents=True, exist_ok=True)
-    stages = Stages(directory, console)
-    try:
-        found = run_stages(stages, QUICK if arguments.quick else {})
-    except StageError as error:
-        print(f"pipeline: {error}", file=sys.stderr)  # noqa: T201 - the command's answer
-        return 1
+    stages = Stages(directory, console, deadline_s, keep_checkpoints=True)
+    found = run_stages(stages, QUICK if quick else {})
     best, gold_agrees = noise_ceiling(directory, found["sft"], label_noise())
-    pipeline = Pipeline(
+    left = Pipeline(
         seconds=stages.seconds,
         sft=list(read_rows(directory / "sft" / "metrics.jsonl")),
         label=json.loads((directory / "label" / "summary.json").read_text()),
@@ -152,11 +145,10 @@ def main() -> int:
         gold_agrees=gold_agrees,
     )
     page = directory / "pipeline.html"
-    write_page(page, "From SFT to PPO: one pipeline", page_sections(pipeline))
-    show(summary(pipeline), console)
+    write_page(page, "From SFT to PPO: one pipeline", page_sections(left))
+    show(summary(left), console)
     minutes = (time.perf_counter() - started) / 60
     console.print(f"[bold]{minutes:.1f} minutes; the page: {page}[/bold]")
-    return 0
 
 
 if __name__ == "__main__":

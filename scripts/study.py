@@ -1,12 +1,12 @@
 """``make study``: over-optimisation of a learned reward, at several KL coefficients and by best-of-n.
 
-    python -m scripts.study [--directory runs/pipeline] [--steps 16]
+    python -m scripts.study [--directory runs/pipeline] [--steps 16] [--deadline-s 3600]
     python -m scripts.study --ensemble worst_case [--members 3]     another study: scripts/ensemble_study.py
 
 The SFT model and the reward model are those of ``make pipeline``, which must have run in that directory.  Gold and
 proxy of every PPO step are of that step's own samples; both are shown in standard deviations over samples of the SFT
 model, less its mean.  Gao, Schulman and Hilton 2022 (arXiv:2210.10760).
-May import: numpy, pyarrow, rich, scripts.{ensemble_study, stages}, launch.*, trainers.overoptimisation.
+May import: numpy, pyarrow, rich, scripts.{ensemble_study, staged}, launch.*, trainers.overoptimisation.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ from rich.console import Console
 from rich.table import Table
 
 from launch.journal import read_rows
+from launch.stages import Stages, only
 from launch.study_plot import Series, StudyPoint, fit_table, study_plot
 from scripts.ensemble_study import QUICK_STEPS, STEPS, Study, run_study
-from scripts.stages import StageError, Stages
+from scripts.staged import add_deadline, answer
 from trainers.ensembles import Combination
 from trainers.overoptimisation import BEST_OF_N, RL, Fit, bon_estimate, fit
 
@@ -39,8 +40,8 @@ def run_stages(stages: Stages, steps: int) -> tuple[Path, dict[float, Path]]:
     """(samples of the SFT model with both rewards, PPO run folders by beta)."""
     directory = stages.directory
     own = f"run.directory={directory}"
-    sft = _only(directory, "sft/export/step-*")
-    reward = _only(directory, "reward/export/step-*")
+    sft = only(directory, "sft/export/step-*")
+    reward = only(directory, "reward/export/step-*")
     data = directory / "data"
     samples = stages.run(
         "best-of-n",
@@ -65,13 +66,6 @@ def run_stages(stages: Stages, steps: int) -> tuple[Path, dict[float, Path]]:
         )  # fmt: skip
         folders[beta] = directory / name
     return samples, folders
-
-
-def _only(directory: Path, pattern: str) -> Path:
-    found = sorted(directory.glob(pattern))
-    if not found:
-        raise StageError(f"there is no {directory / pattern}; run `make pipeline` first")
-    return found[-1]
 
 
 def measured_points(samples: Path, folders: dict[float, Path]) -> list[StudyPoint]:
@@ -107,29 +101,25 @@ def law_fits(points: list[StudyPoint]) -> dict[Series, Fit]:
     return fits
 
 
-def ensemble_study(arguments: argparse.Namespace, directory: Path, console: Console) -> int:
-    """Exit code 1 when a stage failed."""
+def ensemble_study(arguments: argparse.Namespace, directory: Path, console: Console) -> None:
+    """Run what is missing, draw and print.  StageError when a stage fails, InputError when one is refused."""
     coef = arguments.uncertainty_coef
     if coef is None and arguments.ensemble == "mean_minus_variance":
         coef = 0.5
     quick = arguments.quick
-    study = Study(
+    chosen = Study(
         arguments.ensemble, coef, 2 if quick else arguments.members, 2 if quick else arguments.runs,
         arguments.steps or (QUICK_STEPS if quick else STEPS), arguments.kl_coef, quick,
     )  # fmt: skip
-    try:
-        run_study(directory, study, console)
-    except StageError as error:
-        print(f"study: {error}", file=sys.stderr)  # noqa: T201 - the command's answer
-        return 1
-    return 0
+    run_study(directory, chosen, console, arguments.deadline_s)
 
 
 def main() -> int:
-    """Run what is missing, draw, print the fits; exit code 1 when a stage failed."""
+    """Run what is missing, draw, print the fits; exit code 1 when a stage failed, 2 when something was refused."""
     parser = argparse.ArgumentParser(prog="study")
     parser.add_argument("--directory", type=Path, default=Path("runs/pipeline"))
     parser.add_argument("--steps", type=int, help=f"PPO steps of each run; default: 16, with --ensemble {STEPS}")
+    add_deadline(parser)
     ensemble = parser.add_argument_group("one reward model against an ensemble")
     ensemble.add_argument("--ensemble", choices=get_args(Combination), help="how the members become one reward")
     ensemble.add_argument("--uncertainty-coef", type=float, help="with mean_minus_variance; default: 0.5")
@@ -146,14 +136,15 @@ def main() -> int:
     if arguments.uncertainty_coef is not None and arguments.ensemble != "mean_minus_variance":
         parser.error(f"--uncertainty-coef has no meaning with --ensemble={arguments.ensemble}")
     if arguments.ensemble is not None:
-        return ensemble_study(arguments, directory, console)
+        return answer("study", lambda: ensemble_study(arguments, directory, console))
     if arguments.quick:
         parser.error("--quick goes with --ensemble")
-    try:
-        samples, folders = run_stages(Stages(directory, console), arguments.steps or 16)
-    except StageError as error:
-        print(f"study: {error}", file=sys.stderr)  # noqa: T201 - the command's answer
-        return 1
+    return answer("study", lambda: study(arguments, directory, console))
+
+
+def study(arguments: argparse.Namespace, directory: Path, console: Console) -> None:
+    """Run what is missing, draw and print.  StageError when a stage fails, InputError when one is refused."""
+    samples, folders = run_stages(Stages(directory, console, arguments.deadline_s), arguments.steps or 16)
     points = measured_points(samples, folders)
     fits = law_fits(points)
     svg, png = study_plot(points, fits, directory / "overoptimisation.svg", UNIT)
@@ -168,7 +159,6 @@ def main() -> int:
         table.add_row(*(f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.values()))
     console.print(table)
     console.print(f"plot: {svg} and {png}")
-    return 0
 
 
 if __name__ == "__main__":

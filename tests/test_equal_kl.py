@@ -1,4 +1,4 @@
-"""Laws of the comparison at equal KL, and of the scripts that run it: nothing beyond what was measured."""
+"""Laws of the comparison at equal KL, and of the script that runs it: nothing beyond what was measured."""
 
 from __future__ import annotations
 
@@ -13,13 +13,15 @@ from typing import Any
 import numpy as np
 import pytest
 from rich.console import Console
+from stage_stub import Machine, pipeline_of
 
 from launch.ensemble_plot import StudyRun, ensemble_plot
 from launch.journal import read_rows
-from scripts import ensemble_study, iterate, study
+from launch.stages import StageError, Stages
+from scripts import ensemble_study, study
 from scripts.ensemble_study import ENSEMBLE, SINGLE, Study, study_runs
-from scripts.stages import StageError, Stages
 from trainers.equal_kl import MOVED, KLRun, compare, gold_curves, overall
+from trainers.errors import InputError
 
 ENVIRONMENT = os.environ | {"WANDB_MODE": "offline", "HF_HUB_OFFLINE": "1"}
 
@@ -159,26 +161,14 @@ def test_stages_of_unlike_studies_have_unlike_names() -> None:
     assert base.member_name(1) != replace(base, quick=True).member_name(1), "a tiny model would be taken for a member"
 
 
-def test_a_stage_that_was_cut_off_is_cleared_and_one_that_ended_is_not(tmp_path: Path) -> None:
-    (tmp_path / "stages.json").write_text('{"ended": 1.0}')
-    stages = Stages(tmp_path, Console(quiet=True))
-    for name in ("ended", "cut-off"):
-        (tmp_path / name).mkdir()
-        stages.cleared(name, tmp_path / name)
-    assert (tmp_path / "ended").exists() and not (tmp_path / "cut-off").exists()
-
-
-def test_without_the_pipeline_both_say_what_to_run(tmp_path: Path) -> None:
-    stages = Stages(tmp_path, Console(quiet=True))
+def test_without_the_pipeline_it_says_what_to_run(tmp_path: Path) -> None:
     with pytest.raises(StageError, match="make pipeline"):
-        iterate.run_rounds(stages, 1, True)
-    with pytest.raises(StageError, match="make pipeline"):
-        ensemble_study.run_members(stages, Study("mean", None, 2, 2, 4, 0.0, True))
+        ensemble_study.run_members(Stages(tmp_path, Console(quiet=True)), Study("mean", None, 2, 2, 4, 0.0, True))
 
 
 @pytest.mark.parametrize(
     "arguments", [["--ensemble", "mean", "--members", "1"], ["--ensemble", "mean", "--runs", "1"], ["--quick"],
-                  ["--uncertainty-coef", "1"]]
+                  ["--uncertainty-coef", "1"], ["--deadline-s", "0"]]
 )
 def test_a_study_that_makes_no_sense_is_refused(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["study", *arguments])
@@ -186,40 +176,13 @@ def test_a_study_that_makes_no_sense_is_refused(arguments: list[str], monkeypatc
         study.main()
 
 
-def recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """Commands of every stage, none of which is run; each leaves what the next one looks for."""
-    commands: list[list[str]] = []
-
-    def run(self: Stages, name: str, arguments: list[str], result: str) -> Path:
-        commands.append(list(arguments))
-        target = self.directory / result.replace("*", "000001")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.touch()
-        return target
-
-    monkeypatch.setattr(Stages, "run", run)
-    for pattern in ("sft/export/step-000001", "reward/export/step-000001", "ppo/export/step-000001", "label", "data"):
-        (tmp_path / pattern).mkdir(parents=True)
-    (tmp_path / "label" / "preferences.parquet").touch()
-    return commands
-
-
-def valid(command: list[str]) -> Any:
-    from launch.overrides import load_config
-
-    return load_config(command[1], command[2:]).config
-
-
 @pytest.mark.parametrize("quick", [False, True])
-def test_every_command_of_the_ensemble_study_is_a_valid_configuration(
-    quick: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    commands = recorded(tmp_path, monkeypatch)
-    chosen = Study("mean_minus_variance", 0.5, 3, 4, 12, 0.0, quick)
-    stages = Stages(tmp_path, Console(quiet=True))
+def test_every_command_of_the_ensemble_study_is_a_valid_configuration(quick: bool, tmp_path: Path) -> None:
+    machine, chosen = Machine(), Study("mean_minus_variance", 0.5, 3, 4, 12, 0.0, quick)
+    stages = machine.stages(pipeline_of(tmp_path / "pipeline"))
     members = ensemble_study.run_members(stages, chosen)
     folders = ensemble_study.run_policies(stages, chosen, members)
-    configs = [valid(command) for command in commands]
+    configs = [machine.configs[name] for name in machine.ran]
     assert len(configs) == 2 + 8 and {arm: len(f) for arm, f in folders.items()} == {SINGLE: 4, ENSEMBLE: 4}
     assert [c.run.seed for c in configs] == [1, 2, 0, 0, 1, 1, 2, 2, 3, 3]
     assert configs[8].reward_models[0].path == str(members[0]), "a fourth run begins with the members anew"
@@ -229,38 +192,13 @@ def test_every_command_of_the_ensemble_study_is_a_valid_configuration(
     assert single.critic == ensemble.critic and single.run.num_steps == ensemble.run.num_steps == 12
 
 
-@pytest.mark.parametrize("quick", [False, True])
-def test_every_command_of_the_rounds_is_a_valid_configuration_and_takes_what_the_one_before_left(
-    quick: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    commands = recorded(tmp_path, monkeypatch)
-    rounds = iterate.run_rounds(Stages(tmp_path, Console(quiet=True)), 2, quick)
-    held, label, reward, judged, ppo, held_2, _, reward_2, judged_2 = [valid(command) for command in commands]
-    assert held.prompts.train.path.endswith("held-out-prompts.jsonl")
-    assert label.prompts.train.path.endswith("train-prompts.jsonl") and label.model == held.model
-    assert [d.weights for d in reward.data.train] == [0.5, 0.5] and reward.model.path == judged.base.path
-    assert [d.weights for d in reward_2.data.train] == [0.25, 0.25, 0.5]
-    assert judged.eval.preferences == str(tmp_path / "round-1-held-out" / "preferences.parquet")
-    assert {m.name: m.path for m in judged.reward_models} == {
-        "proxy": str(rounds[0].after), "before": str(tmp_path / "reward" / "export" / "step-000001"),
-    }  # fmt: skip
-    assert ppo.reward_models[0].path == str(rounds[0].after) == judged_2.reward_models[1].path
-    assert held_2.model.path == str(rounds[1].policy) == str(tmp_path / "round-1-ppo" / "export" / "step-000001")
-
-
-def test_the_table_has_a_row_a_round_and_a_hole_where_a_number_is_missing(tmp_path: Path) -> None:
-    estimate = {"value": 0.7, "low": 0.6, "high": 0.8, "n": 9}
-    report = {
-        "reward_models": {"before": {"report": {"num_comparisons": 9, "accuracy": estimate}}, "proxy": {}},
-        "win_rate": {"gold": {"raw": estimate}}, "kl_from_base": {"sequence": estimate | {"low": None}},
-    }  # fmt: skip
-    file = tmp_path / "eval.json"
-    file.write_text(json.dumps(report))
-    (row,) = iterate.table_rows([iterate.Round(1, tmp_path, tmp_path, tmp_path, file)])
-    assert row["accuracy_before"] == estimate and row["accuracy_after"] is None and row["num_pairs"] == 9
-    assert [iterate.shown_estimate(v) for v in row.values()] == [
-        "1", "9", "0.7 [0.6, 0.8]", "", "0.7 [0.6, 0.8]", "0.7 [?, 0.8]"
-    ]  # fmt: skip
+def test_a_study_of_another_length_takes_no_run_of_the_one_before(tmp_path: Path) -> None:
+    machine, directory = Machine(), pipeline_of(tmp_path / "pipeline")
+    machine.cut["study-best-of-n"] = ["samples.parquet"], None
+    study.run_stages(machine.stages(directory), 16)
+    with pytest.raises(InputError, match="stage study-beta-0: run.num_steps = '32': it was run with 16"):
+        study.run_stages(machine.stages(directory), 32)
+    assert len(machine.ran) == 1 + len(study.BETAS)
 
 
 # --- end to end -------------------------------------------------------------------------------
@@ -268,7 +206,7 @@ def test_the_table_has_a_row_a_round_and_a_hole_where_a_number_is_missing(tmp_pa
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_study_and_rounds_run_on_a_tiny_model_and_a_second_call_runs_no_stage_again(tmp_path: Path) -> None:
+def test_the_study_runs_on_a_tiny_model_and_a_second_call_runs_no_stage_again(tmp_path: Path) -> None:
     directory = tmp_path / "pipeline"
 
     def call(*arguments: str) -> None:
@@ -277,15 +215,12 @@ def test_study_and_rounds_run_on_a_tiny_model_and_a_second_call_runs_no_stage_ag
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
     call("scripts.pipeline")
-    for arguments in (("scripts.study", "--ensemble", "worst_case"), ("scripts.iterate",)):
-        call(*arguments)
-        seconds = json.loads((directory / "stages.json").read_text())
-        call(*arguments)
-        assert json.loads((directory / "stages.json").read_text()) == seconds
+    call("scripts.study", "--ensemble", "worst_case")
+    noted = json.loads((directory / "stages.json").read_text())
+    call("scripts.study", "--ensemble", "worst_case")
+    assert json.loads((directory / "stages.json").read_text()) == noted
     (results,) = directory.glob("ensemble-study-*/study.json")
     found = json.loads(results.read_text())
     assert found["findings"]["said"] and results.with_suffix(".svg").stat().st_size > 1000
     assert {arm: len(runs) for arm, runs in found["runs"].items()} == {SINGLE: 2, ENSEMBLE: 2}
     assert all(r["disagreement"][0] is not None for runs in found["runs"].values() for r in runs)
-    (row,) = json.loads((directory / "iterate.json").read_text())
-    assert row["accuracy_before"]["n"] > 0 and row["accuracy_after"]["n"] > 0

@@ -21,11 +21,11 @@ def test_the_pipeline_runs_on_a_tiny_model_and_a_second_call_runs_no_step_again(
     environment = os.environ | {"WANDB_MODE": "offline", "HF_HUB_OFFLINE": "1"}
     first = subprocess.run(command, capture_output=True, text=True, timeout=800, check=False, env=environment)
     assert first.returncode == 0, first.stdout[-3000:] + first.stderr[-3000:]
-    seconds = json.loads((directory / "stages.json").read_text())
-    assert tuple(seconds) == STEPS
+    noted = json.loads((directory / "stages.json").read_text())
+    assert tuple(noted) == STEPS and all(step["has_ended"] for step in noted.values())
     page = (directory / "pipeline.html").read_text()
     assert "noise ceiling" in page
     assert 'src="http' not in page
     second = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=environment)
     assert second.returncode == 0, second.stderr[-3000:]
-    assert json.loads((directory / "stages.json").read_text()) == seconds
+    assert json.loads((directory / "stages.json").read_text()) == noted

@@ -17,9 +17,8 @@ from actors.model_folders import resolve_model
 from actors.modeling import load_tokenizer
 from launch import label as labelling
 from launch import select
-from launch.cli import _expect
 from launch.label_records import RecordFile
-from launch.overrides import load_config
+from launch.overrides import expect_command, load_config
 from launch.select_config import SelectConfig, SelectSettings
 from launch.select_records import METADATA_KEY, Selection, answer_rows, choose, sft_rows
 from trainers.errors import InputError
@@ -169,12 +168,12 @@ def test_one_answer_cannot_be_compared_with_others(tmp_path: Path) -> None:
 
 def test_a_recipe_of_another_kind_is_sent_to_its_command() -> None:
     chosen = load_config("cpu-rejection").config
-    _expect(chosen, "select", "cpu-rejection")
-    _expect(chosen, "answer", "cpu-rejection")
+    expect_command(chosen, "select", "cpu-rejection")
+    expect_command(chosen, "answer", "cpu-rejection")
     with pytest.raises(InputError, match="use `burnish select`"):
-        _expect(chosen, "train", "cpu-rejection")
+        expect_command(chosen, "train", "cpu-rejection")
     with pytest.raises(InputError, match="use `burnish train`"):
-        _expect(load_config("cpu-demo").config, "answer", "cpu-demo")
+        expect_command(load_config("cpu-demo").config, "answer", "cpu-demo")
 
 
 # --- whole runs, with the records of a run that was made up -------------------------------------------
