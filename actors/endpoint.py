@@ -84,6 +84,8 @@ def proxy_of(url: str) -> tuple[str | None, BasicAuth | None]:
     if proxy is None:
         return None, None
     said = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
+    if said.scheme not in ("http", "https"):  # SOCKS, which aiohttp does not speak
+        return None, None
     auth = None if said.username is None else BasicAuth(unquote(said.username), unquote(said.password or ""))
     return urlunsplit((said.scheme, said.netloc.rpartition("@")[2], said.path, "", "")), auth
 

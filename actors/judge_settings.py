@@ -150,6 +150,14 @@ class JudgeRewardSettings(LanguageModelSettings):
         return [f"{self.name}_{axis.name}" for axis in self.rubric.axes]
 
 
+def refuse_pairwise(judges: tuple[JudgeRewardSettings, ...], where: str, remedy: str) -> None:
+    """ValueError where a judge compares: its shares are of one prompt's samples, with mean 1/2 of any policy."""
+    for index, judge in enumerate(judges):
+        if judge.pairwise:
+            raise ValueError(f"judges.{index}.pairwise: the share of the other samples that a sample beats says "
+                             f"nothing across policies, and {where} is about these; {remedy}")  # fmt: skip
+
+
 def check_judges(judges: tuple[JudgeRewardSettings, ...], group_size: int) -> None:
     """ValueError where a judge's engines are told to sample (marks are decoded greedily), or a group takes too long.
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Self
 from pydantic import Field, field_validator, model_validator
 
 from actors.adapted_model import TrainedModelSettings
-from actors.judge_settings import JudgeRewardSettings, check_judges
+from actors.judge_settings import JudgeRewardSettings, check_judges, refuse_pairwise
 from actors.settings import (
     CriticSettings,
     GeneratorSettings,
@@ -161,6 +161,10 @@ class CompareConfig(Settings):
     @model_validator(mode="after")
     def _something_is_rewarded(self) -> Self:
         check_judges(self.judges, self.compare.samples_per_prompt)
+        refuse_pairwise(self.judges, "a comparison", "use a rubric")
+        if any(name == self.compare.gold and weight for name, weight in self._weights()):
+            raise ValueError(f"compare.gold={self.compare.gold!r}: it has a weight, so it is what is learned from, and "
+                             "no truth beside it; give it weight 0")  # fmt: skip
         if not any(scorer.weight for scorer in self.scorers):
             raise ValueError("rewards: nothing is rewarded; give rewards, reward_models or judges with a weight")
         gold, known = self.compare.gold, self.reward_names
@@ -182,15 +186,19 @@ class CompareConfig(Settings):
                 f"{kinds[1]}.weight: offline methods learn from the labels of one scorer, and {' and '.join(kinds)} "
                 "all weigh; give weight to one of them, or compare online methods alone"
             )
-        for index, judge in enumerate(self.judges):
-            if judge.weight and judge.pairwise:
-                raise ValueError(f"judges.{index}.pairwise: offline methods learn from scores; use a rubric, or "
-                                 "compare online methods alone")  # fmt: skip
         for name in ("reward_models", "judges"):
             for index, scorer in enumerate(getattr(self, name)):
                 if scorer.weight < 0:
                     raise ValueError(f"{name}.{index}.weight={scorer.weight:g}: labels prefer what scores higher; use "
                                      "more than 0")  # fmt: skip
+
+    def _weights(self) -> list[tuple[str, float]]:
+        """(part of the reward, its weight in the total)."""
+        found = [(r.name, r.weight) for r in self.rewards] + [(m.name, m.weight) for m in self.reward_models]
+        for judge in self.judges:
+            weights = [axis.weight for axis in judge.rubric.axes]
+            found += [(part, judge.weight * w) for part, w in zip(judge.part_names, weights, strict=True)]
+        return found
 
     @property
     def scorers(self) -> tuple[RewardSettings | RewardModelSettings | JudgeRewardSettings, ...]:

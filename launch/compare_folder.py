@@ -6,7 +6,8 @@
 
 A stage that ended is not run again.  One that was stopped goes on from its newest checkpoint, if it has one; one that
 failed starts afresh.
-May import: yaml, launch.{compare_config, compare_contents, compare_plan, compare_recipes, compare_stage},
+May import: yaml, launch.{compare_config, compare_contents, compare_plan, compare_recipes, compare_stage,
+run_identity},
 trainers.{errors, experience}.
 """
 
@@ -27,7 +28,8 @@ from launch.compare_config import CompareConfig, flat
 from launch.compare_contents import contents_of
 from launch.compare_plan import Plan, Stage
 from launch.compare_recipes import HELD_OUT, TRAIN, Raw
-from launch.compare_stage import StageError, has_checkpoint, run_burnish
+from launch.compare_stage import StageError, cleared, has_checkpoint, run_burnish
+from launch.run_identity import deciding
 from trainers.errors import InputError
 from trainers.experience import Prompt
 
@@ -35,6 +37,11 @@ IDENTITY, STAGES = "comparison.json", "stages.json"
 # What may change between two calls: who is compared under which seeds, where and how it runs, and what is said of it.
 FREE = ("run.", "compare.algorithms", "compare.seeds", "compare.keep_models", "compare.deadline_s", "compare.overrides",
         "compare.note", "telemetry.", "cluster.", "reward_workers.", "push.")  # fmt: skip
+# Of scorers what says how they run.
+RUNNING = {
+    "reward_models": ("token_budget", "num_workers", "gpus_per_worker", "deadline_s"),
+    "judges": ("generator", "gpus_per_worker", "deadline_s"),
+}
 DONE, FAILED, STOPPED, SKIPPED = "done", "failed", "stopped", "skipped"
 Run = Callable[[Sequence[str], Path, float], float]  # arguments of burnish, log, deadline -> s; raises StageError
 
@@ -69,6 +76,9 @@ class Folder:
         compare = self._config.compare
         own = {f"compare.overrides.{name}": compare.own(name) for name in ("label", "eval")}
         methods = {m.name: compare.of(m) for m in self._config.methods if m.kind != "search"}
+        for section, running in RUNNING.items():
+            scorers = deciding(task[section])
+            task[section] = [{k: v for k, v in scorer.items() if k not in running} for scorer in scorers]
         return {"task": task | own, "methods": methods}
 
     def _check(self) -> None:
@@ -139,7 +149,7 @@ class Folder:
         place, before = self.path / stage.name, self.ended.get(stage.name, Ended(FAILED))
         goes_on = before.status == STOPPED and has_checkpoint(place)
         if place.exists() and not goes_on:
-            shutil.rmtree(place)
+            cleared(place)
         spent = before.seconds if goes_on else 0.0
         arguments = [stage.command, str(self.path / "recipes" / f"{stage.recipe}.yaml"), *stage.overrides, *more]
         log = self.path / "logs" / f"{stage.name}.log"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+REPLIES = "replies"  # as in launch/judging.py
 GRACE_S = 180.0  # for a command that was told to stop: a run saves a checkpoint
 MAX_SHOWN = 300  # characters of the line that says why
 
@@ -93,6 +95,17 @@ def _end(process: subprocess.Popen[bytes] | None, grace_s: float) -> None:
 
 def _said(log: Path | None, before: str) -> str:
     return "" if log is None else f"{before}{last_line(log)}"
+
+
+def cleared(folder: Path) -> None:
+    """Remove a run folder but for what judges replied in it: that was paid for, and is not asked again."""
+    for entry in folder.iterdir():
+        if entry.name == REPLIES:
+            continue
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
 
 
 def last_line(log: Path) -> str:

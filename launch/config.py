@@ -287,7 +287,7 @@ class RunConfig(Settings):
         return self
 
     def _check_comparing_judges(self) -> None:
-        """Who compares samples needs several of each prompt, in evaluations too."""
+        """Who compares samples needs several of each prompt, and says nothing of all of them together."""
         for index, judge in enumerate(self.judges):
             if not judge.pairwise:
                 continue
@@ -295,9 +295,10 @@ class RunConfig(Settings):
             if self.algorithm.needs_greedy:
                 raise ValueError(f"{name}: the greedy answer of algorithm.name={self.algorithm.name} has nothing to be "
                                  "compared with; use a rubric, or another algorithm")  # fmt: skip
-            if self.evaluation.every and self.evaluation.num_samples < 2 and judge.weight:
-                raise ValueError(f"{name}: an evaluation draws evaluation.num_samples=1 answer of a prompt, and there "
-                                 "is nothing to compare it with; use 2 or more, or evaluation.every=0")  # fmt: skip
+            if self.evaluation.every:
+                raise ValueError(f"{name}: the share of the other samples that a sample beats is 1/2 on average, "
+                                 "however good they are, so evaluation.every would show nothing; set it to 0, and use "
+                                 "burnish eval with eval.judge")  # fmt: skip
 
     def _check_lora(self) -> None:
         """Pushes, reference, critic and dropout of a run with an adapter."""

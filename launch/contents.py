@@ -8,13 +8,14 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-END_BYTES = 2**20  # of a large file its size, its beginning and its end are taken: weights have gigabytes
+# Weights have gigabytes: of a large file so many blocks are taken, closer together than most of its tensors are long.
+NUM_BLOCKS, BLOCK_BYTES = 512, 2**13
 
 
 def model_digest(folder: Path) -> str:
-    """16 hexadecimal digits of a model folder: files, sizes, and contents but for the middle of weights."""
+    """16 hexadecimal digits of a model folder: its files, small ones whole, large ones by their size and blocks."""
     files = sorted(file for file in folder.iterdir() if file.is_file())
-    return digest(*(part for file in files for part in (file.name.encode(), _ends(file))))
+    return digest(*(part for file in files for part in (file.name.encode(), _sampled(file))))
 
 
 def digest(*parts: bytes) -> str:
@@ -25,11 +26,14 @@ def digest(*parts: bytes) -> str:
     return made.hexdigest()
 
 
-def _ends(file: Path) -> bytes:
+def _sampled(file: Path) -> bytes:
+    """All of a small file; of a large one its size and blocks spread evenly from its first byte to its last."""
     size = file.stat().st_size
     with file.open("rb") as opened:
-        if size <= 2 * END_BYTES:
+        if size <= NUM_BLOCKS * BLOCK_BYTES:
             return opened.read()
-        head = opened.read(END_BYTES)
-        opened.seek(-END_BYTES, 2)
-        return str(size).encode() + head + opened.read()
+        parts = [str(size).encode()]
+        for block in range(NUM_BLOCKS):
+            opened.seek((size - BLOCK_BYTES) * block // (NUM_BLOCKS - 1))
+            parts.append(opened.read(BLOCK_BYTES))
+    return b"".join(parts)

@@ -10,7 +10,7 @@ from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
-from actors.judge_settings import JudgeRewardSettings, check_judges
+from actors.judge_settings import JudgeRewardSettings, check_judges, refuse_pairwise
 from actors.settings import (
     GeneratorSettings,
     ModelSettings,
@@ -132,6 +132,7 @@ class EvalConfig(Settings):
     def _sections_agree(self) -> Self:
         names = self.reward_names
         check_judges(self.judges, self.eval.num_samples)
+        refuse_pairwise(self.judges, "an evaluation", "use eval.judge, which compares the policy with its base")
         parts = [*(r.name for r in self.rewards), *(part for m in self.reward_models for part in m.part_names),
                  *(part for j in self.judges for part in j.part_names)]  # fmt: skip
         if len({*parts, TOTAL, JUDGE}) != len(parts) + 2:

@@ -96,9 +96,12 @@ def build_report(config: EvalConfig, prepared: PreparedEval, measured: Measured)
         report["agreement"] = agreement_report(prepared.labelled, measured.of_people, config.run.seed)
     if measured.marked:
         judges = {f"judges.{i}": judge for i, judge in enumerate(config.judges)}
+        names = Counter(judge.name for judge in config.judges)
         report["marks_agreement"] = {
-            judges[name].name: marks_report(judges[name], prepared.labelled, rewards, config.run.seed)
-            for name, rewards in measured.marked.items()
+            judges[role].name if names[judges[role].name] == 1 else role: marks_report(
+                judges[role], prepared.labelled, rewards, config.run.seed
+            )
+            for role, rewards in measured.marked.items()
         }
     if measured.logprobs is not None:
         report["kl_from_base"] = _kl(measured, config.generator.sampling.temperature)

@@ -7,7 +7,7 @@
 Without own recipes it is the planted task of ``make pipeline``, from its SFT model.  Own recipes keep everything but
 names, folders, the model, the seed of the samples and the data that a round hands on.
 Xu et al. 2023 (arXiv:2312.16682), Yuan et al. 2024 (arXiv:2401.10020).
-May import: rich, launch.{iterate_rounds, journal, planted_task, stages, tuning_config}, trainers.errors.
+May import: rich, launch.{iterate_rounds, journal, planted_task, stages}, trainers.errors.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ A reward model is only good where it was trained, and a policy leaves that place
 policy.  The last round trains a policy like every other one: it is what the rounds are made for.
 Without own recipes it is the planted task of ``make pipeline``: its SFT model is the start, and policy 1, reward model
 0 and the first pairs are its own.
-May import: rich, launch.{config, iterate_rounds, planted_task, stages, tuning_config}, trainers.errors.
+May import: rich, launch.{config, iterate_rounds, planted_task, stages}, trainers.errors.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A judge that is a reward, on pairs that people have labelled: does it reward higher what they prefer?
+"""A judge that marks by a rubric, on pairs that people have labelled: does it mark higher what they prefer?
 
 May import: numpy, actors.judge_settings, launch.judge_agreement, trainers.*.
 """
@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from actors.judge_settings import WINS, JudgeRewardSettings
+from actors.judge_settings import JudgeRewardSettings
 from launch.judge_agreement import LabelledPair
 from trainers.agreement import agreement
 from trainers.experience import GroupRewards, Prompt, Trajectory, TrajectoryGroup, VersionSpan, WeightVersion
@@ -33,19 +33,17 @@ def as_group(pair: LabelledPair, group_id: str) -> TrajectoryGroup:
 def marks_report(
     judge: JudgeRewardSettings, pairs: Sequence[LabelledPair], rewards: Sequence[GroupRewards], seed: int
 ) -> dict[str, dict[str, Any]]:
-    """Axis, and the mean over all -> agreement with people and Cohen's kappa, with intervals over prompts; of a judge
-    that compares, the one part that it has.
+    """Axis, and the mean over all -> agreement with people and Cohen's kappa, with intervals over prompts.
 
     Equal marks are the judge's ties; a pair of which one answer could not be marked is left out and counted.
     """
     axes = judge.rubric.axes
-    names = [WINS] if judge.pairwise else [axis.name for axis in axes]
     marks = {
-        name: np.array([reward.parts[part] for reward in rewards])
-        for name, part in zip(names, judge.part_names, strict=True)
+        axis.name: np.array([reward.parts[part] for reward in rewards])
+        for axis, part in zip(axes, judge.part_names, strict=True)
     }
     found = {}
-    for name, values in {**({} if judge.pairwise else {MEAN: _means(marks, judge)}), **marks}.items():
+    for name, values in {MEAN: _means(marks, judge), **marks}.items():
         said = [_higher(row) for row in values.reshape(-1, 2)]
         people = agreement(said, [WIN] * len(pairs), [pair.prompt.prompt_id for pair in pairs], seed=seed)
         found[name] = {"rate": people.rate, "kappa": people.kappa, "num_pairs": len(pairs),

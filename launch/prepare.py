@@ -14,7 +14,7 @@ from typing import Any
 from actors.model_folders import resolve_model
 from launch.adapters import check_policy
 from launch.config import RunConfig
-from launch.judging import prepare_judges
+from launch.judging import REPLIES, prepare_judges
 from launch.model_facts import ModelFacts, check_model_folder
 from launch.prompts import DatasetReport, load_prompts
 from launch.tuning_data import load_examples
@@ -51,7 +51,7 @@ def check_run_folder(config: RunConfig, resume: bool) -> Path:
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         reason = f"no folder can be made in {there}"
         raise InputError("run.directory", config.run.directory, reason, "choose a folder you may write to")
-    used = folder.exists() and any(folder.iterdir())
+    used = folder.exists() and any(found.name != REPLIES for found in folder.iterdir())  # these were paid for
     if used and not resume:
         raise InputError(
             "run.name", config.run.name, f"the run folder {folder} exists already",

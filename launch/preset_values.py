@@ -59,26 +59,25 @@ def _with_punishment(raw: dict[Any, Any], share: float) -> dict[Any, Any]:
     if not isinstance(max_tokens, int) or max_tokens < 1:
         return raw  # refused later, at its own key
     raw["rewards"] = [*rewards, punishment(max_tokens, share)]
-    accuracy = _first_name(rewards, models, judges)  # a punishment is none, though it may come first now
     evaluation, filtering = raw.get("evaluation", {}), raw.get("filtering", {})
-    if not rewards and isinstance(evaluation, Mapping):
-        raw["evaluation"] = {"reward": accuracy, **evaluation}
-    if isinstance(filtering, Mapping):
-        raw["filtering"] = {"by": accuracy, **filtering}
+    names = _names(rewards, models, judges)
+    if not rewards and isinstance(evaluation, Mapping):  # a punishment is no accuracy, though it comes first now
+        raw["evaluation"] = {"reward": names[0], **evaluation}
+    weighty = _names(*([s for s in scorers if _get(s, "weight") != 0] for scorers in (rewards, models, judges)))
+    if len(weighty) == 1 and isinstance(filtering, Mapping):  # of several none alone says what was right
+        raw["filtering"] = {"by": weighty[0], **filtering}
     return raw
 
 
-def _first_name(rewards: Sequence[Any], models: Sequence[Any], judges: Sequence[Any]) -> Any:
-    """Of the parts of the reward, as the configuration will name them; None: it will be refused or has no name yet."""
-    for reward in rewards:
-        return _get(reward, "name") or default_name(str(_get(reward, "function")))
-    for model in models:
-        return _get(model, "name")
-    name = _get(judges[0], "name") or JudgeRewardSettings.model_fields["name"].default
-    if _get(judges[0], "pairwise"):
-        return f"{name}_{WINS}"
-    axes = _get(_get(judges[0], "rubric") or {}, "axes") or RubricSettings().axes
-    return f"{name}_{_get(axes[0], 'name')}"
+def _names(rewards: Sequence[Any], models: Sequence[Any], judges: Sequence[Any]) -> list[Any]:
+    """Parts of the reward, as the configuration will name them; None: it has no name and will be refused."""
+    found = [_get(reward, "name") or default_name(str(_get(reward, "function"))) for reward in rewards]
+    found += [_get(model, "name") for model in models]
+    for judge in judges:
+        name = _get(judge, "name") or JudgeRewardSettings.model_fields["name"].default
+        axes = _get(_get(judge, "rubric") or {}, "axes") or RubricSettings().axes
+        found += [f"{name}_{WINS}"] if _get(judge, "pairwise") else [f"{name}_{_get(axis, 'name')}" for axis in axes]
+    return found
 
 
 def punishment(max_tokens: int, share: float) -> dict[str, Any]:

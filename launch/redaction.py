@@ -23,8 +23,9 @@ _SURE_NAME = re.compile(
     r"passwd|authorization)$",
     re.IGNORECASE,
 )
-_SURE_VALUE = re.compile(
-    r"\bwandb_v\d+_\w{20,}|\bhf_\w{20,}|\bsk-[\w-]{20,}|\bgh[pousr]_\w{20,}|://[^/\s@:]+:[^/\s@]+@"
+_SURE_VALUE = re.compile(  # not the last part of a path: /data/hf_ultrafeedback_binarized, /models/sk-small
+    r"(?<![/\w])(?:wandb_v\d+_\w{20,}|hf_[A-Za-z0-9]{30,}\b|sk-[\w-]{20,}|gh[pousr]_[A-Za-z0-9]{20,})|"
+    r"://[^/\s@:]+:[^/\s@]+@"
 )
 _SECRET_VALUE = re.compile(
     r"(?<!/snapshots/)\b[0-9a-f]{40}\b|\bwandb_v\d+_\w{20,}|\bhf_\w{20,}|\bsk-[\w-]{20,}|\bgh[pousr]_\w{20,}|://[^/\s@]+:[^/\s@]+@"

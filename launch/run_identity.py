@@ -15,6 +15,7 @@ from typing import Any
 from launch.redaction import redact
 from trainers.errors import InputError
 
+OF_REPLIES = ("model", "parameters")  # of an endpoint's section
 LONGEST_SHOWN = 80  # characters of a value that the run was started with
 
 
@@ -50,6 +51,14 @@ class RunIdentity:
             if theirs:
                 what = "no setting that is written down differs, but a file or function behind one, or a redacted one"
             raise InputError(name, digest, f"{what} (digest {before['identity'].get(name)})", remedy)
+
+
+def deciding(value: Any) -> Any:
+    """``value`` without what an endpoint's section says of pace, budget and address: it decides no reply."""
+    if isinstance(value, Mapping):
+        is_endpoint = "base_url" in value and "model" in value
+        return {key: deciding(item) for key, item in value.items() if not is_endpoint or key in OF_REPLIES}
+    return [deciding(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def flattened(value: Any, name: str) -> Iterator[tuple[str, Any]]:

@@ -6,7 +6,7 @@
 A stage that ended is not run again, unless its folder was removed.  With other arguments, another text of its own
 recipe, or after a stage that it took something from was run again with others, it is refused.  One that was cut off
 goes on where it left checkpoints (train) or records (label), and starts afresh where it left none.
-May import: rich, yaml, launch.{compare_stage, recipe_files}, trainers.errors.
+May import: rich, launch.{compare_stage, recipe_files, run_identity}, trainers.errors.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ from typing import Any
 
 from rich.console import Console
 
-from launch.compare_stage import LateError, StageError, has_checkpoint, run_burnish
+from launch.compare_stage import LateError, StageError, cleared, has_checkpoint, run_burnish
 from launch.recipe_files import parse_yaml
+from launch.run_identity import deciding
 from trainers.errors import InputError
 
 DEADLINE_S = 3600.0  # for one stage of the pipeline, which takes minutes
@@ -158,7 +159,7 @@ class Stages:
             name: None if noted.made is None else noted.made.digest
             for name, noted in self._noted.items() if any(f"{HERE}/{name}/" in argument for argument in own)
         }  # fmt: skip
-        return Made(tuple(own), None if read is None else _digest(parse_yaml(read)), inputs)
+        return Made(tuple(own), None if read is None else _digest(deciding(parse_yaml(read))), inputs)
 
     def _check(self, name: str, folder: Path, before: Noted, now: Made) -> None:
         found = None if before.made is None else difference(before.made, now)
@@ -187,8 +188,8 @@ class Stages:
         if has_checkpoint(folder) if command == "train" else command == "label" and (folder / LABEL_MANIFEST).exists():
             self._check(name, folder, before, made)
             return True
-        self.console.print(f"{name} did not finish the last time: removing {folder}", markup=False)
-        shutil.rmtree(folder)
+        self.console.print(f"{name} did not finish the last time: removing what is in {folder}", markup=False)
+        cleared(folder)
         return False
 
     def _left(self, name: str, folder: Path, result: str) -> Path:

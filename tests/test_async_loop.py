@@ -524,7 +524,7 @@ def test_a_group_is_useless_exactly_when_it_has_no_advantage(
 
 @pytest.mark.parametrize(
     ("right", "expected"),
-    [([1.0, 1.0, 1.0], "no spread"), ([1.0, 0.0, 1.0], None), ([1.0, NAN, 1.0], "no spread"), ([NAN] * 3, "no spread")],
+    [([1.0, 1.0, 1.0], "no spread"), ([1.0, 0.0, 1.0], None), ([1.0, NAN, 1.0], "no spread"), ([NAN] * 3, None)],
 )
 def test_with_filtering_by_a_part_no_other_part_makes_a_group_worth_training_on(
     right: list[float], expected: str | None

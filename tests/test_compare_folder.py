@@ -13,7 +13,7 @@ from launch.compare_contents import contents_of
 from launch.compare_page import JSON, MARKDOWN, PLOT
 from launch.compare_rows import OK
 from launch.compare_stage import StageError, last_line, run_burnish
-from launch.contents import END_BYTES
+from launch.contents import BLOCK_BYTES, NUM_BLOCKS
 from trainers.errors import InputError
 
 
@@ -152,13 +152,13 @@ def test_contents_tell_another_model_and_another_reward_behind_the_same_path(tmp
     model, reward = tmp_path / "model", tmp_path / "mine.py"
     model.mkdir()
     (model / "config.json").write_text("{}")
-    weights = bytearray(5 * END_BYTES)
+    weights = bytearray(5 * NUM_BLOCKS * BLOCK_BYTES)
     (model / "model.safetensors").write_bytes(weights)
     reward.write_text("def score(completions): return [0.0] * len(completions)")
     config = config_of(f"model.path={model}", f"rewards=[{{name: mine, function: '{reward}:score'}}]")
     first = contents_of(config, "train", "held out")
     assert first == contents_of(config, "train", "held out")
-    weights[-1] = 1
+    weights[len(weights) // 3 : len(weights) // 2] = b"x" * (len(weights) // 2 - len(weights) // 3)  # in the middle
     (model / "model.safetensors").write_bytes(weights)
     reward.write_text("def score(completions): return [1.0] * len(completions)")
     changed = contents_of(config, "train", "held out")

@@ -173,11 +173,15 @@ JUDGE = "{path: /models/judge}"
 AXES = "{path: /models/judge, name: mine, rubric: {axes: [{name: kind, question: '?'}]}}"
 
 
-@pytest.mark.parametrize(("judge", "part"), [(JUDGE, "judge_helpful"), (AXES, "mine_kind")])
-def test_dapo_beside_judges_alone_punishes_too_and_takes_their_first_axis_for_accuracy(judge: str, part: str) -> None:
+@pytest.mark.parametrize(
+    ("judge", "part", "by"), [(JUDGE, "judge_helpful", None), (AXES, "mine_kind", "mine_kind")]
+)
+def test_dapo_beside_judges_alone_punishes_too_and_takes_their_first_axis_for_accuracy(
+    judge: str, part: str, by: str | None
+) -> None:
     found = config("dapo", "rewards=[]", f"judges=[{judge}]")
     assert found.reward_names[:2] == ["overlong", part]
-    assert found.evaluation.reward == found.filtering.by == part
+    assert found.evaluation.reward == part and found.filtering.by == by, "three axes: none alone is what was right"
 
 
 def test_dapo_compares_groups_by_accuracy_where_it_adds_its_punishment_unless_told_otherwise() -> None:
@@ -185,6 +189,9 @@ def test_dapo_compares_groups_by_accuracy_where_it_adds_its_punishment_unless_to
     assert config("dapo", "rewards=[{function: trainers.verifiers:has_letter, args: {letter: e}}]").filtering.by == (
         "has_letter"
     )
+    measured = "rewards=[{function: bare_number, weight: 0}, {function: has_letter, args: {letter: e}}]"
+    assert config("dapo", measured).filtering.by == "has_letter", "what weighs"
+    assert config("dapo", measured.replace("weight: 0", "weight: 1")).filtering.by is None, "several weigh"
     assert config("dapo", "filtering.by=overlong").filtering.by == "overlong"
     assert config("dapo", "filtering.by=null").filtering.by is None
     assert config("grpo").filtering.by is None

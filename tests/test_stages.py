@@ -213,9 +213,9 @@ def stand_in(folder: Path, body: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_late_command_is_told_to_stop_and_may_save_what_it_has(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stand_in(tmp_path, "trap 'echo saved > told; exit 0' INT\nsleep 300 &\nwait", monkeypatch)
-    with pytest.raises(LateError, match="was not done in 2 s$"):
-        run_burnish(["train", "r"], None, 2.0)
+    stand_in(tmp_path, "trap 'echo saved > told; kill $!; exit 0' INT\nsleep 300 &\nwait", monkeypatch)
+    with pytest.raises(LateError, match="was not done in 5 s$"):
+        run_burnish(["train", "r"], None, 5.0)
     assert (tmp_path / "told").read_text() == "saved\n"
 
 
@@ -224,7 +224,7 @@ def test_a_command_that_does_not_stop_is_killed_with_all_that_it_started(
 ) -> None:
     stand_in(tmp_path, "trap '' INT\nsleep 300 &\necho $! > child\nwait", monkeypatch)
     with pytest.raises(LateError):
-        run_burnish(["train", "r"], None, 2.0, grace_s=0.1)
+        run_burnish(["train", "r"], None, 5.0, grace_s=0.1)
     child, until = int((tmp_path / "child").read_text()), time.monotonic() + 20
     while is_alive(child):
         assert time.monotonic() < until, "the child outlived the command"
@@ -252,7 +252,8 @@ def own_handlers() -> Iterator[None]:
 def test_a_signal_that_ends_the_script_tells_the_stage_first(
     number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    body = f"trap 'echo saved > told; exit 0' INT\nsleep 1\nkill -{number.value} {os.getpid()}\nsleep 300 &\nwait"
+    told = "trap 'echo saved > told; kill $!; exit 0' INT"
+    body = f"{told}\nsleep 1\nkill -{number.value} {os.getpid()}\nsleep 300 &\nwait"
     stand_in(tmp_path, body, monkeypatch)
 
     def work() -> None:

@@ -12,8 +12,6 @@ from test_ai_feedback import Says, group_of
 
 from actors.judge_settings import JudgeRewardSettings
 from actors.judge_worker import reward_judge
-from launch.judge_agreement import labelled_pairs
-from launch.judge_marks import as_group, marks_report
 from launch.overrides import load_config
 from trainers.asking import Reply
 from trainers.errors import InputError
@@ -73,15 +71,6 @@ def test_with_weight_0_it_is_only_measured() -> None:
     assert found.parts["judge_wins"].tolist() == [1.0, 0.0]
 
 
-def test_it_is_compared_with_people_by_its_one_part() -> None:
-    answers = [("xx", "x"), ("x", "xx")]
-    rows = [(str(i), {"prompt": f"{i}?", "chosen": a, "rejected": b}) for i, (a, b) in enumerate(answers)]
-    pairs = labelled_pairs(rows)
-    rewards = [scored(as_group(pair, str(i)))[0] for i, pair in enumerate(pairs)]
-    found = marks_report(settings(), pairs, rewards, seed=0)
-    assert list(found) == ["wins"] and found["wins"]["rate"].value == 0.5 and found["wins"]["num_left_out"] == 0
-
-
 @pytest.mark.parametrize(
     ("keys", "says"),
     [
@@ -102,7 +91,7 @@ JUDGE = "judges=[{path: builtin:tiny-llama, pairwise: true}]"
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [
-        (("evaluation.every=1",), "evaluation.num_samples=1"),
+        (("evaluation.every=1",), "would show nothing"),
         (("algorithm.name=remax",), "nothing to be compared with"),
         (("algorithm.name=reinforce_plus_plus", "run.samples_per_prompt=1"), "one sample"),
     ],
@@ -114,5 +103,11 @@ def test_where_there_is_nothing_to_compare_with_it_is_refused(overrides: tuple[s
 
 
 def test_its_part_has_a_name_and_online_dpo_takes_it() -> None:
-    config = load_config("cpu-online-dpo", ["rewards=[]", JUDGE, "evaluation.num_samples=2"]).config
+    config = load_config("cpu-online-dpo", ["rewards=[]", JUDGE, "evaluation.every=0"]).config
     assert config.reward_names == ["judge_wins"]
+
+
+@pytest.mark.parametrize("recipe", ["cpu-eval", "cpu-compare"])
+def test_it_is_refused_where_policies_are_compared_of_each_of_which_it_would_say_one_half(recipe: str) -> None:
+    with pytest.raises(InputError, match="says nothing across policies"):
+        load_config(recipe, [JUDGE])

@@ -36,7 +36,7 @@ def estimated_tokens(body: Mapping[str, Any], longest: int) -> int:
         longest: reply, tokens, where the request has no limit.
     """
     num_bytes = sum(len(message["content"].encode("utf-8", "replace")) for message in body["messages"])
-    limits = [int(body[name]) for name in LIMITS if body.get(name) is not None]
+    limits = [body[name] for name in LIMITS if isinstance(body.get(name), int)]
     return num_bytes // BYTES_PER_TOKEN + 8 + (min(limits) if limits else longest)
 
 

@@ -26,7 +26,7 @@ class FilterSettings(Settings):
     zero_variance: bool = Field(False, description="drop groups whose rewards are all equal (dynamic sampling, DAPO)")
     by: str | None = Field(
         None, description="the part of the reward that is compared, by its name; default: the total, and with the "
-        "punishment that algorithm.name=dapo adds the first other part"
+        "punishment that algorithm.name=dapo adds the other part, where there is one"
     )  # fmt: skip
     max_refills: int = Field(
         4, ge=1, description="groups dropped for one step, at most, in multiples of run.groups_per_step"
@@ -52,11 +52,13 @@ def useless(summary: GroupSummary, rewards: GroupRewards, mask_truncated: bool, 
 
     Args:
         mask_truncated: as the algorithm has it.
-        by: see :class:`FilterSettings`; a sample in which this part failed is not compared.
+        by: see :class:`FilterSettings`; a sample in which this part failed is not compared, and a group that has
+            none of it, as a task of another kind, by its totals.
     """
     if not may_train(summary, rewards, mask_truncated).any():
         return "no sample may be trained on"
     finished = np.array([reason != "abort" for reason in summary.finish_reasons])
-    compared = rewards.totals if by is None else rewards.parts[by]
-    values = compared[rewards.valid & finished & np.isfinite(compared)]  # without by: what the baseline is taken over
-    return "no spread" if not values.size or np.ptp(values) == 0 else None
+    kept = rewards.valid & finished  # what the baseline is taken over
+    part = None if by is None else rewards.parts[by][kept]
+    values = rewards.totals[kept] if part is None or not np.isfinite(part).any() else part[np.isfinite(part)]
+    return "no spread" if np.ptp(values) == 0 else None
