@@ -106,6 +106,8 @@ def cleared(folder: Path) -> None:
             shutil.rmtree(entry)
         else:
             entry.unlink()
+    if not any(folder.iterdir()):
+        folder.rmdir()
 
 
 def last_line(log: Path) -> str:

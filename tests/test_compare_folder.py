@@ -41,6 +41,19 @@ def test_a_run_whose_folders_are_removed_is_run_again(tmp_path: Path) -> None:
     assert machine.ran[ran:] == ["grpo-seed-0", "grpo-seed-0-eval"] and {row.status for row in rows} == {OK}
 
 
+def test_what_judges_replied_outlives_a_stage_that_failed(tmp_path: Path) -> None:
+    machine = Machine(tmp_path, fails={"dpo-seed-0-eval": "the budget endpoint.num_requests=9 is spent"})
+    machine.compare("compare.algorithms=[dpo]")
+    folder = machine.folder / "dpo-seed-0-eval"
+    (folder / "replies" / "ab").mkdir(parents=True)
+    (folder / "samples.parquet").touch()
+    machine.fails.clear()
+    machine.before = lambda stage: seen.append(sorted(p.name for p in folder.rglob("*")) if folder.exists() else [])
+    seen: list[list[str]] = []
+    machine.compare("compare.algorithms=[dpo]")
+    assert seen == [["ab", "replies"]]
+
+
 def test_checkpoints_and_models_go_unless_models_are_kept(tmp_path: Path) -> None:
     machine = Machine(tmp_path)
     machine.compare("compare.algorithms=[grpo]")
