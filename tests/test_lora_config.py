@@ -38,6 +38,7 @@ from launch.demands import estimates, role_demands
 from launch.estimate import estimate_learner
 from launch.merge import merge_adapter
 from launch.overrides import load_config
+from launch.prepare import prepare
 from launch.tuning_place import reference_demands
 from trainers.algorithms import AlgorithmSettings
 from trainers.comparisons import ComparisonTable, write_comparisons
@@ -110,6 +111,12 @@ def test_an_unknown_target_is_refused_with_the_layers_there_are(base: str) -> No
     line = str(refused.value)
     assert "model.lora.target_modules = 'c_attn'" in line
     assert "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj" in line and "lm_head" not in line
+
+
+def test_the_layers_of_a_critics_adapter_are_looked_for_before_anything_starts() -> None:
+    ppo = ("algorithm.name=ppo", "critic.lora.rank=4", "critic.lora.target_modules=[c_attn]")
+    with pytest.raises(InputError, match="critic.lora.target_modules = 'c_attn': the model has no linear layer"):
+        prepare(load_config("cpu-two-by-two", ppo).config)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 import math
 import tempfile
-import traceback
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -167,18 +166,16 @@ def one_rank(rank: int, port: int, folder: str) -> None:
     torch.set_num_threads(1)
     found: dict[str, Any] = {}
     for name, task in TASKS.items():
-        try:
-            found |= task(name, port, folder)
-        except Exception:  # of one of them; the others are still looked at
-            found[name] = traceback.format_exc()
-    torch.save(found, Path(folder) / "found.pt")
+        found |= task(name, port, folder)
+        torch.save(found, Path(folder) / "found.pt")
 
 
 # --- in the test's process ------------------------------------------------------------------------
 
 
 @functools.cache
-def everything() -> dict[str, Any]:
+def everything() -> tuple[dict[str, Any], str | None]:
+    """(what was found by name, what went wrong after it)."""
     tokenizer = load_tokenizer(resolve_model(MODEL))
     with tempfile.TemporaryDirectory(prefix="burnish-lora-") as folder:
         for loss in PREFERENCES:
@@ -189,16 +186,15 @@ def everything() -> dict[str, Any]:
         write_comparisons(pairs, Path(folder) / "reward" / "train.arrow")
         write_examples(Path(folder) / "examples.arrow", examples())
         wrong = run_ranks(one_rank, 1, free_port(), folder, deadline_s=DEADLINE_S)
-        assert wrong is None, wrong
-        found: dict[str, Any] = torch.load(Path(folder) / "found.pt", weights_only=False)
-        return found
+        there = Path(folder) / "found.pt"
+        return (torch.load(there, weights_only=False) if there.exists() else {}), wrong
 
 
 def found_for(name: str) -> dict[str, Any]:
-    found = everything()[name]
-    if isinstance(found, str):
-        pytest.fail(found)
-    return dict(found)
+    found, wrong = everything()
+    if name not in found:
+        pytest.fail(f"{wrong}, after {', '.join(found) or 'nothing'}")
+    return dict(found[name])
 
 
 @pytest.mark.parametrize("name", ALL)
