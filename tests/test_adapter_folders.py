@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from reward_model_kit import make_folder
 from safetensors.torch import load_file, save_file
 from test_lora import LORA, hf_logits, moved, other_base, policy_of
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -22,6 +23,8 @@ from actors.adapter_files import CONFIG, WEIGHTS, read_header
 from actors.lora_settings import LoRASettings
 from actors.model_folders import resolve_model
 from actors.modeling import load_tokenizer
+from actors.reward_model import check_reward_model
+from actors.settings import RewardModelSettings
 from launch.adapter_start import PLAIN, check_plain, model_name
 from launch.adapters import check_policy
 from launch.cli import main
@@ -181,6 +184,17 @@ def test_an_adapter_is_one_also_with_the_configuration_of_its_base_beside_it(bas
     shutil.copy2(Path(base) / "model.safetensors", tmp_path / "a")
     with pytest.raises(InputError, match="beside a whole model, and transformers would load that adapter too"):
         trained_on(tmp_path / "a")
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_an_adapter_is_no_reward_model_also_with_the_configuration_of_one_beside_it(
+    base: str, beside: bool, tmp_path: Path
+) -> None:
+    by_peft(base, tmp_path / "a", AutoModelForSequenceClassification, task_type="SEQ_CLS")
+    if beside:
+        make_folder(tmp_path / "a")
+    with pytest.raises(InputError, match=r"reward_models.taste.path = .*is an adapter.*burnish merge"):
+        check_reward_model(RewardModelSettings(name="taste", path=str(tmp_path / "a")), load_tokenizer(base))
 
 
 # --- another base ---------------------------------------------------------------------------------

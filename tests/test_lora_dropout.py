@@ -13,11 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from preference_kit import comparisons, tokenizer
+from preference_kit import bare_rank, comparisons, tokenizer
 from test_gradient_invariance import MAX_TOKENS, TEMPERATURE, recorded_batch
 from test_lora import moved, policy_of
 
-from actors import preference_learner
 from actors.adapter_export import AdapterCopy
 from actors.adapter_reference import AdapterReference
 from actors.critic import CriticLearner
@@ -26,11 +25,10 @@ from actors.learner import DeepSpeedLearner
 from actors.lora_settings import LoRAPlan, LoRASettings
 from actors.model_folders import resolve_model
 from actors.preference_learner import PreferenceLearner
-from actors.reference_pass import ReferencePass
 from actors.scalar_model import load_scalar
 from actors.settings import LearnerSettings, SamplingSettings
 from trainers.algorithms import AlgorithmSettings
-from trainers.comparisons import ComparisonTable, write_comparisons
+from trainers.comparisons import write_comparisons
 from trainers.experience import decode_logprobs
 from trainers.preference_training import PreferenceSettings
 
@@ -47,36 +45,21 @@ def base() -> str:
     return resolve_model("builtin:tiny-llama")
 
 
-def stand_in(model: Any) -> Any:
-    """One rank's engine."""
-    return SimpleNamespace(
-        world_size=1, forward=model, set_boundary=lambda is_last: None, step=lambda lr: 1.0,
-        engine=SimpleNamespace(module=model), backward=lambda loss: loss.backward(),
-    )  # fmt: skip
-
-
 def preference_rank(base: str, folder: Path, loss: str, tokenizer: Any, monkeypatch: Any) -> PreferenceLearner:
     """A rank whose policy has moved away from the adapter that it started from, which is its reference."""
     start = folder / "start"
     AdapterCopy(moved(policy_of(base, NOISY)).adapter)(start)
     policy = moved(policy_of(base, NOISY, start=str(start), reference=True), 0.4, seed=9).train()
     write_comparisons(comparisons(loss, tokenizer), folder / "train.arrow")
-    monkeypatch.setattr(preference_learner.dist, "all_reduce", lambda tensor: None)
-    rank = PreferenceLearner.__new__(PreferenceLearner)
-    rank.rank, rank.device, rank.share_prompts, rank.num_steps, rank.adapter = 0, CPU, True, 10, policy.adapter
-    rank.settings = LearnerSettings(token_budget=300)
-    rank.algorithm = PreferenceSettings(name="dpo", loss=loss)  # type: ignore[arg-type]
-    rank.engine = stand_in(policy)
-    table = ComparisonTable(folder / "train.arrow")
-    rank._tables, rank._reference, rank._own = {"train": table, "held_out": table}, {}, ReferencePass(rank)
-    return rank
+    files = dict.fromkeys(("train", "held_out"), folder / "train.arrow")
+    return bare_rank(policy, PreferenceSettings(name="dpo", loss=loss), files, monkeypatch, lr=0)  # type: ignore[arg-type]
 
 
 def test_dropout_is_on_where_a_gradient_is_taken(
     base: str, tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rank = preference_rank(base, tmp_path, "sigmoid", tokenizer, monkeypatch)
-    losses = {rank.update(range(9), i)["loss"] for i in range(3)}  # no step changes anything
+    losses = {rank.update(range(9), i)["loss"] for i in range(3)}  # no step moves anything
     assert len(losses) == 3, "the other tests say nothing"
 
 
@@ -103,7 +86,8 @@ def rank_of_batches(kind: Any, model: Any, algorithm: AlgorithmSettings) -> Any:
     rank = kind.__new__(kind)
     rank.rank, rank.device, rank.share_prompts, rank.payload_deadline_s = 0, CPU, True, 10.0
     rank.adapter, rank.settings, rank.algorithm = model.adapter, LearnerSettings(token_budget=64), algorithm
-    rank.engine, rank.sampling = stand_in(model), SamplingSettings(temperature=TEMPERATURE, max_tokens=MAX_TOKENS)
+    rank.engine = SimpleNamespace(world_size=1, forward=model, engine=SimpleNamespace(module=model))
+    rank.sampling = SamplingSettings(temperature=TEMPERATURE, max_tokens=MAX_TOKENS)
     rank.everyone = lambda mine: mine
     return rank
 

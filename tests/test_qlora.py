@@ -10,35 +10,30 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from preference_kit import comparisons, tokenizer
+from preference_kit import bare_rank, comparisons, tokenizer
 from preference_kit import run as run_preferences
 from test_end_to_end import SMALL, Start, start
 from test_lora import CPU, LORA, logprobs, moved, policy_of, sums, texts
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from actors import preference_learner
 from actors.adapted_model import TrainedModelSettings
 from actors.adapter_export import AdapterCopy, export_adapter
 from actors.adapter_files import WEIGHTS, read_header
 from actors.lora_settings import QUANTIZED_BYTES, LoRAPlan
 from actors.model_folders import resolve_model
 from actors.modeling import load_policy
-from actors.preference_learner import PreferenceLearner
 from actors.quantization import dequantised, is_packed
-from actors.reference_pass import ReferencePass
 from actors.scalar_model import load_scalar
 from actors.sequence_packing import text_pack
-from actors.settings import LearnerSettings
 from launch.adapters import check_policy
 from launch.cli import main
-from trainers.comparisons import ComparisonTable, write_comparisons
+from trainers.comparisons import write_comparisons
 from trainers.errors import InputError
 from trainers.preference_training import PreferenceSettings
 
@@ -208,23 +203,8 @@ def test_dpo_on_a_quantised_base_starts_at_ln_2_and_leaves_its_every_bit(
     before, read = frozen_bits(policy), sums(policy)
     started = {name: p.detach().clone() for name, p in policy.adapter.matrices()}  # type: ignore[union-attr]
     write_comparisons(comparisons("sigmoid", tokenizer), tmp_path / "train.arrow")
-    monkeypatch.setattr(preference_learner.dist, "all_reduce", lambda tensor: None)
-    rank = PreferenceLearner.__new__(PreferenceLearner)
-    rank.rank, rank.device, rank.share_prompts, rank.num_steps, rank.adapter = 0, CPU, True, 10, policy.adapter
-    rank.settings, rank.algorithm = LearnerSettings(token_budget=300), PreferenceSettings(name="dpo", loss="sigmoid")
-    optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=1e-2)
-
-    def step(lr: float) -> float:
-        optimizer.step()
-        optimizer.zero_grad()
-        return 1.0
-
-    rank.engine = SimpleNamespace(  # type: ignore[assignment]
-        world_size=1, forward=policy, set_boundary=lambda is_last: None, step=step,
-        engine=SimpleNamespace(module=policy), backward=lambda loss: loss.backward(),
-    )  # fmt: skip
-    rank._tables, rank._reference = {"train": ComparisonTable(tmp_path / "train.arrow")}, {}
-    rank._own = ReferencePass(rank)
+    algorithm = PreferenceSettings(name="dpo", loss="sigmoid")
+    rank = bare_rank(policy, algorithm, {"train": tmp_path / "train.arrow"}, monkeypatch)
     losses = [rank.update(range(9), i)["loss"] for i in range(5)]
     # Rounding flips some of the eight bits that int8 gives what a layer is given; the reference is in another pack.
     within = 1e-3 if kind == "int8" else 1e-5
