@@ -81,7 +81,7 @@ def check_all_linear(settings: LoRASettings, model: nn.Module, linears: Mapping[
     if settings.target_modules != ALL_LINEAR:
         return
     fused = fused_weights(model)
-    share = sum(map(math.prod, fused.values())) / sum(p.numel() for p in model.parameters())
+    share = sum(math.prod(shape) for shape in fused.values()) / sum(p.numel() for p in model.parameters())
     if share < FUSED_SHARE:
         return
     kinds = list(dict.fromkeys(re.sub(r"\d+", "N", name) for name in fused))
