@@ -23,6 +23,9 @@ class TrainedModelSettings(ModelSettings):
     base: str | None = Field(
         None, description="where path is an adapter, the folder of its base; default: the one that the adapter names"
     )
+    base_checked: bool = Field(
+        False, description="base is what the adapter was trained on, though the adapter calls it by another name"
+    )
 
     @model_validator(mode="after")
     def _only_with_lora(self) -> Self:
@@ -30,6 +33,8 @@ class TrainedModelSettings(ModelSettings):
             value = getattr(self, name)
             if value is not None and self.lora is None:
                 raise ValueError(f"{name}={value}: {why}; set lora (for instance rank: 16), or leave {name} out")
+        if self.base_checked and self.base is None:
+            raise ValueError("base_checked=true: no base is given; set base, or leave base_checked out")
         return self
 
 

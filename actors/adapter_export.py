@@ -22,10 +22,10 @@ class AdapterCopy:
 
     def __init__(self, adapter: Adapter) -> None:
         self._tensors = {name: p.detach().to("cpu", torch.float32, copy=True) for name, p in adapter.trained()}
-        self._config, self._base = adapter.describe(), adapter.base_path
+        self._config, self._base, self._quantization = adapter.describe(), adapter.base_path, adapter.plan.quantization
 
     def __call__(self, folder: Path) -> dict[str, FileEntry]:
-        return write_adapter(folder, self._tensors, self._config, base_fingerprint(self._base))
+        return write_adapter(folder, self._tensors, self._config, base_fingerprint(self._base), self._quantization)
 
 
 def export_adapter(adapter: Adapter, directory: Path, dtype: torch.dtype) -> None:

@@ -1,7 +1,8 @@
 """Adapter folders in peft's format: adapter_model.safetensors and adapter_config.json.
 
-They also say which base they belong to: a fingerprint of it stands in the metadata of the safetensors file, where
-other readers pass it over.  May import: torch, safetensors, cluster.{low_rank, manifest}, trainers.errors.
+They also say which base they belong to and in which precision it was: a fingerprint and the kind of quantisation stand
+in the metadata of the safetensors file, where other readers pass them over.
+May import: torch, safetensors, cluster.{low_rank, manifest}, trainers.errors.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import hashlib
 import json
 import struct
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +25,27 @@ from trainers.errors import InputError
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # that peft puts before the names of the model it wraps
 BASE = "burnish_base"  # key of the base's fingerprint in the metadata of WEIGHTS
+QUANTIZATION, UNQUANTIZED = "burnish_quantization", "none"  # key and value beside it: how the base was quantised
 READ_BYTES = 4096  # of each tensor that go into the fingerprint of a base
 
 
+@dataclass(frozen=True, slots=True)
+class AdapterHeader:
+    """What the header of an adapter's weights says; None: nothing, as of an adapter that another tool wrote."""
+
+    shapes: dict[str, tuple[int, ...]]  # of every tensor, by its name in the model
+    base: str | None  # fingerprint of the base
+    quantization: str | None  # of the base while the adapter was trained, or UNQUANTIZED
+
+
 def is_adapter(folder: str | Path) -> bool:
-    """Whether a folder holds an adapter, and no whole model."""
-    return (Path(folder) / CONFIG).is_file() and not (Path(folder) / "config.json").is_file()
+    """Whether a folder holds an adapter, and no whole model.
+
+    Some tools write the base's config.json beside an adapter: weights tell, not that file.
+    """
+    here = Path(folder)
+    is_whole = (here / "config.json").is_file() and any(here.glob("model*.safetensors*"))
+    return (here / CONFIG).is_file() and not is_whole
 
 
 @functools.lru_cache(maxsize=8)
@@ -62,14 +79,16 @@ def _header(path: Path) -> tuple[int, dict[str, Any]]:
 
 
 def write_adapter(
-    folder: Path, tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any], base: str
-) -> dict[str, FileEntry]:
+    folder: Path, tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any], base: str,
+    quantization: str | None = None,
+) -> dict[str, FileEntry]:  # fmt: skip
     """Write an adapter that peft loads; its files by name, on the disk on return.
 
     Args:
         tensors: by their name in the model, ``LAYER.lora_A.weight`` and so on; on the host.
         config: of adapter_config.json.
         base: :func:`base_fingerprint` of the base.
+        quantization: of the base that it was trained on; None: as it lies on the disk.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
@@ -77,7 +96,8 @@ def write_adapter(
     folder.mkdir(parents=True, exist_ok=True)
     named = {PREFIX + name: tensor.contiguous() for name, tensor in tensors.items()}
     try:
-        save_file(named, str(folder / WEIGHTS), metadata={"format": "pt", BASE: base})
+        known = {"format": "pt", BASE: base, QUANTIZATION: quantization or UNQUANTIZED}
+        save_file(named, str(folder / WEIGHTS), metadata=known)
     except SafetensorError as error:  # how it says that the disk is full
         raise OSError(f"{folder / WEIGHTS} cannot be written: {error}") from error
     (folder / CONFIG).write_text(json.dumps(dict(config), indent=2, sort_keys=True, default=str) + "\n")
@@ -95,8 +115,8 @@ def read_adapter(folder: str | Path) -> dict[str, torch.Tensor]:
     return {name.removeprefix(PREFIX): t for name, t in load_file(str(Path(folder) / WEIGHTS)).items()}
 
 
-def adapter_shapes(folder: str | Path, field: str = "model.path") -> tuple[dict[str, tuple[int, ...]], str | None]:
-    """(shape of every tensor by its name in the model, fingerprint of the base where it is known), unread.
+def read_header(folder: str | Path, field: str = "model.path") -> AdapterHeader:
+    """The header of an adapter's weights; no tensor is read.
 
     Raises:
         InputError: the file is missing or cannot be read.
@@ -108,7 +128,8 @@ def adapter_shapes(folder: str | Path, field: str = "model.path") -> tuple[dict[
     except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
         reason = f"its {WEIGHTS} cannot be read ({error})"
         raise InputError(field, str(folder), reason, "copy the adapter again") from error
-    return shapes, (header.get("__metadata__") or {}).get(BASE)
+    known = header.get("__metadata__") or {}
+    return AdapterHeader(shapes, known.get(BASE), known.get(QUANTIZATION))
 
 
 def read_config(folder: str | Path, field: str = "model.path") -> dict[str, Any]:
@@ -125,4 +146,6 @@ def read_config(folder: str | Path, field: str = "model.path") -> dict[str, Any]
         raise InputError(field, str(folder), reason, "copy the adapter again") from error
     if kind != "LORA":
         raise InputError(field, str(folder), f"is an adapter of kind {kind}", "use a LoRA adapter")
+    if missing := [name for name in ("r", "lora_alpha") if not isinstance(found.get(name), int | float)]:
+        raise InputError(field, str(folder), f"its {CONFIG} says no {missing[0]}", "copy the adapter again")
     return dict(found)

@@ -96,10 +96,14 @@ class BatchRank(EngineRank):
 
         Shared, because packing differs between minibatches: any rank may need any sample later.
         """
-        mine = score_samples(
-            score, prompts, completions, groups, self.settings.token_budget, self.share_prompts, self.device,
-            self.engine.world_size, self.rank,
-        )  # fmt: skip
+        # Without dropout: these are compared with what generators and references say, and they have none.  That the
+        # ratio of the first minibatch is 1 takes more, training passes without it: lora.dropout is refused in runs
+        # that sample (actors/adapted_model.py).
+        with self.evaluating():
+            mine = score_samples(
+                score, prompts, completions, groups, self.settings.token_budget, self.share_prompts, self.device,
+                self.engine.world_size, self.rank,
+            )  # fmt: skip
         rows = self.everyone(mine)
         return [rows[i] for i in range(len(completions))]
 

@@ -305,8 +305,9 @@ class DeepSpeedLearner(BatchRank):
 
     def score(self, prompts: Sequence[np.ndarray], completions: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Log-probs of given completions under the present weights, on every rank.  For the start-up probe."""
-        rows = score_samples(
-            self._score, prompts, completions, list(range(len(prompts))),
-            self.settings.token_budget, False, self.device,
-        )  # fmt: skip
+        with self.evaluating():
+            rows = score_samples(
+                self._score, prompts, completions, list(range(len(prompts))),
+                self.settings.token_budget, False, self.device,
+            )  # fmt: skip
         return [rows[i] for i in range(len(prompts))]

@@ -9,6 +9,8 @@ trainers.errors.
 from __future__ import annotations
 
 import importlib.util
+import math
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -22,6 +24,7 @@ from actors.quantization import dequantised, is_packed
 from cluster.low_rank import Delta, merge
 from trainers.errors import InputError
 
+FUSED_SHARE = 0.05  # of all parameters; routers, convolutions and learned positions stay far below it
 NAME = "default"  # peft's name of an adapter that is alone
 HEAD = "score"  # of a scalar model: trained whole beside the adapter
 Shape = tuple[int, int]  # [out, in]
@@ -58,6 +61,34 @@ def target_shapes(settings: LoRASettings, linears: Mapping[str, Shape], field: s
             raise InputError(f"{field}.target_modules", target, reason, remedy)
         chosen |= found
     return {name: shape for name, shape in linears.items() if name in chosen}
+
+
+def fused_weights(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of what is multiplied with and is no layer: parameters of two or more axes outside of linear layers
+    and embeddings, such as the experts of a mixture in one tensor.
+    """
+    return {
+        f"{at}.{name}" if at else name: tuple(parameter.shape)
+        for at, module in model.named_modules()
+        if not isinstance(module, nn.Linear | nn.Embedding)
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.ndim >= 2
+    }
+
+
+def check_all_linear(settings: LoRASettings, model: nn.Module, linears: Mapping[str, Shape], field: str) -> None:
+    """InputError where all-linear would leave much of a model as it is, without a word.  ``model``: not quantised."""
+    if settings.target_modules != ALL_LINEAR:
+        return
+    fused = fused_weights(model)
+    share = sum(math.prod(shape) for shape in fused.values()) / sum(p.numel() for p in model.parameters())
+    if share < FUSED_SHARE:
+        return
+    kinds = list(dict.fromkeys(re.sub(r"\d+", "N", name) for name in fused))
+    there = sorted({name.rpartition(".")[2] for name in linears})
+    reason = f"{share:.0%} of the parameters are in no linear layer and would get no adapter: {', '.join(kinds[:4])}"
+    raise InputError(f"{field}.target_modules", ALL_LINEAR, reason,
+                     f"name what to adapt, of {', '.join(there)}, or train it whole: leave lora out")  # fmt: skip
 
 
 def short_names(targets: Iterable[str], linears: Iterable[str]) -> list[str]:
@@ -227,6 +258,9 @@ class Adapter:
     @torch.no_grad()
     def _read(self, folder: str) -> None:
         tensors = read_adapter(folder)
+        if foreign := sorted(tensors.keys() - {name for name, _ in self.trained()}):
+            raise InputError("model.path", folder, f"the adapter holds {foreign[0]}, which the model has no place for",
+                             "merge it into its base with peft and give the merged folder")  # fmt: skip
         for name, parameter in self.trained():
             if name not in tensors or tensors[name].shape != parameter.shape:
                 found = tuple(tensors[name].shape) if name in tensors else None

@@ -135,14 +135,17 @@ class PreferenceLearner(EngineRank):
         }
 
     def _settle_kl(self, batch: PreferenceBatch) -> int:
-        """KTO: the KL of the whole batch, before anything is learned from it.  How many packs that took."""
+        """KTO: the KL of the whole batch, before anything is learned from it.  How many packs that took.
+
+        Measured without dropout, as its reference is: z is of the policy, and dropout would add its own noise to it.
+        """
         if not batch.needs_kl:
             return 0
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         plan = self._plan(batch, mismatched=True)
         for members in plan:
             share = batch.share(members, mismatched=True)
-            with torch.no_grad():
+            with torch.no_grad(), self.evaluating():
                 total += batch.mismatched_ratios(self._logprobs(share), share)
         dist.all_reduce(total)
         batch.settle_kl(float(total))

@@ -157,16 +157,17 @@ class EngineRank:
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Inside, an adapter's dropout is off."""
-        if self.adapter is None:
-            yield
-            return
+        """Inside, dropout is off, an adapter's and the model's own: what is measured is the model that is sampled.
+
+        May be nested: a reference is asked for inside an evaluation.
+        """
         module = cast(nn.Module, self.engine.engine.module)
+        was = module.training
         module.eval()
         try:
             yield
         finally:
-            module.train()
+            module.train(was)
 
     def tensor(self, values: Any) -> torch.Tensor:
         """float32, on this rank's device."""

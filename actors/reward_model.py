@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from actors.adapter_files import CONFIG
 from actors.end_scores import end_scores
 from actors.model_folders import resolve_model
 from actors.modeling import load_tokenizer
@@ -58,6 +59,9 @@ def check_reward_model(settings: RewardModelSettings, policy_tokenizer: Any, max
     field = f"reward_models.{settings.name}"
     given = settings.paths[0]
     path = resolve_model(given)
+    if (Path(path) / CONFIG).is_file():  # transformers would load the adapter, and the base that it names
+        raise InputError(f"{field}.path", given, f"is an adapter, or has {CONFIG} beside a whole model",
+                         "merge it into its base with `burnish merge` and give that folder")  # fmt: skip
     if not (Path(path) / "config.json").is_file():
         raise InputError(f"{field}.path", given, "has no config.json", "give the folder of a reward model")
     config = AutoConfig.from_pretrained(path, local_files_only=True)

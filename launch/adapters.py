@@ -1,6 +1,6 @@
 """The policy of a run that trains it, checked before anything is allocated: a whole model, or an adapter on one.
 
-May import: actors.*, cluster.low_rank, launch.model_facts, trainers.errors.
+May import: actors.*, cluster.low_rank, launch.{adapter_start, model_facts}, trainers.errors.
 """
 
 from __future__ import annotations
@@ -10,14 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from actors.adapted_model import TrainedModelSettings
-from actors.adapter_files import adapter_shapes, base_fingerprint, is_adapter, read_config
+from actors.adapter_files import base_fingerprint, is_adapter, read_config, read_header
 from actors.lora_settings import LoRASettings
 from actors.model_folders import resolve_model
+from launch.adapter_start import FIELD, check_base, check_plain, check_quantization_of, check_settings
 from launch.model_facts import ModelFacts, check_model_folder
 from trainers.errors import InputError
-
-FIELD = "model.path"
-UNSUPPORTED = ("use_dora", "lora_bias", "rank_pattern", "alpha_pattern", "target_parameters")  # of peft's LoraConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,12 +42,15 @@ def base_folder(adapter: str, base: str | None, field: str = FIELD) -> str:
     return folder
 
 
-def check_policy(model: TrainedModelSettings, with_head: bool = False, served_from_disk: bool = False) -> PolicyFolder:
+def check_policy(
+    model: TrainedModelSettings, with_head: bool = False, served_from_disk: bool = False, any_precision: bool = False
+) -> PolicyFolder:
     """Check the folder of the policy, and the adapter that is to be trained on it.
 
     Args:
         with_head: a scalar model is made of it, whose head is trained beside the adapter.
         served_from_disk: generators merge the adapter into the base as it lies on the disk.
+        any_precision: the adapter may have been trained on its base in another precision than ``model`` says.
 
     Raises:
         InputError: the first thing that cannot be used, in one line.
@@ -59,34 +60,46 @@ def check_policy(model: TrainedModelSettings, with_head: bool = False, served_fr
         if model.lora is None:
             remedy = "set model.lora to train it on, or merge it into its base with `burnish merge`"
             raise InputError(FIELD, path, "is an adapter, not a whole model", remedy)
+        said, header = read_config(path), read_header(path)
+        check_plain(said, header, path, with_head)
         path, start = base_folder(path, model.base), path
+        check_base(said, header, model, start, path)
+        if not any_precision:
+            check_quantization_of(header, model)
     elif model.base is not None:
         raise InputError("model.base", model.base, "model.path is a whole model, which has no base", "leave it out")
     facts = check_model_folder(path)
     if model.lora is None:
         return PolicyFolder(path, None, facts)
-    from actors.lora import num_adapter_params, target_shapes
+    from actors.lora import linear_shapes, num_adapter_params, skeleton
     from actors.quantization import check_quantization
 
     if model.quantization is not None:
         check_quantization(model.quantization)
-    linears, names = _model_names(path)
-    targets = target_shapes(model.lora, linears, "model.lora")
+    bare = skeleton(path)
+    linears = linear_shapes(bare)
+    targets = checked_targets(model.lora, bare, "model.lora")
     if start is not None:
-        _check_start(start, path, model.lora, targets, with_head)
+        check_settings(said, header, model.lora, targets, start, with_head)
     if served_from_disk:
-        _check_names(path, names)
+        _check_names(path, {name: tuple(p.shape) for name, p in bare.named_parameters()})
     num = num_adapter_params(model.lora, targets) + with_head * facts.hidden
     bytes_of_base = _quantized_bytes(model, linears) if model.quantization is not None else None
     return PolicyFolder(path, start, replace(facts, num_adapter_params=num, quantized=bytes_of_base))
 
 
-def _model_names(path: str) -> tuple[dict[str, tuple[int, int]], dict[str, tuple[int, ...]]]:
-    """(shape of each linear layer, shape of every parameter) of the model in a folder, nothing loaded."""
-    from actors.lora import linear_shapes, skeleton
+def checked_targets(lora: LoRASettings, bare: Any, field: str) -> dict[str, tuple[int, int]]:
+    """[out, in] of each layer of the model ``bare`` (:func:`actors.lora.skeleton`) that gets an adapter.
 
-    model = skeleton(path)
-    return linear_shapes(model), {name: tuple(p.shape) for name, p in model.named_parameters()}
+    Raises:
+        InputError: a target that the model does not have, or all-linear where that is not what the model consists of.
+    """
+    from actors.lora import check_all_linear, linear_shapes, target_shapes
+
+    linears = linear_shapes(bare)
+    targets = target_shapes(lora, linears, field)
+    check_all_linear(lora, bare, linears, field)
+    return targets
 
 
 def _quantized_bytes(model: TrainedModelSettings, linears: dict[str, tuple[int, int]]) -> tuple[int, int]:
@@ -106,40 +119,6 @@ def _check_names(path: str, names: dict[str, tuple[int, ...]]) -> None:
         reason = f"{path} has its weights under other names than the model ({missing[0]} is not among them), so "
         reason += "generators cannot merge an adapter into them"
         raise InputError("push.lora", "adapter", reason, "set push.lora=merged")
-
-
-def _check_start(
-    start: str, base: str, lora: LoRASettings, targets: dict[str, tuple[int, int]], with_head: bool
-) -> None:
-    """InputError where the adapter in ``start`` was not trained on ``base``, or not with these settings."""
-    said, (shapes, fingerprint) = read_config(start), adapter_shapes(start)
-    if fingerprint is not None and fingerprint != base_fingerprint(base):
-        raise InputError(FIELD, start, f"the adapter was trained on another base than {base}",
-                         "set model.base to the base it was trained on")  # fmt: skip
-    ours = {
-        "rank": (lora.rank, said.get("r")), "alpha": (lora.alpha, said.get("lora_alpha")),
-        "rslora": (lora.rslora, bool(said.get("use_rslora"))),
-    }  # fmt: skip
-    for name, (asked, found) in ours.items():
-        if asked != found:
-            raise InputError(f"model.lora.{name}", asked, f"the adapter in model.path has {found}",
-                             f"set model.lora.{name}={found}")  # fmt: skip
-    odd = [name for name in UNSUPPORTED if said.get(name)]
-    if odd:
-        raise InputError(FIELD, start, f"the adapter uses {odd[0]}, which is not supported", "use a plain LoRA adapter")
-    expected: dict[str, tuple[int, ...]] = {}
-    for name, (rows, columns) in targets.items():
-        expected |= {f"{name}.lora_A.weight": (lora.rank, columns), f"{name}.lora_B.weight": (rows, lora.rank)}
-    found_there = {name: shape for name, shape in shapes.items() if ".lora_" in name}
-    for name in sorted(expected.keys() | found_there.keys()):
-        if expected.get(name) != found_there.get(name):
-            has = f"has {name} of shape {found_there[name]}" if name in found_there else f"has no {name}"
-            needs = f"the model needs shape {expected[name]}" if name in expected else "the model has no place for it"
-            raise InputError(FIELD, start, f"the adapter {has}, {needs}",
-                             "use the adapter's own base, and model.lora.target_modules as it has them")  # fmt: skip
-    if with_head and "score.weight" not in shapes:
-        raise InputError(FIELD, start, "the adapter has no head of a reward model", "start from its base, or from one "
-                         "that a run with algorithm.name=reward exported")  # fmt: skip
 
 
 def adapter_identity(model: TrainedModelSettings) -> dict[str, Any] | None:

@@ -132,6 +132,13 @@ def _parser() -> argparse.ArgumentParser:
     merging.add_argument("adapter", help="its folder: adapter/ of an export, learner/ of a checkpoint, or peft's")
     merging.add_argument("out", help="folder to write")
     merging.add_argument("--base", help="folder of the base model; default: the one that the adapter names")
+    merging.add_argument(
+        "--base-checked", action="store_true", help="--base is the adapter's own, though the adapter calls it otherwise"
+    )
+    merging.add_argument(
+        "--quantization", choices=("none", "nf4", "fp4", "int8"), default=None,
+        help="what the base is quantised with and dequantised from; default: what the adapter was trained on",
+    )  # fmt: skip
     merging.set_defaults(command=_merge)
 
     scaling = commands.add_parser("scale", help="change the number of generators of a live run")
@@ -361,7 +368,10 @@ def _merge(arguments: argparse.Namespace) -> int:
 
     from launch.merge import merge_adapter
 
-    for line in merge_adapter(arguments.adapter, Path(arguments.out), arguments.base):
+    lines = merge_adapter(
+        arguments.adapter, Path(arguments.out), arguments.base, arguments.quantization, arguments.base_checked
+    )
+    for line in lines:
         print(line)
     return 0
 

@@ -45,7 +45,10 @@ def check_model_folder(path: str | Path, field: str = FIELD) -> ModelFacts:
     folder = Path(path).expanduser()
     if not folder.is_dir():
         raise InputError(field, str(path), "there is no such folder on this machine", "give a Hugging Face folder")
-    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+    if (folder / "adapter_config.json").is_file():
+        if (folder / "config.json").is_file() and any(folder.glob("model*.safetensors*")):
+            reason = "holds adapter_config.json beside a whole model, and transformers would load that adapter too"
+            raise InputError(field, str(path), reason, "move the files of the adapter elsewhere")
         raise InputError(field, str(path), "is an adapter, not a whole model",
                          "merge it into its base with `burnish merge` and give that folder")  # fmt: skip
     config = _read_json(folder / "config.json", field)

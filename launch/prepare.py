@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from actors.model_folders import resolve_model
-from launch.adapters import check_policy
+from launch.adapters import check_policy, checked_targets
 from launch.config import RunConfig
 from launch.judging import REPLIES, prepare_judges
 from launch.model_facts import ModelFacts, check_model_folder
@@ -160,6 +160,10 @@ def _critic_path(config: RunConfig, model_path: str, tokenizer: Any) -> str:
     if path != model_path:
         check_model_folder(path, "critic.path")
         same_tokenizer(tokenizer, path, "critic.path", given)
+    if config.critic.lora is not None:
+        from actors.lora import skeleton
+
+        checked_targets(config.critic.lora, skeleton(path), "critic.lora")
     return path
 
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,10 +15,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from actors import preference_learner
 from actors.model_folders import resolve_model
 from actors.modeling import PackedPolicy, load_policy, load_tokenizer
+from actors.preference_learner import PreferenceLearner
+from actors.reference_pass import ReferencePass
+from actors.settings import LearnerSettings
 from launch.journal import read_rows
-from trainers.comparisons import Comparison
+from trainers.comparisons import Comparison, ComparisonTable
 from trainers.labelled_answers import read_preference, with_mismatched
 from trainers.planted_pairs import labelled_rows, preference_rows
 from trainers.preference_training import LABELLED, LOSSES, PreferenceSettings
@@ -85,6 +90,38 @@ def one_by_one(model: Any, batch: Sequence[Comparison]) -> list[list[torch.Tenso
 
 def hf_model() -> Any:
     return AutoModelForCausalLM.from_pretrained(resolve_model(TINY), dtype=torch.float32, local_files_only=True)
+
+
+def bare_rank(
+    policy: PackedPolicy, algorithm: PreferenceSettings, tables: dict[str, Path], monkeypatch: pytest.MonkeyPatch,
+    lr: float = 1e-2,
+) -> PreferenceLearner:  # fmt: skip
+    """A rank with torch's own AdamW in the place of DeepSpeed, alone in its group; with ``lr`` 0 no step moves it."""
+    monkeypatch.setattr(preference_learner.dist, "all_reduce", lambda tensor: None)
+    rank = PreferenceLearner.__new__(PreferenceLearner)
+    rank.rank, rank.device, rank.share_prompts, rank.num_steps = 0, torch.device("cpu"), True, 10
+    rank.settings, rank.algorithm, rank.adapter = LearnerSettings(token_budget=300), algorithm, policy.adapter
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=lr)
+
+    def step(_: float) -> float:
+        norm = torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
+        if lr > 0:
+            optimizer.step()
+        optimizer.zero_grad()
+        return float(norm)
+
+    def backward(loss: torch.Tensor) -> None:
+        loss.backward()  # type: ignore[no-untyped-call]
+
+    rank.engine = SimpleNamespace(  # type: ignore[assignment]
+        world_size=1, forward=policy, set_boundary=lambda is_last: None, backward=backward, step=step,
+        engine=SimpleNamespace(module=policy),
+    )  # fmt: skip
+    rank._tables, rank._reference = {name: ComparisonTable(file) for name, file in tables.items()}, {}
+    if policy.adapter is not None and policy.adapter.plan.reference:
+        rank._own = ReferencePass(rank)
+    return rank
 
 
 # --- whole runs ---------------------------------------------------------------------------------

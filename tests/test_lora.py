@@ -18,7 +18,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from actors.adapter_export import AdapterCopy, export_adapter
-from actors.adapter_files import CONFIG, WEIGHTS, adapter_shapes, base_fingerprint
+from actors.adapter_files import CONFIG, WEIGHTS, base_fingerprint, read_header
 from actors.adapter_source import AdapterSource, MergedSource, weight_source
 from actors.fingerprints import compare, served_manifest
 from actors.lora_settings import LoRAPlan, LoRASettings
@@ -343,8 +343,8 @@ def test_a_checkpoint_holds_the_adapter_as_peft_reads_it_and_its_bytes_are_repor
     assert outcome is not None and outcome.error is None
     assert set(outcome.files) == {"rank-0000.safetensors", WEIGHTS, CONFIG}
     assert all(digest_of(tmp_path / name) == entry.blake2b for name, entry in outcome.files.items())
-    shapes, fingerprint = adapter_shapes(tmp_path)
-    assert fingerprint == base_fingerprint(base) and len(shapes) == 28
+    header = read_header(tmp_path)
+    assert header.base == base_fingerprint(base) and len(header.shapes) == 28
     found = policy_of(base, start=str(tmp_path))
     expected = dict(moved(policy_of(base)).adapter.matrices())
     assert all(torch.equal(p, expected[name]) for name, p in found.adapter.matrices())  # type: ignore[union-attr]

@@ -8,18 +8,17 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from preference_kit import bare_rank
 from test_algorithms_learner import PlainLearner
 from test_gradient_invariance import MAX_TOKENS, recorded_batch
 from test_lora import ATTENTION, LORA, logprobs, moved, other_base, policy_of
 from transformers import AutoModelForCausalLM
 
-from actors import preference_learner
 from actors.adapted_model import TrainedModelSettings
 from actors.adapter_export import AdapterCopy, export_adapter
 from actors.adapter_files import CONFIG
@@ -28,9 +27,7 @@ from actors.experience_batch import ExperienceBatch
 from actors.lora_settings import LoRASettings
 from actors.model_folders import resolve_model
 from actors.modeling import load_policy, load_tokenizer
-from actors.preference_learner import PreferenceLearner
 from actors.reference_pass import ReferencePass
-from actors.settings import LearnerSettings
 from actors.update_totals import UpdateTotals
 from launch.adapters import adapter_identity, check_identity, check_policy
 from launch.cli import main
@@ -38,9 +35,10 @@ from launch.demands import estimates, role_demands
 from launch.estimate import estimate_learner
 from launch.merge import merge_adapter
 from launch.overrides import load_config
+from launch.prepare import prepare
 from launch.tuning_place import reference_demands
 from trainers.algorithms import AlgorithmSettings
-from trainers.comparisons import ComparisonTable, write_comparisons
+from trainers.comparisons import write_comparisons
 from trainers.errors import InputError
 from trainers.experience import encode_logprobs
 from trainers.labelled_answers import read_preference
@@ -110,6 +108,12 @@ def test_an_unknown_target_is_refused_with_the_layers_there_are(base: str) -> No
     line = str(refused.value)
     assert "model.lora.target_modules = 'c_attn'" in line
     assert "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj" in line and "lm_head" not in line
+
+
+def test_the_layers_of_a_critics_adapter_are_looked_for_before_anything_starts() -> None:
+    ppo = ("algorithm.name=ppo", "critic.lora.rank=4", "critic.lora.target_modules=[c_attn]")
+    with pytest.raises(InputError, match="critic.lora.target_modules = 'c_attn': the model has no linear layer"):
+        prepare(load_config("cpu-two-by-two", ppo).config)
 
 
 @pytest.mark.parametrize(
@@ -266,27 +270,13 @@ def test_preference_learning_starts_at_ln_2_and_its_reference_does_not_move(
     ]
     write_comparisons(read, tmp_path / "train.arrow")
     policy = policy_of(base, reference=True)
-    monkeypatch.setattr(preference_learner.dist, "all_reduce", lambda tensor: None)
-    rank = PreferenceLearner.__new__(PreferenceLearner)
-    rank.rank, rank.device, rank.share_prompts, rank.num_steps, rank.adapter = 0, CPU, True, 10, policy.adapter
-    rank.settings, rank.algorithm = LearnerSettings(token_budget=300), PreferenceSettings(name="dpo", loss="sigmoid")
-    optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=1e-2)
-
-    def step(lr: float) -> float:
-        optimizer.step()
-        optimizer.zero_grad()
-        return 1.0
-
-    rank.engine = SimpleNamespace(  # type: ignore[assignment]
-        world_size=1, forward=policy, set_boundary=lambda is_last: None, step=step,
-        engine=SimpleNamespace(module=policy), backward=lambda loss: loss.backward(),
-    )  # fmt: skip
-    rank._tables, rank._reference = {"train": ComparisonTable(tmp_path / "train.arrow")}, {}
-    rank._own = ReferencePass(rank)
+    algorithm = PreferenceSettings(name="dpo", loss="sigmoid")
+    rank = bare_rank(policy, algorithm, {"train": tmp_path / "train.arrow"}, monkeypatch)
     metrics = [rank.update(range(16), i) for i in range(5)]
     assert metrics[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert metrics[-1]["loss"] < 0.6 and metrics[-1]["rewards/margins"] > 0
     assert metrics[0]["learner/reference_s"] > 0
+    assert rank._own is not None
     known = dict(rank._own._known)
     again = ReferencePass(rank)  # the policy has moved on, what it started from has not
     for (_, i), row in known.items():

@@ -5,15 +5,21 @@ from __future__ import annotations
 import functools
 import json
 import math
+import os
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from preference_kit import OVERRIDES
 from preference_kit import run as run_preferences
 from rank_processes import run_ranks
-from test_end_to_end import RUN_S, SMALL, Start, start, trajectories
+from test_algorithms_run import MORE
+from test_end_to_end import REPOSITORY, RUN_S, SMALL, Start, start, trajectories
 from test_gradient_invariance import (
     ALGORITHMS,
     DEADLINE_S,
@@ -26,7 +32,8 @@ from test_gradient_invariance import (
     save,
     settings,
 )
-from transformers import AutoModelForCausalLM
+from test_sft import run as run_sft
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from actors.adapter_export import AdapterCopy
 from actors.lora_settings import LoRAPlan, LoRASettings
@@ -47,6 +54,8 @@ PACKINGS = ((4096, True), (30, False))
 WITH_LORA = (*SMALL, "model.lora.rank=4", "model.lora.alpha=8", "model.dtype=float32", "algorithm.kl_coef=0.05",
              "learner.optimizer.lr=0.01")  # fmt: skip
 STEPS = 3
+# Nats.  The learner that merges sums in another order than the generator; training passes the difference on.
+SERVED = 1e-4
 
 
 # --- DeepSpeed ------------------------------------------------------------------------------------
@@ -154,6 +163,8 @@ def test_a_run_that_pushes_the_adapter_samples_what_one_that_pushes_the_merged_m
     for step in range(1, STEPS + 1):
         a, m = (trajectories(run.folder, step) for run in by.values())
         assert [row["completion_ids"] for row in a] == [row["completion_ids"] for row in m]
+        for ours, theirs in zip(a, m, strict=True):  # what was served is the same model, and not only as likely to say
+            np.testing.assert_allclose(ours["behavior_logprobs"], theirs["behavior_logprobs"], atol=SERVED)
     for run in by.values():
         ready = next(e for e in run.rows("events.jsonl") if e["kind"] == "ready")
         assert ready["num_verified"] > 0 and ready["probe_mean_difference"] < 1e-3
@@ -200,3 +211,72 @@ def test_preference_learning_with_an_adapter_starts_no_reference_and_resumes(tmp
         assert ours["step"] == theirs["step"] and ours.get("loss") == pytest.approx(theirs.get("loss"), abs=1e-5)
     kinds = {json.loads(line)["kind"] for line in (whole / "events.jsonl").read_text().splitlines()}
     assert "reference" not in kinds
+
+
+def only_layers_changed(exported: Path, auto: Any = AutoModelForCausalLM) -> None:
+    """An adapter changes linear layers: of the model that was exported, everything else is the base's."""
+    merged = auto.from_pretrained(exported, dtype=torch.float32).state_dict()
+    base = AutoModelForCausalLM.from_pretrained(resolve_model(MODEL), dtype=torch.float32).state_dict()
+    changed = {name for name in base.keys() & merged.keys() if not torch.equal(base[name], merged[name])}
+    assert len(changed) == 14 and all("_proj." in name for name in changed)
+
+
+@pytest.mark.parametrize("name", ["ppo", "rloo", "remax", "online_dpo"])
+def test_every_way_to_learn_from_samples_trains_an_adapter_to_the_end(start: Start, name: str) -> None:
+    critic = ("critic.lora.rank=4",) if name == "ppo" else ("cluster.backend=in_process",)  # PPO's through Ray
+    steps = 5 if name == "ppo" else STEPS
+    run = start(
+        name, *WITH_LORA, f"algorithm.name={name}", f"run.num_steps={steps}", *critic, *MORE.get(name, ()),
+        "checkpoint.every=0",
+    )  # fmt: skip
+    assert run.end() == 0, run.tail()
+    rows = run.rows("metrics.jsonl")
+    assert len(rows) == steps
+    for row in rows:
+        assert math.isfinite(row["loss"]) and row["ratio/first_minibatch_max_deviation"] < 1e-3
+        assert ("critic/loss" in row) == (name == "ppo") and row["learner/reference_s"] > 0
+    assert any(row.get("grad_norm", 0.0) > 0 for row in rows)
+    only_layers_changed(run.folder / "export" / f"step-{steps:06d}")
+    ready = next(e for e in run.rows("events.jsonl") if e["kind"] == "ready")
+    assert ready["num_verified"] > 0 and "reference" not in json.dumps(ready["layout"])
+
+
+@pytest.mark.parametrize("loss", [loss for loss in OVERRIDES if loss not in ("sigmoid", "robust")])
+def test_every_way_to_learn_from_preferences_trains_an_adapter_to_the_end(tmp_path: Path, loss: str) -> None:
+    folder = run_preferences(tmp_path, loss, "model.lora.rank=4", "learner.optimizer.lr=1e-2")
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert all(math.isfinite(row["loss"]) for row in rows if "loss" in row)
+    assert rows[-1]["eval/loss"] < rows[0]["eval/loss"]
+    (exported,) = (folder / "export").glob("step-*")
+    only_layers_changed(exported)
+
+
+def run_reward(folder: Path, *more: str) -> Path:
+    """One run of `cpu-reward`, in a process of its own."""
+    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+    environment |= {"PYTHONPATH": str(REPOSITORY), "CUDA_VISIBLE_DEVICES": ""}
+    command = [
+        sys.executable, "-m", "launch.cli", "train", "cpu-reward", f"run.directory={folder}", "run.name=reward",
+        f"model.path={MODEL}", "model.dtype=float32", "run.batch_size=8", "data.train.0.args.num=48",
+        "data.eval.args.num=16", "learner.optimizer.schedule=constant", "learner.optimizer.warmup_steps=0",
+        "evaluation.every=0", "cluster.backend=in_process", "telemetry.wandb=disabled", *more,
+    ]  # fmt: skip
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=RUN_S, check=False, cwd=folder
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return folder / "reward"
+
+
+def test_sft_and_reward_training_of_an_adapter_run_to_the_end(tmp_path: Path) -> None:
+    more = ("model.lora.rank=4", "learner.optimizer.lr=1e-2")
+    folder = run_sft(tmp_path, *more, name="sft")
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["eval/loss"] < rows[0]["eval/loss"] - 0.05
+    (exported,) = (folder / "export").glob("step-*")
+    only_layers_changed(exported)
+    folder = run_reward(tmp_path, *more, "run.num_steps=6")
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert rows[1]["loss"] == pytest.approx(math.log(2), abs=1e-5) and rows[-1]["loss"] < math.log(2)
+    (exported,) = (folder / "export").glob("step-*")
+    only_layers_changed(exported, AutoModelForSequenceClassification)

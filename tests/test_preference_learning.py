@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,7 @@ import pytest
 import torch
 from preference_kit import (
     TINY,
+    bare_rank,
     comparisons,
     hf_model,
     one_by_one,
@@ -23,13 +23,11 @@ from preference_kit import (
 )
 from transformers import AutoModelForCausalLM
 
-from actors import preference_learner
 from actors.model_folders import resolve_model
 from actors.modeling import PackedPolicy, load_policy
 from actors.preference_learner import PreferenceLearner
 from actors.preference_objective import PreferenceBatch
-from actors.settings import LearnerSettings
-from trainers.comparisons import Comparison, ComparisonTable, write_comparisons
+from trainers.comparisons import Comparison, write_comparisons
 from trainers.metrics import check
 from trainers.preference_losses import AnswerLogps, mismatched_kl, paired_outcome, unpaired_outcome
 from trainers.preference_training import LOSSES, LossName
@@ -136,26 +134,9 @@ def test_chosen_and_rejected_stay_in_one_pack_with_their_prompt_computed_once(to
 
 
 def make_rank(folder: Path, policy: PackedPolicy, loss: str, monkeypatch: pytest.MonkeyPatch) -> PreferenceLearner:
-    """A rank with torch's own AdamW in the place of DeepSpeed, alone in its group."""
-    monkeypatch.setattr(preference_learner.dist, "all_reduce", lambda tensor: None)
-    rank = PreferenceLearner.__new__(PreferenceLearner)
-    rank.rank, rank.device, rank.share_prompts, rank.num_steps = 0, CPU, True, 10
-    rank.settings, rank.algorithm = LearnerSettings(token_budget=300), settings(loss)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=2e-3)
-
-    def step(lr: float) -> float:
-        norm = torch.nn.utils.get_total_norm([p.grad for p in policy.parameters() if p.grad is not None])
-        optimizer.step()
-        optimizer.zero_grad()
-        return float(norm)
-
-    def backward(loss: torch.Tensor) -> None:
-        loss.backward()  # type: ignore[no-untyped-call]
-
-    rank.engine = SimpleNamespace(  # type: ignore[assignment]
-        world_size=1, forward=policy, set_boundary=lambda is_last: None, backward=backward, step=step
-    )
-    rank._tables = {name: ComparisonTable(folder / f"{name}.arrow") for name in ("train", "held_out")}
+    """A rank on the files of ``folder``."""
+    tables = {name: folder / f"{name}.arrow" for name in ("train", "held_out")}
+    rank = bare_rank(policy, settings(loss), tables, monkeypatch, lr=2e-3)
     files = [folder / f"reference.{name}.parquet" for name in ("train", "held_out")]
     rank._reference = {f.name.split(".")[1]: reference_rows(f) for f in files if f.exists()}
     return rank
