@@ -315,7 +315,7 @@ def test_an_unknown_part_is_refused_with_the_nearest_named(tmp_path: Path) -> No
     for key in ("win_by", "gold", "correct"):
         with pytest.raises(ValidationError, match=f"eval.{key}='acuracy'.*did you mean accuracy"):
             config(tmp_path, eval={**RAW["eval"], key: "acuracy"})
-    with pytest.raises(ValidationError, match="no reward model to judge"):
+    with pytest.raises(ValidationError, match="no reward model and no judge"):
         config(tmp_path, eval={"preferences": "pairs.jsonl"})
     with pytest.raises(ValidationError, match="none may be total"):
         config(tmp_path, reward_models=[{"name": "total", "path": "x"}])
