@@ -358,7 +358,8 @@ def test_writer_and_judge_on_engines_of_their_own_are_read(tmp_path: Path) -> No
     rows = pq.read_table(folder / "sft.parquet").to_pylist()
     assert [row["completion"] for row in rows] == ["ok"] * 4 == [row["revisions"][-1] for row in rows]
     assert {critique for row in rows for critique in row["critiques"]} == {"ok"}
-    assert summary["swap_consistency"] == 0.0, "it likes whatever comes first"
+    assert summary["judge"]["consistency"]["value"] == 0.0, "it likes whatever comes first"
+    assert summary["win_rate"]["value"] == 0.5
 
 
 @pytest.mark.slow
