@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -78,3 +81,11 @@ def pipeline_of(directory: Path) -> Path:
     (directory / "label" / "preferences.parquet").touch()
     (directory / "stages.json").write_text('{"sft": 3.0, "label": 2.0, "reward": 1.0, "ppo": 4.0}')
     return directory
+
+
+def run_quick(directory: Path, *arguments: str) -> None:
+    """``python -m *arguments`` in its quick form, with the real engines, in ``directory``."""
+    command = [sys.executable, "-m", *arguments, "--quick", "--directory", str(directory)]
+    environment = os.environ | {"WANDB_MODE": "offline", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False, env=environment)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from rich.console import Console
-from stage_stub import Machine, pipeline_of
+from stage_stub import Machine, pipeline_of, run_quick
 
 from launch.ensemble_plot import StudyRun, ensemble_plot
 from launch.journal import read_rows
@@ -22,8 +21,6 @@ from scripts import ensemble_study, study
 from scripts.ensemble_study import ENSEMBLE, SINGLE, Study, study_runs
 from trainers.equal_kl import MOVED, KLRun, compare, gold_curves, overall
 from trainers.errors import InputError
-
-ENVIRONMENT = os.environ | {"WANDB_MODE": "offline", "HF_HUB_OFFLINE": "1"}
 
 
 def planted(alpha: float, beta: float, furthest: float, noise: float = 0.0, seed: int = 0) -> KLRun:
@@ -209,11 +206,7 @@ def test_a_study_of_another_length_takes_no_run_of_the_one_before(tmp_path: Path
 def test_the_study_runs_on_a_tiny_model_and_a_second_call_runs_no_stage_again(tmp_path: Path) -> None:
     directory = tmp_path / "pipeline"
 
-    def call(*arguments: str) -> None:
-        command = [sys.executable, "-m", *arguments, "--quick", "--directory", str(directory)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False, env=ENVIRONMENT)
-        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-
+    call = partial(run_quick, directory)
     call("scripts.pipeline")
     call("scripts.study", "--ensemble", "worst_case")
     noted = json.loads((directory / "stages.json").read_text())

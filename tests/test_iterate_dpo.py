@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from stage_stub import ESTIMATE, Machine, pipeline_of
+from stage_stub import ESTIMATE, Machine, pipeline_of, run_quick
 
 from launch import iterate_dpo
 from launch.cli import main
@@ -22,7 +20,6 @@ from launch.recipe_files import read_recipe
 from launch.stages import StageError
 from trainers.errors import InputError
 
-ENVIRONMENT = os.environ | {"WANDB_MODE": "offline", "HF_HUB_OFFLINE": "1"}
 TINY = "builtin:tiny-llama"
 
 
@@ -150,11 +147,7 @@ def test_the_table_has_a_row_a_round_and_a_hole_where_a_number_is_missing(tmp_pa
 def test_rounds_run_on_a_tiny_model_and_a_second_call_runs_no_stage_again(tmp_path: Path) -> None:
     directory = tmp_path / "pipeline"
 
-    def call(*arguments: str) -> None:
-        command = [sys.executable, "-m", *arguments, "--quick", "--directory", str(directory)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False, env=ENVIRONMENT)
-        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-
+    call = partial(run_quick, directory)
     call("scripts.pipeline")
     call("launch.cli", "iterate", "dpo", "--rounds", "1")
     seconds = json.loads((directory / "stages.json").read_text())

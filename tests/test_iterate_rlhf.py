@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from rich.console import Console
-from stage_stub import ESTIMATE, Machine, pipeline_of
+from stage_stub import ESTIMATE, Machine, pipeline_of, run_quick
 
 from launch import iterate_rlhf
 from launch.cli import main
@@ -21,7 +19,6 @@ from launch.iterate_rounds import shown_estimate
 from launch.stages import StageError, Stages
 from trainers.errors import InputError
 
-ENVIRONMENT = os.environ | {"WANDB_MODE": "offline", "HF_HUB_OFFLINE": "1"}
 ROUND = ("held-out", "label", "reward", "policy", "judge")
 TINY = "builtin:tiny-llama"
 OWN = {"label": "cpu-judge-label", "reward": "gpu-8x-reward", "policy": "cpu-pipeline-ppo"}
@@ -182,11 +179,7 @@ def test_the_stages_of_a_plan_have_a_deadline_of_their_own_kind(
 def test_two_rounds_run_on_a_tiny_model_and_a_second_call_runs_no_stage_again(tmp_path: Path) -> None:
     directory = tmp_path / "pipeline"
 
-    def call(*arguments: str) -> None:
-        command = [sys.executable, "-m", *arguments, "--quick", "--directory", str(directory)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False, env=ENVIRONMENT)
-        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-
+    call = partial(run_quick, directory)
     call("scripts.pipeline")
     call("launch.cli", "iterate", "rlhf")
     noted = json.loads((directory / "stages.json").read_text())
