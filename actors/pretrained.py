@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import nn
 
 from actors import attention
 from actors.lora_settings import LoRAPlan
@@ -18,7 +19,7 @@ def pretrained(
     auto_class: Any, path: str, dtype: torch.dtype, read_weights: bool = True, lora: LoRAPlan | None = None,
     device: str = "cpu", **config: Any,
 ) -> Any:  # fmt: skip
-    """A model with packed attention.
+    """A model with packed attention and without dropout of its own.
 
     Args:
         auto_class: such as ``AutoModelForCausalLM``.
@@ -35,10 +36,11 @@ def pretrained(
     """
     attention.register()
     if read_weights:
-        return auto_class.from_pretrained(
+        model = auto_class.from_pretrained(
             path, attn_implementation=attention.NAME, local_files_only=True, use_safetensors=True,
             **loading_options(lora, dtype, device), **config,
         )  # fmt: skip
+        return without_dropout(model)
     from transformers import AutoConfig
     from transformers.initialization import no_init_weights
 
@@ -46,4 +48,20 @@ def pretrained(
     with no_init_weights():
         model = auto_class.from_config(known, attn_implementation=attention.NAME, dtype=dtype)
     model.tie_weights()  # goes with the initialisation
+    return without_dropout(model)
+
+
+def without_dropout(model: nn.Module) -> nn.Module:
+    """``model`` with every dropout that its architecture has (GPT-2, OPT) at 0; its ``config`` keeps what it says.
+
+    What is trained is then what was sampled: the ratio of a first minibatch is 1, the first loss of DPO ln 2, and no
+    gradient depends on how a batch was cut up.  Dropped layers are dropout too.  An adapter, which is put in
+    afterwards, has its own (``lora.dropout``).
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in list(vars(module).items()):
+            if "drop" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
     return model

@@ -157,7 +157,7 @@ class EngineRank:
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Inside, dropout is off, an adapter's and the model's own: what is measured is the model that is sampled.
+        """Inside, an adapter's dropout is off: what is measured is the model that is sampled.
 
         May be nested: a reference is asked for inside an evaluation.
         """

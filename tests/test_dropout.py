@@ -1,4 +1,5 @@
-"""What is measured is the policy: dropout is on where a gradient is taken, and nowhere else.
+"""What is measured is the policy: an adapter's dropout is on where a gradient is taken, and nowhere else; a model's
+own is never on.
 
 The learner's own code on a tiny model, with the engine replaced by plain backward passes.
 """
@@ -24,8 +25,10 @@ from actors.experience_batch import ExperienceBatch
 from actors.learner import DeepSpeedLearner
 from actors.lora_settings import LoRAPlan, LoRASettings
 from actors.model_folders import resolve_model
+from actors.modeling import load_policy
 from actors.preference_learner import PreferenceLearner
 from actors.scalar_model import load_scalar
+from actors.sequence_packing import text_pack
 from actors.settings import LearnerSettings, SamplingSettings
 from trainers.algorithms import AlgorithmSettings
 from trainers.comparisons import write_comparisons
@@ -92,8 +95,8 @@ def rank_of_batches(kind: Any, model: Any, algorithm: AlgorithmSettings) -> Any:
     return rank
 
 
-def test_log_probs_before_an_update_have_no_dropout_whatever_a_model_has_of_its_own(base: str) -> None:
-    """Runs that sample refuse an adapter's dropout; a model may have some of its own, as this one is given."""
+def test_log_probs_before_an_update_have_no_dropout(base: str) -> None:
+    """Runs that sample refuse an adapter's dropout; what is measured in them does not rest on that."""
     algorithm = AlgorithmSettings(kl_coef=0.1, num_minibatches=2)
     policy = moved(policy_of(base, NOISY, reference=True)).train()
     rank = rank_of_batches(DeepSpeedLearner, policy, algorithm)
@@ -120,3 +123,43 @@ def test_values_have_no_dropout(base: str) -> None:
         found.append(np.concatenate([row for buffer in buffers for row in decode_logprobs(buffer)]))
     assert np.abs(found[0]).max() > 0.01
     np.testing.assert_array_equal(found[0], found[1])
+
+
+@pytest.fixture(scope="module", params=["gpt2", "opt"])
+def dropping(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A model whose architecture drops activations, attention and, as OPT can, whole layers."""
+    from transformers import GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM
+
+    tokens: dict[str, Any] = {"vocab_size": 64, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    if request.param == "gpt2":
+        model: Any = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=2, n_positions=64, **tokens))
+    else:
+        model = OPTForCausalLM(OPTConfig(
+            hidden_size=32, word_embed_proj_dim=32, num_hidden_layers=2, num_attention_heads=2, ffn_dim=64,
+            max_position_embeddings=64, dropout=0.3, attention_dropout=0.2, layerdrop=0.5, **tokens,
+        ))  # fmt: skip
+    folder = tmp_path_factory.mktemp(request.param)
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("read_weights", [True, False])
+def test_what_is_trained_has_no_dropout_of_the_models_own(dropping: str, read_weights: bool) -> None:
+    policy = load_policy(dropping, 16, read_weights=read_weights).train()
+    if not read_weights:  # as the memory was
+        for weight in policy.parameters():
+            torch.nn.init.normal_(weight, std=0.1)
+    texts = [np.arange(5, 20), np.arange(3, 10)]
+    pack = text_pack((0, 1), texts, [np.arange(len(t)) > 0 for t in texts], CPU)
+    trained = [policy(pack, 1.0)[0] for _ in range(3)]
+    assert all(torch.equal(found, trained[0]) for found in trained)
+    torch.testing.assert_close(trained[0], policy.eval()(pack, 1.0)[0], rtol=0, atol=0)
+
+
+def test_the_config_that_is_exported_keeps_the_models_own_dropout(dropping: str) -> None:
+    from transformers import AutoConfig
+
+    before, after = AutoConfig.from_pretrained(dropping).to_dict(), load_policy(dropping, 16).hf_model.config.to_dict()
+    rates = {key: value for key, value in before.items() if "drop" in key}
+    assert any(rates.values())
+    assert {key: after[key] for key in rates} == rates
