@@ -60,16 +60,21 @@ class _Failure:
     was_sent: bool = False  # whole, and nobody said that it was not taken: it may have been paid for
 
 
-def read_key(settings: EndpointSettings, field: str) -> str | None:
-    """The key, from the environment.  InputError names the variable that is not set."""
-    if settings.api_key_env is None:
+def read_key(
+    variable: str | None, field: str, remedy: str = "export it where the run starts, and on every node that has workers"
+) -> str | None:
+    """The key that the environment has under ``variable``; None without one.
+
+    Raises:
+        InputError: it is not set, or no key; ``field`` is where its name was given.
+    """
+    if variable is None:
         return None
-    key = os.environ.get(settings.api_key_env, "").strip()
+    key = os.environ.get(variable, "").strip()
     if not key:
-        raise InputError(f"{field}.api_key_env", settings.api_key_env, "this variable is not set or empty",
-                         "export it where the run starts, and on every node that has workers")  # fmt: skip
+        raise InputError(field, variable, "this variable is not set or empty", remedy)
     if not (key.isascii() and key.isprintable()):
-        raise InputError(f"{field}.api_key_env", settings.api_key_env, "what is in this variable cannot be a key",
+        raise InputError(field, variable, "what is in this variable cannot be a key",
                          "export the key alone, without line breaks")  # fmt: skip
     return key
 
@@ -104,7 +109,8 @@ class EndpointRespondent:
         clock: Callable[[], float] = time.monotonic, sleep: Callable[[float], Awaitable[Any]] = asyncio.sleep,
     ) -> None:  # fmt: skip
         self.settings, self.usage = settings, Usage()
-        self._key, self._clock, self._sleep = read_key(settings, field), clock, sleep
+        self._key = read_key(settings.api_key_env, f"{field}.api_key_env")
+        self._clock, self._sleep = clock, sleep
         self._cache, self._account = ReplyCache(cache), Account(account or cache, field)
         self._limit = RateLimit(settings.requests_per_minute, settings.tokens_per_minute)
         self._budget = Budget(settings.num_requests, settings.num_tokens, self._account.spent())

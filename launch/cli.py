@@ -85,6 +85,10 @@ def _parser() -> argparse.ArgumentParser:
     answering.add_argument("--resume", action="store_true", help="go on with the run of this name where it was")
     answering.set_defaults(command=_answer)
 
+    serving = commands.add_parser("serve", help="answer requests over HTTP with the best of n samples")
+    _recipe_arguments(serving)
+    serving.set_defaults(command=_serve)
+
     revision = commands.add_parser("revise", help="have answers criticised and revised by a constitution")
     _recipe_arguments(revision)
     revision.add_argument("--resume", action="store_true", help="go on with the run of this name where it was")
@@ -235,6 +239,16 @@ def _answer(arguments: argparse.Namespace) -> int:
         answer_prompts(resolved.config, _console(), arguments.resume)
     else:
         answer_one(resolved.config, arguments.prompt, _console(), arguments.resume)
+    return 0
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    resolved = _resolved(arguments, "serve")
+    if resolved is None:
+        return 0
+    from launch.serve import serve
+
+    serve(resolved.config, _console())
     return 0
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 
-def rows(prompts: Sequence[str]) -> list[dict[str, str]]:
-    """A row a prompt."""
+def rows(prompts: Sequence[Any]) -> list[dict[str, Any]]:
+    """A row a prompt, text or messages."""
     return [{"prompt": prompt} for prompt in prompts]

@@ -68,7 +68,7 @@ def probe_endpoint(settings: EndpointSettings, field: str) -> None:
     Raises:
         InputError: the key is not there, or the endpoint is down, slow, busy, or answers nonsense.
     """
-    read_key(settings, field)
+    read_key(settings.api_key_env, f"{field}.api_key_env")
 
     async def probe() -> None:
         # The cache is not touched: a start that is refused leaves nothing behind.

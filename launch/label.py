@@ -25,10 +25,9 @@ from rich.console import Console
 from rich.table import Table
 
 from actors.endpoint import EndpointRespondent
-from actors.respondents import PAYLOAD_DEADLINE_S
-from cluster.transport import fetch
+from launch.candidates import sample_candidates
 from launch.label_config import LabelConfig
-from launch.label_fleet import LabelFleet, start_fleet
+from launch.label_fleet import start_fleet
 from launch.label_prepare import (
     CONFIG,
     MANIFEST,
@@ -40,16 +39,12 @@ from launch.label_prepare import (
     prepare_label,
 )
 from launch.label_records import RecordFile, Summary, preferences, record_of, schema, write_preferences
-from launch.label_sources import merge
 from launch.progress import duration
 from launch.prompts import PromptStream
 from launch.redaction import redact
 from launch.run_folder import only_process_in
 from trainers.asking import Usage
 from trainers.errors import InputError
-from trainers.experience import Prompt, TrajectoryGroup, decode_group
-from trainers.protocols import GroupRequest
-from trainers.sampling_seeds import sample_seed
 
 NUM_LINES = 20  # of progress where the output is no terminal
 OVERSUPPLY = 2  # candidates in flight for each place in an engine: none runs dry while others are labelled
@@ -131,7 +126,9 @@ async def _label_all(
         async def lane() -> None:
             for position in waiting:
                 prompt, turn = stream.at(position), stream.occurrence(position)
-                group, temperatures = await _sample(config, fleet, position, prompt, turn)
+                group, temperatures = await sample_candidates(
+                    fleet.generator, prompt, config.sampling, config.run.seed, turn, str(position)
+                )
                 labels, notes = await fleet.labeller.label(group, turn)
                 records.append(record_of(position, turn, group, temperatures, labels, notes))
                 progress.done(sum(t.num_tokens for t in group.trajectories))
@@ -147,32 +144,6 @@ async def _label_all(
         progress.close()
         await fleet.close()
     return fleet.respondent.usage if isinstance(fleet.respondent, EndpointRespondent) else None
-
-
-async def _sample(
-    config: LabelConfig, fleet: LabelFleet, position: int, prompt: Prompt, turn: int
-) -> tuple[TrajectoryGroup, list[float]]:
-    """(the K candidates of one prompt, the temperature of each)."""
-    sampling = config.sampling
-    temperatures = [sampling.temperatures[i % len(sampling.temperatures)] for i in range(sampling.num_candidates)]
-
-    async def at(temperature: float) -> tuple[list[int], TrajectoryGroup]:
-        indices = [i for i, t in enumerate(temperatures) if t == temperature]
-        generated = await fleet.generator.generate(
-            GroupRequest(
-                group_id=f"{position}@{temperature}",
-                prompt=prompt,
-                num_samples=len(indices),
-                seeds=tuple(sample_seed(config.run.seed, prompt.prompt_id, i, turn) for i in indices),
-                temperature=temperature or 1.0,
-                max_tokens=sampling.max_tokens,
-                greedy=temperature == 0,
-            )
-        )
-        return indices, decode_group(fetch(generated.payload, PAYLOAD_DEADLINE_S))
-
-    groups = await asyncio.gather(*(at(temperature) for temperature in dict.fromkeys(temperatures)))
-    return merge(groups, str(position), sampling.num_candidates), temperatures
 
 
 # --- results ------------------------------------------------------------------------------------

@@ -82,7 +82,7 @@ def expect_command(config: object, command: str, recipe: str) -> None:
     raw = config if isinstance(config, dict) else {}
     kinds = ((name, name in raw or isinstance(config, kind)) for name, kind in SECTION_KINDS.items())
     own = next((name for name, is_own in kinds if is_own), "train")
-    if own != command and (own, command) != ("select", "answer"):
+    if own != command and (own, command) not in (("select", "answer"), ("select", "serve")):
         what = {"label": "labels", "eval": "evaluates", "revise": "revises", "select": "selects",
                 "compare": "compares", "train": "trains"}  # fmt: skip
         raise InputError("recipe", recipe, f"{what[own]}, and `burnish {command}` does not", f"use `burnish {own}`")

@@ -24,6 +24,7 @@ from launch.label_records import write_preferences
 from launch.select_config import SelectConfig
 from launch.select_records import Selection, answer_rows, answer_schema, sft_rows, sft_schema
 from trainers.errors import InputError
+from trainers.prompt_format import Messages
 
 SFT, ANSWERS = "sft", "answers"
 
@@ -77,7 +78,7 @@ def answer_one(config: SelectConfig, prompt: str, console: Console, resume: bool
     return row
 
 
-def of_one_prompt(config: SelectConfig, prompt: str, folder: str) -> SelectConfig:
+def of_one_prompt(config: SelectConfig, prompt: str | Messages, folder: str) -> SelectConfig:
     """``config`` with ``prompt`` in place of its dataset, run below ``folder``."""
     train = DatasetSettings(function="launch.given_prompts:rows", args={"prompts": [prompt]})
     run = config.run.model_copy(update={"directory": folder, "num_prompts": 1})

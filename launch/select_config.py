@@ -1,4 +1,4 @@
-"""SelectConfig: what ``burnish select`` and ``burnish answer`` sample, who scores it, and what is kept.
+"""SelectConfig: what ``burnish select``, ``answer`` and ``serve`` sample, who scores it, and what is kept.
 
 May import: pydantic and the settings of the other rooms (never torch, ray, vllm or deepspeed).
 """
@@ -18,6 +18,7 @@ from launch.label_config import (
     OutputSettings,
     Positive,
 )
+from launch.serve_config import ServeSettings
 from trainers.settings import Settings
 
 
@@ -60,6 +61,7 @@ class SelectConfig(LabellingSections):
     sampling: DrawSettings = DrawSettings()
     select: SelectSettings = SelectSettings()
     output: SelectedSettings = SelectedSettings()
+    serve: ServeSettings = ServeSettings()
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:

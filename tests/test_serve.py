@@ -1,0 +1,404 @@
+"""``burnish serve``: what may be asked, what comes back, who is let in, and what happens when nobody answers."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import re
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from aiohttp import ClientConnectorError, ClientSession
+from aiohttp.test_utils import TestClient, TestServer
+from pydantic import ValidationError
+from rich.console import Console
+from test_select import TINY, config, raw_config
+
+from actors.endpoint import EndpointRespondent
+from actors.judge_settings import EndpointSettings
+from actors.model_folders import resolve_model
+from actors.modeling import load_tokenizer
+from cluster.errors import WorkerDiedError
+from cluster.transport import put
+from launch.overrides import expect_command
+from launch.select_config import DrawSettings, SelectConfig
+from launch.serve import Service, application, bound, listening, serve
+from launch.serve_config import ServeSettings
+from launch.serve_protocol import ApiError, read_request
+from trainers.asking import Question
+from trainers.errors import EndpointDownError, InputError
+from trainers.experience import Trajectory, TrajectoryGroup, VersionSpan, WeightVersion, encode_group, summarize
+from trainers.labellers import Labels, from_scores
+from trainers.protocols import GeneratedGroup, GroupRequest
+
+ASKED = {"model": "tiny", "messages": [{"role": "user", "content": "Say something."}]}
+RECIPE = DrawSettings(num_candidates=4, max_tokens=8, temperatures=(1.0, 0.5))
+LETTERS = """def letters(completions):
+    return [float(sum(c.isalpha() for c in messages[0]["content"])) for messages in completions]
+"""
+Serving = Callable[[TestClient[Any, Any]], Awaitable[None]]
+
+
+# --- what may be asked ------------------------------------------------------------------------------
+
+
+def asked(fewest: int = 1, **more: Any) -> Any:
+    return read_request({**ASKED, **more}, "tiny", RECIPE, fewest)
+
+
+def test_a_request_takes_from_the_recipe_what_it_does_not_say() -> None:
+    assert asked().sampling == RECIPE and asked().seed is None and asked().messages == ASKED["messages"]
+    found = asked(max_tokens=3, temperature=0, best_of=2, seed=7)
+    assert found.sampling == DrawSettings(num_candidates=2, max_tokens=3, temperatures=(0.0,)) and found.seed == 7
+    assert asked(max_completion_tokens=2).sampling.max_tokens == 2
+
+
+def test_what_decides_nothing_is_taken_and_parts_of_a_text_are_one_text() -> None:
+    assert asked(n=1, stream=False, top_p=1.0, stop=None, user="me", tools=[]).sampling == RECIPE
+    parts = [{"type": "text", "text": "Say "}, {"type": "text", "text": "it."}]
+    assert asked(messages=[{"role": "user", "content": parts}]).messages == [{"role": "user", "content": "Say it."}]
+
+
+@pytest.mark.parametrize(
+    ("more", "param", "words"),
+    [
+        ({"n": 2}, "n", "send 1"),
+        ({"stream": True}, "stream", "send False"),
+        ({"top_p": 0.9}, "top_p", "not supported"),
+        ({"stop": ["x"]}, "stop", "not supported"),
+        ({"guided_json": {}}, "guided_json", "leave it out"),
+        ({"max_tokens": 9}, "max_tokens", "1 to 8"),
+        ({"max_tokens": True}, "max_tokens", "whole number"),
+        ({"best_of": 5}, "best_of", "1 to 4"),
+        ({"temperature": -1}, "temperature", "0 to 2"),
+        ({"temperature": float("nan")}, "temperature", "0 to 2"),
+        ({"seed": "7"}, "seed", "whole number"),
+        ({"messages": []}, "messages", "empty"),
+        ({"messages": "Say it."}, "messages", "list of messages"),
+        ({"messages": [{"role": "poet", "content": "x"}]}, "messages", "no role"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages", "text alone"),
+    ],
+)
+def test_what_cannot_be_honoured_is_refused_by_name(more: dict[str, Any], param: str, words: str) -> None:
+    with pytest.raises(ApiError, match=words) as caught:
+        asked(**more)
+    assert caught.value.status == 400 and caught.value.param == param
+
+
+def test_another_model_is_not_there_and_a_comparing_scorer_needs_two() -> None:
+    with pytest.raises(ApiError, match="ask for 'tiny'") as caught:
+        asked(model="gpt-x")
+    assert caught.value.status == 404
+    with pytest.raises(ApiError, match="2 to 4"):
+        asked(fewest=2, best_of=1)
+    with pytest.raises(ApiError, match="no JSON object"):
+        read_request([ASKED], "tiny", RECIPE, 1)
+
+
+def test_strangers_need_a_key_and_this_machine_does_not() -> None:
+    for host in ("127.0.0.1", "localhost", "::1"):
+        assert ServeSettings(host=host).api_key_env is None
+    for host in ("0.0.0.0", "::", "10.0.0.7", "example.org"):
+        with pytest.raises(ValidationError, match="set api_key_env"):
+            ServeSettings(host=host)
+        assert ServeSettings(host=host, api_key_env="KEY").host == host
+
+
+def test_a_recipe_of_select_is_one_of_serve_and_no_other_is(tmp_path: Path) -> None:
+    expect_command(config(tmp_path), "serve", "recipe")
+    with pytest.raises(InputError, match="use `burnish train`"):
+        expect_command({"run": {}}, "serve", "recipe")
+
+
+def test_what_cannot_be_served_is_refused_before_anything_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quiet = Console(quiet=True)
+    with pytest.raises(InputError, match="one answer, the best"):
+        serve(config(tmp_path, select={"top_k": 2}), quiet)
+    monkeypatch.delenv("SERVE_KEY", raising=False)
+    with pytest.raises(InputError, match=r"serve.api_key_env = 'SERVE_KEY': this variable is not set"):
+        serve(config(tmp_path, serve={"api_key_env": "SERVE_KEY"}), quiet)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(InputError, match="cannot be listened on") as caught:
+            serve(config(tmp_path, serve={"port": port}), quiet)
+        assert caught.value.field == "serve.port"
+    with pytest.raises(InputError, match="is no address"):
+        bound(ServeSettings(host="no.such.host.invalid", api_key_env="KEY"))
+    verifier = {"source": "function", "rewards": [{"function": "reasoning_gym", "args": {"dataset": "chain_sum"}}]}
+    with pytest.raises(InputError, match="entry"):
+        serve(config(tmp_path, label=verifier, serve={"port": 0}), quiet)
+
+
+# --- over HTTP, with workers that are made up --------------------------------------------------------
+
+
+class Workers:
+    """Candidate i of a prompt says ``texts[i]``; its score is its length."""
+
+    def __init__(self, *texts: str) -> None:
+        self.texts, self.requests = texts, list[GroupRequest]()
+        self.generator, self.labeller = self, self
+        self.held: asyncio.Event | None = None
+        self.asked = asyncio.Event()
+        self.error: Exception | None = None
+
+    async def generate(self, request: GroupRequest) -> GeneratedGroup:
+        self.requests.append(request)
+        self.asked.set()
+        if self.held is not None:
+            await self.held.wait()
+        if self.error is not None:
+            raise self.error
+        spans = (VersionSpan(WeightVersion(0, 0), 2),)
+        ids, logprobs = np.array([5, 6], np.int32), np.array([-1.0, -1.0], np.float32)
+        samples = tuple(
+            Trajectory(i, request.seeds[i], ids, logprobs, self.texts[i], "stop", spans)
+            for i in range(request.num_samples)
+        )
+        group = TrajectoryGroup(request.group_id, request.prompt, samples)
+        return GeneratedGroup(summarize(group, "made-up", 0.0), put(encode_group(group)))
+
+    async def label(self, group: TrajectoryGroup, turn: int) -> tuple[Labels, dict[str, Any]]:
+        scores = [float(len(t.text)) for t in group.trajectories]
+        return from_scores(scores, [None] * len(scores), [], {}), {}
+
+
+def serving(workers: Workers, body: Serving, tmp_path: Path, key: str | None = None, **sections: Any) -> list[str]:
+    """Run ``body`` against a service with these workers; what it told its operator."""
+    settings, told = config(tmp_path, **sections), list[str]()
+    tokenizer = load_tokenizer(resolve_model(TINY))
+
+    async def go() -> None:
+        service = Service(settings, "tiny", 64, tokenizer, workers, told.append, clock=lambda: 1.7e9)
+        async with TestClient(TestServer(application(service, key))) as client:
+            await body(client)
+        if service.failed.done():
+            service.failed.exception()
+
+    asyncio.run(go())
+    return told
+
+
+async def post(client: TestClient[Any, Any], body: Any = None, **kwargs: Any) -> tuple[int, dict[str, Any]]:
+    async with client.post("/v1/chat/completions", json={**ASKED, **(body or {})}, **kwargs) as response:
+        return response.status, await response.json()
+
+
+def test_the_best_candidate_comes_back_as_a_chat_completion(tmp_path: Path) -> None:
+    async def body(client: TestClient[Any, Any]) -> None:
+        status, found = await post(client)
+        assert status == 200 and found["object"] == "chat.completion" and found["created"] == 1_700_000_000
+        (choice,) = found["choices"]
+        assert choice["message"] == {"role": "assistant", "content": "longest"} and choice["finish_reason"] == "stop"
+        assert found["best_of_n"]["candidate"] == 2 and found["best_of_n"]["scores"] == [1.0, 3.0, 7.0, 2.0]
+        assert found["best_of_n"]["kl_bound"] == pytest.approx(0.636, abs=1e-3)  # ln 4 - 3/4
+        assert found["usage"]["completion_tokens"] == 8, "of all candidates"
+        async with client.get("/v1/models") as response:
+            assert (await response.json())["data"][0]["id"] == "tiny"
+
+    told = serving(Workers("a", "bbb", "longest", "dd"), body, tmp_path)
+    assert len(told) == 1 and "best of 4, score 7" in told[0]
+
+
+def test_a_seed_names_its_samples_and_without_one_they_are_new_every_time(tmp_path: Path) -> None:
+    workers = Workers("a", "b", "c", "d")
+
+    async def body(client: TestClient[Any, Any]) -> None:
+        for more in ({"seed": 3}, {"seed": 3}, {"seed": 4}, {}, {}):
+            assert (await post(client, more))[0] == 200
+
+    serving(workers, body, tmp_path)
+    seeds = [request.seeds for request in workers.requests]
+    assert seeds[0] == seeds[1] and len(set(seeds)) == 4
+    assert len({request.group_id for request in workers.requests}) == 5
+
+
+def test_refusals_are_json_and_name_the_parameter(tmp_path: Path) -> None:
+    async def body(client: TestClient[Any, Any]) -> None:
+        status, found = await post(client, {"top_p": 0.5})
+        assert (status, found["error"]["param"]) == (400, "top_p")
+        status, found = await post(client, {"messages": [{"role": "user", "content": "long " * 200}]})
+        assert status == 400 and "tokens" in found["error"]["message"]
+        path, headers = "/v1/chat/completions", {"Content-Type": "application/json"}
+        for data, more, status in (
+            ("{", headers, 400), (json.dumps(ASKED), {"Content-Type": "text/plain"}, 415), (" " * 2**23, headers, 413),
+        ):  # fmt: skip
+            async with client.post(path, data=data, headers=more) as response:
+                assert response.status == status and (await response.json())["error"]["message"]
+        async with client.get(path) as response:
+            assert response.status == 405 and "error" in await response.json()
+        async with client.get("/v2") as response:
+            assert response.status == 404 and "error" in await response.json()
+
+    serving(Workers("a", "b", "c", "d"), body, tmp_path)
+
+
+def test_nobody_is_answered_without_the_key_and_health_needs_none(tmp_path: Path) -> None:
+    async def body(client: TestClient[Any, Any]) -> None:
+        for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "secret"}):
+            assert (await post(client, headers=headers))[0] == 401
+            async with client.get("/v1/models", headers=headers) as response:
+                assert response.status == 401
+        assert (await post(client, headers={"Authorization": "Bearer secret"}))[0] == 200
+        async with client.get("/health") as response:
+            assert response.status == 200
+
+    workers = Workers("a", "b", "c", "d")
+    serving(workers, body, tmp_path, key="secret")
+    assert len(workers.requests) == 1
+
+
+def test_where_no_candidate_may_be_kept_the_reasons_are_told(tmp_path: Path) -> None:
+    async def body(client: TestClient[Any, Any]) -> None:
+        status, found = await post(client)
+        assert status == 422 and "4 below_threshold" in found["error"]["message"]
+        assert "select.threshold" in found["error"]["message"]
+
+    serving(Workers("a", "b", "c", "d"), body, tmp_path, select={"threshold": 5.0})
+
+
+def test_who_comes_when_all_places_are_taken_is_told_to_come_again(tmp_path: Path) -> None:
+    workers = Workers("a", "b", "c", "d")
+
+    async def body(client: TestClient[Any, Any]) -> None:
+        workers.held = asyncio.Event()
+        first = asyncio.ensure_future(post(client))
+        await asyncio.wait_for(workers.asked.wait(), 20)
+        async with client.post("/v1/chat/completions", json=ASKED) as response:
+            assert response.status == 429 and response.headers["Retry-After"] == "1"
+        workers.held.set()
+        assert (await first)[0] == 200
+        assert (await post(client))[0] == 200, "the place is free again"
+
+    serving(workers, body, tmp_path, serve={"max_requests": 1})
+
+
+def test_an_answer_that_does_not_come_in_time_is_a_504(tmp_path: Path) -> None:
+    workers = Workers("a", "b", "c", "d")
+
+    async def body(client: TestClient[Any, Any]) -> None:
+        workers.held = asyncio.Event()
+        assert (await post(client))[0] == 504
+        workers.held = None
+        assert (await post(client))[0] == 200
+
+    serving(workers, body, tmp_path, serve={"deadline_s": 0.2})
+
+
+def test_who_is_being_answered_when_the_server_stops_is_answered_and_nobody_else_is(tmp_path: Path) -> None:
+    workers, settings = Workers("a", "bb", "c", "d"), config(tmp_path, serve={"port": 0})
+    tokenizer = load_tokenizer(resolve_model(TINY))
+
+    async def go() -> None:
+        service = Service(settings, "tiny", 64, tokenizer, workers, lambda _: None)
+        workers.held = asyncio.Event()
+        stack = contextlib.AsyncExitStack()
+        url = await stack.enter_async_context(listening(service, None, bound(settings.serve)))
+        async with ClientSession() as session:
+            first = asyncio.ensure_future(session.post(f"{url}/chat/completions", json=ASKED))
+            await asyncio.wait_for(workers.asked.wait(), 20)
+            closing = asyncio.ensure_future(stack.aclose())
+            async with asyncio.timeout(20):
+                with pytest.raises(ClientConnectorError):
+                    while True:  # until the socket is closed, which is the first thing that happens
+                        (await session.get(url.replace("/v1", "/health"))).release()
+            workers.held.set()
+            async with await first as response:
+                assert (await response.json())["choices"][0]["message"]["content"] == "bb"
+            await asyncio.wait_for(closing, 20)
+
+    asyncio.run(go())
+
+
+def test_a_dead_worker_ends_the_server_and_a_judge_that_is_down_does_not(tmp_path: Path) -> None:
+    workers = Workers("a", "b", "c", "d")
+
+    async def body(client: TestClient[Any, Any]) -> None:
+        workers.error = EndpointDownError("https://judge", "no connection", "nobody takes it", "start it")
+        status, found = await post(client)
+        assert status == 502 and "https://judge" not in json.dumps(found)
+        async with client.get("/health") as response:
+            assert response.status == 200
+        workers.error = WorkerDiedError("generator rank 0 in generate")
+        assert (await post(client))[0] == 503
+        async with client.get("/health") as response:
+            assert response.status == 503
+
+    told = serving(workers, body, tmp_path)
+    assert "https://judge" in told[0] and "generator rank 0" in told[1]
+
+
+def test_the_reply_that_the_documentation_shows_has_what_a_reply_has(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "online.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```text\n(\{.*?)```", page, re.DOTALL)
+    (shown,) = (json.loads(block) for block in blocks if "best_of_n" in block)
+
+    async def body(client: TestClient[Any, Any]) -> None:
+        _, found = await post(client)
+        for mine, theirs in ((found, shown), (found["choices"][0], shown["choices"][0])):
+            assert theirs.keys() <= mine.keys()
+        assert all(found[name].keys() == shown[name].keys() for name in ("usage", "best_of_n"))
+
+    serving(Workers("a", "b", "c", "d"), body, tmp_path)
+
+
+# --- with an engine ---------------------------------------------------------------------------------
+
+
+def test_a_server_answers_a_judges_client_and_stops_when_it_is_told_to(tmp_path: Path) -> None:
+    """The whole command: a real engine, and a client of our own, as any other."""
+    (tmp_path / "score.py").write_text(LETTERS)
+    rewards = {"source": "function", "rewards": [{"function": f"{tmp_path}/score.py:letters"}]}
+    raw = raw_config(
+        tmp_path, label=rewards, select={"drop_truncated": False}, serve={"port": 0, "model_name": "tiny"}
+    )
+    (tmp_path / "serve.yaml").write_text(yaml.safe_dump(raw))
+    SelectConfig.model_validate(raw)
+    root = Path(__file__).parents[1]
+    command = [sys.executable, "-m", "launch.cli", "serve", str(tmp_path / "serve.yaml")]
+    with subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as server:
+        try:
+            assert server.stdout is not None
+            lines = list[str]()
+            for line in server.stdout:  # ends with the server, which has deadlines of its own
+                lines.append(line)
+                if "http://127.0.0.1:" in line:
+                    break
+            assert "http://127.0.0.1:" in lines[-1], "".join(lines)[-4000:]
+            url = "http://127.0.0.1:" + lines[-1].strip().rpartition(":")[2]
+
+            async def ask() -> tuple[str, dict[str, Any]]:
+                respondent = EndpointRespondent(EndpointSettings(base_url=url, model="tiny"), tmp_path / "replies")
+                try:
+                    said = await respondent.ask(Question("Write a word.", 8))
+                finally:
+                    await respondent.close()
+                body = {**ASKED, "seed": 5, "best_of": 3}
+                async with ClientSession() as session:
+                    async with session.post(f"{url}/chat/completions", json=body) as response:
+                        first = await response.json()
+                    async with session.post(f"{url}/chat/completions", json=body) as response:
+                        assert (await response.json())["choices"] == first["choices"]
+                return said.text, first
+
+            said, found = asyncio.run(asyncio.wait_for(ask(), 120))
+            assert said
+            best = found["best_of_n"]
+            assert len(best["scores"]) == 3 and best["score"] == max(s for s in best["scores"] if s is not None)
+            assert best["score"] == sum(c.isalpha() for c in found["choices"][0]["message"]["content"])
+            server.send_signal(signal.SIGTERM)
+            assert server.wait(120) == 0
+        finally:
+            server.kill()
+    assert not [p for p in tmp_path.iterdir() if p.name not in ("score.py", "serve.yaml", "replies", "__pycache__")]
