@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from launch.label_prepare import (
     SUMMARY,
     PreparedLabel,
     check_label_folder,
+    label_folder,
     output_path,
     prepare_label,
 )
@@ -42,7 +44,7 @@ from launch.label_records import RecordFile, Summary, preferences, record_of, sc
 from launch.progress import duration
 from launch.prompts import PromptStream
 from launch.redaction import redact
-from launch.run_folder import only_process_in
+from launch.run_folder import entered
 from trainers.asking import Usage
 from trainers.errors import InputError
 
@@ -83,17 +85,10 @@ def labelled(config: LabelConfig, shown: Mapping[str, Any], console: Console, re
     Args:
         shown: the configuration as the user gave it, for the run's files.
     """
-    folder = check_label_folder(config, resume)
+    folder = label_folder(config)
     with ExitStack() as stack:
-        if resume:
-            stack.enter_context(only_process_in(folder))
-        prepared = prepare_label(config)
-        if resume:
-            prepared.identity.check(folder / MANIFEST)
-        else:
-            folder.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(only_process_in(folder))
-            check_label_folder(config, resume)  # another run may have come meanwhile
+        check, prepare = partial(check_label_folder, config, resume), partial(prepare_label, config)
+        prepared = stack.enter_context(entered(folder, resume, check, prepare, MANIFEST))
         (folder / CONFIG).write_text(yaml.safe_dump(dict(shown), sort_keys=False))
         provenance = _provenance(shown, prepared)
         (folder / MANIFEST).write_text(json.dumps(provenance, indent=2) + "\n")

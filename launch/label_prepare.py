@@ -55,13 +55,18 @@ def output_path(config: LabelConfig) -> Path:
     return Path(config.run.directory) / config.run.name / f"preferences.{config.output.format}"
 
 
-def check_label_folder(config: LabelConfig, resume: bool) -> Path:
-    """The run's folder: absent (or empty) for a new run, a labelling run's for a resumed one.
+def label_folder(config: LabelConfig) -> Path:
+    """The run's folder."""
+    return Path(config.run.directory) / config.run.name
+
+
+def check_label_folder(config: LabelConfig, resume: bool) -> None:
+    """The run's folder has to be absent (or empty) for a new run, a labelling run's for a resumed one.
 
     Raises:
         InputError: it is otherwise, or where the output belongs is something that this run did not write.
     """
-    folder, name = Path(config.run.directory) / config.run.name, config.run.name
+    folder, name = label_folder(config), config.run.name
     if folder.exists() and not folder.is_dir():
         raise InputError("run.name", name, f"{folder} is a file", "choose another run.name")
     there = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
@@ -79,7 +84,6 @@ def check_label_folder(config: LabelConfig, resume: bool) -> Path:
     if target in {folder.absolute() / own for own in (MANIFEST, RECORDS, CONFIG, SUMMARY, WRITTEN, LOCK)}:
         raise InputError("output.path", str(target), "is a file of the run itself", "name another file")
     check_replaceable(folder, target)
-    return folder
 
 
 def prepare_label(config: LabelConfig) -> PreparedLabel:

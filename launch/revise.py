@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ from launch.redaction import redact
 from launch.revise_config import ReviseConfig
 from launch.revise_prepare import PreparedRevise, given_answer, prepare_revise, revise_folder
 from launch.revise_records import Record, preference_rows, record_of, rounds_of, schema, sft_rows, summary_of
-from launch.run_folder import is_taken, only_process_in
+from launch.run_folder import entered, is_taken
 from trainers.asking import Respondent
 from trainers.constitution import Principle, Revised, Unrevised, draw, revise
 from trainers.errors import InputError
@@ -67,17 +68,10 @@ def revise_answers(config: ReviseConfig, console: Console, resume: bool = False)
         InputError: something in the configuration, the model, the data or an endpoint cannot be used.
         EndpointError: an endpoint cannot be asked any more; ``--resume`` goes on from there.
     """
-    folder = _check_folder(config, resume)
+    folder = revise_folder(config)
     with ExitStack() as stack:
-        if resume:
-            stack.enter_context(only_process_in(folder))
-        prepared = prepare_revise(config)
-        if resume:
-            prepared.identity.check(folder / MANIFEST)
-        else:
-            folder.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(only_process_in(folder))
-            _check_folder(config, resume)  # another run may have come meanwhile
+        check, prepare = partial(_check_folder, config, resume), partial(prepare_revise, config)
+        prepared = stack.enter_context(entered(folder, resume, check, prepare, MANIFEST))
         (folder / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
         provenance = {
             **prepared.identity.to_json(), "config": redact(config.model_dump(mode="json")), "versions": versions(),
@@ -226,8 +220,8 @@ def _wants_more_rounds(record: Record, num_rounds: int) -> bool:
     return record["failure"] is None and len(record["revisions"]) < num_rounds
 
 
-def _check_folder(config: ReviseConfig, resume: bool) -> Path:
-    """The run's folder: absent (or empty) for a new run, one of revisions for a resumed one."""
+def _check_folder(config: ReviseConfig, resume: bool) -> None:
+    """The run's folder has to be absent (or empty) for a new run, one of revisions for a resumed one."""
     folder, name = revise_folder(config), config.run.name
     if folder.exists() and not folder.is_dir():
         raise InputError("run.name", name, f"{folder} is a file", "choose another run.name")
@@ -242,4 +236,3 @@ def _check_folder(config: ReviseConfig, resume: bool) -> Path:
     if not resume and is_taken(folder):
         raise InputError("run.name", name, f"the run folder {folder} exists already",
                          "add --resume to continue it, or choose another run.name")  # fmt: skip
-    return folder

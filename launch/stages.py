@@ -6,7 +6,7 @@
 A stage that ended is not run again, unless its folder was removed.  With other arguments, another text of its own
 recipe, or after a stage that it took something from was run again with others, it is refused.  One that was cut off
 goes on where it left checkpoints (train) or records (label), and starts afresh where it left none.
-May import: rich, launch.{compare_stage, recipe_files, run_identity}, trainers.errors.
+May import: rich, launch.{compare_stage, recipe_files, run_folder, run_identity}, trainers.errors.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from rich.console import Console
 
 from launch.compare_stage import LateError, StageError, cleared, has_checkpoint, run_burnish
 from launch.recipe_files import parse_yaml
+from launch.run_folder import held
 from launch.run_identity import deciding
 from trainers.errors import InputError
 
@@ -108,9 +109,20 @@ class Stages:
             result: begins with the stage's run folder.
 
         Raises:
-            InputError: it was run with other arguments, or its folder is there and no stage's.
+            InputError: it was run with other arguments, its folder is there and no stage's, or another process works
+                on it.
             StageError: the command failed, took too long, or left no such path.
         """
+        self.directory.mkdir(parents=True, exist_ok=True)
+
+        def refused(who: str) -> InputError:
+            return InputError(f"stage {name}", str(self.directory), f"{who} works on it",
+                              "wait until it has ended, or end it; or give another --directory")  # fmt: skip
+
+        with held(self.directory / f".{name}.lock", refused):
+            return self._run_alone(name, arguments, result)
+
+    def _run_alone(self, name: str, arguments: Sequence[str], result: str) -> Path:
         self._noted = _read(self._log)  # others may write it, too
         made, folder = self._made(arguments), self.directory / Path(result).parts[0]
         before = self._noted.get(name)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from stage_stub import Machine, pipeline_of
 
 from launch.compare_stage import LateError, StageError, interrupt_on_signals, run_burnish
@@ -41,6 +43,22 @@ def test_a_stage_that_ended_is_not_run_again(tmp_path: Path) -> None:
     again = machine.stages(tmp_path)
     assert train(again, "run.num_steps=2") == first == tmp_path / "sft" / "export" / "step-000007"
     assert machine.ran == ["sft"] and again.seconds == {"sft": 1.5}
+
+
+def test_a_stage_that_another_process_works_on_is_refused_and_others_are_not(tmp_path: Path) -> None:
+    machine, other, tried = Machine(), Machine(), list[str]()
+
+    def meanwhile(arguments: Sequence[str], log: Path | None, deadline_s: float) -> float:
+        with pytest.raises(InputError, match=f"process {os.getpid()} on .* works on it; wait until it has ended") as it:
+            train(other.stages(tmp_path))
+        tried.append(it.value.field)
+        train(other.stages(tmp_path), name="reward", recipe="cpu-sft")
+        return machine.run(arguments, log, deadline_s)
+
+    train(Stages(tmp_path, Console(quiet=True), run=meanwhile))
+    assert tried == ["stage sft"] and machine.ran == ["sft"] and other.ran == ["reward"]
+    assert train(other.stages(tmp_path)).is_dir() and other.ran == ["reward"], "it is free again, and has ended"
+    assert machine.stages(tmp_path).seconds.keys() == {"sft", "reward"}
 
 
 @pytest.mark.parametrize(
@@ -253,8 +271,15 @@ def test_a_signal_that_ends_the_script_tells_the_stage_first(
     number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     told = "trap 'echo saved > told; kill $!; exit 0' INT"
-    body = f"{told}\nsleep 1\nkill -{number.value} {os.getpid()}\nsleep 300 &\nwait"
-    stand_in(tmp_path, body, monkeypatch)
+    wait = "until [ -e awaited ]; do sleep 0.05; done"
+    stand_in(tmp_path, f"{told}\n{wait}\nkill -{number.value} {os.getpid()}\nsleep 300 &\nwait", monkeypatch)
+
+    class Awaited(subprocess.Popen[bytes]):
+        def wait(self, timeout: float | None = None) -> int:
+            (tmp_path / "awaited").touch()
+            return super().wait(timeout)
+
+    monkeypatch.setattr(subprocess, "Popen", Awaited)
 
     def work() -> None:
         run_burnish(["train", "r"], None, 60.0)
