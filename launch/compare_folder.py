@@ -4,8 +4,8 @@
     stages.json        how each stage ended, in how many seconds              data/            prompts, labelled answers
     logs/NAME.log      what a stage printed                                   NAME/            its run folder
 
-A stage that ended is not run again.  One that was stopped goes on from its newest checkpoint, if it has one; one that
-failed starts afresh.
+A stage that ended is not run again.  One that was stopped goes on from its newest checkpoint, if it has one, and so
+does one that failed and had got to a checkpoint since it began; else it starts afresh.
 May import: yaml, launch.{compare_config, compare_contents, compare_plan, compare_recipes, compare_stage,
 run_identity},
 trainers.{errors, experience}.
@@ -28,7 +28,7 @@ from launch.compare_config import CompareConfig, flat
 from launch.compare_contents import contents_of
 from launch.compare_plan import Plan, Stage
 from launch.compare_recipes import HELD_OUT, TRAIN, Raw
-from launch.compare_stage import StageError, cleared, has_checkpoint, run_burnish
+from launch.compare_stage import StageError, cleared, newest_checkpoint, run_burnish
 from launch.run_identity import deciding
 from trainers.errors import InputError
 from trainers.experience import Prompt
@@ -53,6 +53,8 @@ class Ended:
     status: str
     seconds: float = 0.0
     why: str = ""
+    began_from: str = ""  # the checkpoint, of one that was stopped or failed
+    since: float = 0.0  # when the command was started, in seconds since 1970; 0: what it took is in ``seconds``
 
 
 class Folder:
@@ -146,21 +148,27 @@ class Folder:
 
     def run(self, stage: Stage, more: Sequence[str]) -> Ended:
         """Run it to its end, whatever that is, and remember how it ended.  KeyboardInterrupt passes through."""
-        place, before = self.path / stage.name, self.ended.get(stage.name, Ended(FAILED))
-        goes_on = before.status == STOPPED and has_checkpoint(place)
+        place, log = self.path / stage.name, self.path / "logs" / f"{stage.name}.log"
+        newest, before = newest_checkpoint(place), self.ended.get(stage.name, Ended(SKIPPED))
+        goes_on = newest != "" and (
+            before.status == STOPPED or (before.status == FAILED and newest != before.began_from)
+        )
         if place.exists() and not goes_on:
             cleared(place)
         spent = before.seconds if goes_on else 0.0
+        if goes_on and before.since:  # this process was killed: the command went on until it last said something
+            spent += max(0.0, log.stat().st_mtime - before.since) if log.exists() else 0.0
         arguments = [stage.command, str(self.path / "recipes" / f"{stage.recipe}.yaml"), *stage.overrides, *more]
-        log = self.path / "logs" / f"{stage.name}.log"
-        self._note(stage.name, Ended(STOPPED, spent))  # what holds when this process is killed
+        began_from = newest if goes_on else ""
+        self._note(stage.name, Ended(STOPPED, spent, "", began_from, time.time()))  # what holds when this one is killed
         started = time.perf_counter()
         try:
             took = self._run([*arguments, *(["--resume"] if goes_on else [])], log, self._config.compare.deadline_s)
             self.result(stage)
             ended = Ended(DONE, spent + took)
         except StageError as error:
-            ended = Ended(FAILED, spent, f"{error} (log: {log})")
+            took = time.perf_counter() - started
+            ended = Ended(FAILED, spent + took, f"{error} (log: {log})", began_from)
         except KeyboardInterrupt:
             self._note(stage.name, Ended(STOPPED, spent + time.perf_counter() - started))
             raise

@@ -1,6 +1,6 @@
 """One `burnish` command in a process of its own, what it prints in a file or on the terminal.
 
-May import: the standard library.
+May import: launch.run_folder.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+
+from launch.run_folder import LOCK, held
 
 REPLIES = "replies"  # as in launch/judging.py
 GRACE_S = 180.0  # for a command that was told to stop: a run saves a checkpoint
@@ -78,7 +80,12 @@ def interrupt_on_signals() -> None:
 
 def has_checkpoint(folder: Path) -> bool:
     """Whether ``burnish train --resume`` has something to go on from in a run's folder."""
-    return any((folder / "checkpoints").glob("step-*"))
+    return bool(newest_checkpoint(folder))
+
+
+def newest_checkpoint(folder: Path) -> str:
+    """Name of the checkpoint that it would go on from; "" where there is none."""
+    return max((found.name for found in (folder / "checkpoints").glob("step-*")), default="")
 
 
 def _end(process: subprocess.Popen[bytes] | None, grace_s: float) -> None:
@@ -98,14 +105,20 @@ def _said(log: Path | None, before: str) -> str:
 
 
 def cleared(folder: Path) -> None:
-    """Remove a run folder but for what judges replied in it: that was paid for, and is not asked again."""
-    for entry in folder.iterdir():
-        if entry.name == REPLIES:
-            continue
-        if entry.is_dir() and not entry.is_symlink():
-            shutil.rmtree(entry)
-        else:
-            entry.unlink()
+    """Remove a run folder but for what judges replied in it: that was paid for, and is not asked again.
+
+    Raises:
+        StageError: the run still goes on in it.
+    """
+    remedy = "wait until it has ended, or end it"
+    with held(folder / LOCK, lambda who: StageError(f"{who} still works in {folder}; {remedy}")):
+        for entry in folder.iterdir():
+            if entry.name == REPLIES:
+                continue
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry)
+            else:
+                entry.unlink()
     if not any(folder.iterdir()):
         folder.rmdir()
 

@@ -25,6 +25,7 @@ from launch.model_facts import check_model_folder
 from launch.prepare import PROBE_TIMEOUT_S
 from launch.prompts import build_prompts, load_prompts
 from launch.row_settings import HeldOutSettings
+from launch.run_folder import is_taken
 from launch.tuning_data import load_located_rows
 from trainers.comparisons import Comparison
 from trainers.errors import InputError
@@ -71,7 +72,7 @@ def check_eval_folder(config: EvalConfig) -> Path:
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         raise InputError("run.directory", config.run.directory, f"no folder can be made in {there}",
                          "choose a folder you may write to")  # fmt: skip
-    if folder.exists() and any(found.name != REPLIES for found in folder.iterdir()):
+    if is_taken(folder, but=[REPLIES]):
         raise InputError("run.name", name, f"the run folder {folder} exists already", "choose another run.name")
     return folder
 

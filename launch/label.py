@@ -88,7 +88,9 @@ def labelled(config: LabelConfig, shown: Mapping[str, Any], console: Console, re
     folder = label_folder(config)
     with ExitStack() as stack:
         check, prepare = partial(check_label_folder, config, resume), partial(prepare_label, config)
-        prepared = stack.enter_context(entered(folder, resume, check, prepare, MANIFEST))
+        prepared = stack.enter_context(entered(folder, resume, check, prepare))
+        if resume:
+            prepared.identity.check(folder / MANIFEST)
         (folder / CONFIG).write_text(yaml.safe_dump(dict(shown), sort_keys=False))
         provenance = _provenance(shown, prepared)
         (folder / MANIFEST).write_text(json.dumps(provenance, indent=2) + "\n")

@@ -17,6 +17,7 @@ from launch.config import RunConfig
 from launch.judging import REPLIES, prepare_judges
 from launch.model_facts import ModelFacts, check_model_folder
 from launch.prompts import DatasetReport, load_prompts
+from launch.run_folder import is_taken
 from launch.tuning_data import load_examples
 from trainers.errors import InputError
 from trainers.examples import Example
@@ -42,17 +43,21 @@ class Prepared:
     adapter: str | None = None  # folder of the adapter that training goes on from
 
 
-def check_run_folder(config: RunConfig, resume: bool) -> Path:
-    """The run's folder: absent (or empty) for a new run, a run's for a resumed one."""
-    folder = Path(config.run.directory) / config.run.name
+def run_folder(config: RunConfig) -> Path:
+    """Of one run."""
+    return Path(config.run.directory) / config.run.name
+
+
+def check_run_folder(config: RunConfig, resume: bool) -> None:
+    """The run's folder has to be absent (or empty) for a new run, a run's for a resumed one."""
+    folder = run_folder(config)
     if folder.exists() and not folder.is_dir():
         raise InputError("run.name", config.run.name, f"{folder} is a file", "choose another run.name")
     there = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         reason = f"no folder can be made in {there}"
         raise InputError("run.directory", config.run.directory, reason, "choose a folder you may write to")
-    used = folder.exists() and any(found.name != REPLIES for found in folder.iterdir())  # these were paid for
-    if used and not resume:
+    if not resume and is_taken(folder, but=[REPLIES]):  # these were paid for
         raise InputError(
             "run.name", config.run.name, f"the run folder {folder} exists already",
             "add --resume to continue it, or choose another run.name",
@@ -61,7 +66,6 @@ def check_run_folder(config: RunConfig, resume: bool) -> Path:
         raise InputError(
             "run.name", config.run.name, f"there is no run to resume in {folder}", "start it without --resume"
         )
-    return folder
 
 
 def prepare(config: RunConfig) -> Prepared:

@@ -71,7 +71,9 @@ def revise_answers(config: ReviseConfig, console: Console, resume: bool = False)
     folder = revise_folder(config)
     with ExitStack() as stack:
         check, prepare = partial(_check_folder, config, resume), partial(prepare_revise, config)
-        prepared = stack.enter_context(entered(folder, resume, check, prepare, MANIFEST))
+        prepared = stack.enter_context(entered(folder, resume, check, prepare))
+        if resume:
+            prepared.identity.check(folder / MANIFEST)
         (folder / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
         provenance = {
             **prepared.identity.to_json(), "config": redact(config.model_dump(mode="json")), "versions": versions(),

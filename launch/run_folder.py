@@ -4,7 +4,7 @@ So does a stage of an experiment (launch/stages.py), whose folder comes and goes
 
 The lock is the kernel's: it goes with the process that holds it, however that ends.  What a run wrote is known by its
 digest, which stands in the folder before the file is in its place, so no kill comes between the two.
-May import: trainers.errors, launch.run_identity.
+May import: trainers.errors.
 """
 
 from __future__ import annotations
@@ -14,38 +14,32 @@ import errno
 import fcntl
 import hashlib
 import json
+import logging
 import os
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
-from launch.run_identity import RunIdentity
 from trainers.errors import InputError
 
 LOCK, WRITTEN = ".lock", "written.json"
 NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)  # of a file system that has none
 BLOCK = 2**22  # bytes read at a time
-
-
-class Prepared(Protocol):
-    """Checked inputs of a run."""
-
-    @property
-    def identity(self) -> RunIdentity: ...
-
-
-P = TypeVar("P", bound=Prepared)
+LEASE_S = 120.0  # longer than NFS servers keep the locks of a client that they do not hear of
+RETRY_S = 5.0
+P = TypeVar("P")
+logger = logging.getLogger("burnish.launch")
 
 
 @contextlib.contextmanager
-def entered(
-    folder: Path, resume: bool, check: Callable[[], object], prepare: Callable[[], P], manifest: str
-) -> Iterator[P]:
-    """What ``prepare`` checked, in a folder that is the run's and nobody else's.
+def entered(folder: Path, resume: bool, check: Callable[[], object], prepare: Callable[[], P]) -> Iterator[P]:
+    """What ``prepare`` returns, in a folder that is the run's and nobody else's.
+
+    A new run's folder is made once everything was prepared, and goes again if the block leaves nothing in it.
 
     Args:
         check: refuses a folder that the run cannot have; called again once it is ours.
-        manifest: name of the file that a resumed run has to agree with.
 
     Raises:
         InputError: whatever these refuse, or another process works there.
@@ -55,13 +49,25 @@ def entered(
         if resume:
             stack.enter_context(only_process_in(folder))
         prepared = prepare()
-        if resume:
-            prepared.identity.check(folder / manifest)
-        else:
+        if not resume:
+            absent = [place for place in (folder, *folder.parents) if not place.exists()]
             folder.mkdir(parents=True, exist_ok=True)
+            stack.callback(_remove_empty, absent)
             stack.enter_context(only_process_in(folder))
+            stack.callback(_unlock_empty, folder)  # as long as the lock is ours
             check()  # another run may have come meanwhile
         yield prepared
+
+
+def _unlock_empty(folder: Path) -> None:
+    if not is_taken(folder):
+        (folder / LOCK).unlink(missing_ok=True)
+
+
+def _remove_empty(folders: Sequence[Path]) -> None:
+    with contextlib.suppress(OSError):  # it holds something
+        for folder in folders:
+            folder.rmdir()
 
 
 @contextlib.contextmanager
@@ -77,22 +83,25 @@ def only_process_in(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def held(file: Path, refused: Callable[[str], InputError]) -> Iterator[None]:
+def held(
+    file: Path, refused: Callable[[str], Exception], clock: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], None] = time.sleep,
+) -> Iterator[None]:  # fmt: skip
     """Hold the lock ``file``, which is made where there is none and stays.
+
+    Who holds it on this machine is alive.  On another one it may have gone with the machine, whose locks a file server
+    keeps for a while: that is waited for, up to LEASE_S seconds.
 
     Args:
         refused: the error where another process holds it, from who that is.
     """
-    lock = os.open(file, os.O_CREAT | os.O_RDWR, 0o644)
+    lock, until = os.open(file, os.O_CREAT | os.O_RDWR, 0o644), clock() + LEASE_S
     try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            who = os.pread(lock, 200, 0).decode(errors="replace").strip() or "another process"
-            raise refused(who) from error
-        except OSError as error:
-            if error.errno not in NO_LOCKS:  # where no lock is to be had, a run is as safe as it was without
-                raise
+        while (who := _holder(lock)) is not None:
+            if who.endswith(f" on {os.uname().nodename}") or clock() >= until:
+                raise refused(who)
+            logger.warning("%s holds %s; waiting up to %g s, in case that machine is gone", who, file, until - clock())
+            sleep(RETRY_S)  # a lock that is waited for in the kernel has no deadline
         os.ftruncate(lock, 0)
         os.pwrite(lock, f"process {os.getpid()} on {os.uname().nodename}\n".encode(), 0)
         yield
@@ -100,9 +109,21 @@ def held(file: Path, refused: Callable[[str], InputError]) -> Iterator[None]:
         os.close(lock)
 
 
-def is_taken(folder: Path) -> bool:
-    """Whether a run left something in ``folder``, which may be absent."""
-    return folder.exists() and any(entry.name != LOCK for entry in folder.iterdir())
+def _holder(lock: int) -> str | None:
+    """Who has the lock; None when it is ours now."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return os.pread(lock, 200, 0).decode(errors="replace").strip() or "another process"
+    except OSError as error:
+        if error.errno not in NO_LOCKS:  # where no lock is to be had, a run is as safe as it was without
+            raise
+    return None
+
+
+def is_taken(folder: Path, but: Sequence[str] = ()) -> bool:
+    """Whether a run left something in ``folder``, which may be absent; what is called as in ``but`` does not count."""
+    return folder.exists() and any(entry.name not in (LOCK, *but) for entry in folder.iterdir())
 
 
 def check_replaceable(folder: Path, target: Path) -> None:

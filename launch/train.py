@@ -11,6 +11,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from launch.adapters import adapter_identity
 from launch.alarm_watch import AlarmWatch
 from launch.assemble import Fleet, assemble
 from launch.checkpointing import Checkpointer, SavingRanks
+from launch.config import RunConfig
 from launch.demands import node_facts, num_workers
 from launch.ending import show_end
 from launch.held_out import HeldOut
@@ -32,12 +34,13 @@ from launch.loop_settings import loop_settings, ppo_lap
 from launch.machines import connect
 from launch.node_probe import gather_facts, local_nodes
 from launch.overrides import ResolvedConfig, dump_yaml
-from launch.prepare import Prepared, check_run_folder, prepare
+from launch.prepare import Prepared, check_run_folder, prepare, run_folder
 from launch.progress import Progress
 from launch.prompts import PromptStream
 from launch.restart import train_on
 from launch.resuming import earlier_attempts, made_with, newest_checkpoint, restored_ledger
 from launch.rolling_back import WatchedRecorder
+from launch.run_folder import entered
 from launch.signals import stop_on_signals
 from launch.spool import UNTRAINED, encode_spool
 from launch.telemetry import Telemetry
@@ -57,8 +60,17 @@ SHARDS = {"num_workers", "zero_stage"}  # how a trained state was held when it w
 
 def train(resolved: ResolvedConfig, resume: bool, console: Console) -> Path:
     """Run to the end, or to a signal.  Returns the run folder."""
-    config = resolved.config
-    folder = check_run_folder(config, resume)
+    config, folder = resolved.config, run_folder(resolved.config)
+    check, ready = partial(check_run_folder, config, resume), partial(_prepared, config, folder, resume)
+    with entered(folder, resume, check, ready) as (checkpoint, prepared, facts):
+        _train(resolved, prepared, folder, checkpoint, console, facts)
+    return folder
+
+
+def _prepared(
+    config: RunConfig, folder: Path, resume: bool
+) -> tuple[Checkpoint | None, Prepared, list[dict[str, Any]] | None]:
+    """Where the run goes on from, its inputs, and what this node is if nobody else takes part."""
     checkpoint = newest_checkpoint(config, folder) if resume else None
     here = local_nodes(config)
     if here is not None:
@@ -68,7 +80,14 @@ def train(resolved: ResolvedConfig, resume: bool, console: Console) -> Path:
     if here is not None:
         facts = [node_facts(prepared.model_path)]
         refuse_problems(config, prepared, facts)
-    report = prepared.report
+    return checkpoint, prepared, facts
+
+
+def _train(
+    resolved: ResolvedConfig, prepared: Prepared, folder: Path, checkpoint: Checkpoint | None, console: Console,
+    facts: list[dict[str, Any]] | None,
+) -> None:  # fmt: skip
+    config, report = resolved.config, prepared.report
     console.print(
         f"{config.run.name}: {prepared.facts.architecture}, {prepared.facts.num_params / 1e6:.0f}M parameters; "
         f"{report.num_train_distinct} distinct training questions, {report.num_eval_distinct} held out"
@@ -79,7 +98,6 @@ def train(resolved: ResolvedConfig, resume: bool, console: Console) -> Path:
         console.print(f"{config.run.name}: an alarm takes the run back to step {checkpoint.step if checkpoint else 0}")
         run = _Run(resolved, prepared, folder, checkpoint, console, run.facts)
     show_end(console, folder, run.telemetry)
-    return folder
 
 
 class _Run:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +30,11 @@ from launch.journal import read_rows
 from launch.machines import connect
 from launch.node_probe import gather_facts, local_nodes
 from launch.overrides import ResolvedConfig, dump_yaml
-from launch.prepare import check_run_folder
+from launch.prepare import check_run_folder, run_folder
 from launch.progress import Progress
 from launch.resuming import earlier_attempts
 from launch.rolling_back import WatchedRecorder
+from launch.run_folder import entered
 from launch.signals import stop_on_signals
 from launch.telemetry import Telemetry
 from launch.tuning_config import TuningConfig
@@ -51,7 +53,20 @@ def tune(resolved: ResolvedConfig, resume: bool, console: Console) -> Path:
     """Run to the end, or to a signal.  Returns the run folder."""
     config = resolved.config
     assert isinstance(config, TuningConfig)
-    folder = check_run_folder(shared(config), resume)
+    folder = run_folder(shared(config))
+    check, ready = partial(check_run_folder, shared(config), resume), partial(_prepared, config, folder, resume)
+    with entered(folder, resume, check, ready) as (checkpoint, prepared, facts):
+        run = _Run(resolved, config, prepared, folder, checkpoint, console)
+        model = prepared.base.facts
+        about = f"{model.architecture}, {model.num_params / 1e6:.0f}M parameters; {prepared.task.summary}"
+        console.print(f"{config.run.name}: {about}", markup=False, highlight=False, soft_wrap=True)
+        return asyncio.run(run.go(facts))
+
+
+def _prepared(
+    config: TuningConfig, folder: Path, resume: bool
+) -> tuple[Checkpoint | None, PreparedTuning, list[dict[str, Any]] | None]:
+    """Where the run goes on from, its inputs, and what this node is if nobody else takes part."""
     checkpoint = newest_checkpoint(config, folder) if resume else None
     here = local_nodes(shared(config))
     if here is not None:
@@ -61,13 +76,7 @@ def tune(resolved: ResolvedConfig, resume: bool, console: Console) -> Path:
     if here is not None:
         facts = [node_facts(prepared.base.path)]
         _refuse_problems(config, prepared, facts)
-    run = _Run(resolved, config, prepared, folder, checkpoint, console)
-    model = prepared.base.facts
-    console.print(
-        f"{config.run.name}: {model.architecture}, {model.num_params / 1e6:.0f}M parameters; {prepared.task.summary}",
-        markup=False, highlight=False, soft_wrap=True,
-    )  # fmt: skip
-    return asyncio.run(run.go(facts))
+    return checkpoint, prepared, facts
 
 
 def _refuse_problems(config: TuningConfig, prepared: PreparedTuning, facts: Sequence[Mapping[str, Any]]) -> None:

@@ -70,6 +70,7 @@ class Machine:
         self.place, self.folder = place, place / "cmp"
         self.fails, self.stops, self.score = fails or {}, stops or set(), score
         self.has_checkpoint = True
+        self.reaches: dict[str, str] = {}  # stage that fails -> the checkpoint that it leaves
         self.ran: list[str] = []
         self.resumed: list[bool] = []
         self.overrides: dict[str, dict[str, str]] = {}
@@ -93,6 +94,8 @@ class Machine:
             self.resumed.append(len(rest) > len(given))
         run = Path(config.run.directory) / name
         if name in self.fails:
+            if name in self.reaches:
+                (run / "checkpoints" / self.reaches[name]).mkdir(parents=True, exist_ok=True)
             raise StageError(self.fails[name])
         if name in self.stops:
             if self.has_checkpoint:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -10,10 +11,12 @@ import pytest
 from compare_stub import Machine, config_of, prompts
 
 from launch.compare_contents import contents_of
+from launch.compare_folder import DONE, STAGES
 from launch.compare_page import JSON, MARKDOWN, PLOT
 from launch.compare_rows import OK
 from launch.compare_stage import StageError, last_line, run_burnish
 from launch.contents import BLOCK_BYTES, NUM_BLOCKS
+from launch.run_folder import only_process_in
 from trainers.errors import InputError
 
 
@@ -116,6 +119,49 @@ def test_a_stopped_run_resumes_from_its_checkpoint_and_one_without_starts_afresh
     rows = machine.compare("compare.algorithms=[grpo]")
     assert machine.resumed[2] is False and rows[-1].status == OK
     assert not (machine.folder / "grpo-seed-0" / "gone").exists()
+
+
+def test_a_failed_run_goes_on_if_it_got_anywhere_and_else_starts_afresh(tmp_path: Path) -> None:
+    machine = Machine(tmp_path, fails={"grpo-seed-0": "out of memory"})
+    machine.reaches = {"grpo-seed-0": "step-000004"}
+    spent = []
+    for newest in ("step-000004", "step-000008", "step-000008", "step-000008"):
+        machine.reaches["grpo-seed-0"] = newest
+        machine.compare("compare.algorithms=[grpo]")
+        spent.append(json.loads((machine.folder / STAGES).read_text())["grpo-seed-0"]["seconds"])
+    # From 4 on to 8; from 8 on, and nowhere; so afresh.
+    assert machine.resumed == [False, True, True, False]
+    assert 0 < spent[0] < spent[1] < spent[2], "what the attempts took that a run goes on from is its own"
+    machine.fails.clear()
+    rows = machine.compare("compare.algorithms=[grpo]")
+    assert machine.resumed[-1] and rows[-1].status == OK
+
+
+def test_the_seconds_of_a_run_whose_driver_was_killed_are_counted(tmp_path: Path) -> None:
+    machine = Machine(tmp_path, stops={"grpo-seed-0"})
+    with pytest.raises(KeyboardInterrupt):
+        machine.compare("compare.algorithms=[grpo]")
+    noted = json.loads((machine.folder / STAGES).read_text())
+    noted["grpo-seed-0"] |= {"seconds": 5.0, "since": 1000.0}  # as it was while the command ran
+    (machine.folder / STAGES).write_text(json.dumps(noted))
+    log = machine.folder / "logs" / "grpo-seed-0.log"
+    log.touch()
+    os.utime(log, (1100.0, 1100.0))  # the last that it said
+    machine.stops.clear()
+    machine.compare("compare.algorithms=[grpo]")
+    ended = json.loads((machine.folder / STAGES).read_text())["grpo-seed-0"]
+    assert machine.resumed[-1] and ended["status"] == DONE and ended["seconds"] == 5.0 + 100.0 + machine.seconds
+
+
+def test_a_run_that_still_goes_on_is_not_removed_under_its_feet(tmp_path: Path) -> None:
+    machine = Machine(tmp_path, fails={"grpo-seed-0": "out of memory"})
+    machine.compare("compare.algorithms=[grpo]")
+    run = machine.folder / "grpo-seed-0"
+    run.mkdir()
+    (run / "metrics.jsonl").touch()
+    with only_process_in(run), pytest.raises(StageError, match=f"process {os.getpid()} on .* still works in {run}"):
+        machine.compare("compare.algorithms=[grpo]")
+    assert (run / "metrics.jsonl").exists()
 
 
 @pytest.mark.parametrize(
