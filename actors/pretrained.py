@@ -55,13 +55,13 @@ def without_dropout(model: nn.Module) -> nn.Module:
     """``model`` with every dropout that its architecture has (GPT-2, OPT) at 0; its ``config`` keeps what it says.
 
     What is trained is then what was sampled: the ratio of a first minibatch is 1, the first loss of DPO ln 2, and no
-    gradient depends on how a batch was cut up.  Dropped layers are dropout too.  An adapter, which is put in
-    afterwards, has its own (``lora.dropout``).
+    gradient depends on how a batch was cut up.  Dropped layers are dropout too, and so is the noise that a mixture of
+    experts puts on its router's inputs.  An adapter, which is put in afterwards, has its own (``lora.dropout``).
     """
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         for name, value in list(vars(module).items()):
-            if "drop" in name and isinstance(value, float):
+            if ("drop" in name or "jitter" in name) and isinstance(value, float):
                 setattr(module, name, 0.0)
     return model

@@ -48,7 +48,7 @@ async def sample_candidates(
                 greedy=temperature == 0,
             )
         )
-        return indices, decode_group(fetch(generated.payload, PAYLOAD_DEADLINE_S))
+        return indices, decode_group(await asyncio.to_thread(fetch, generated.payload, PAYLOAD_DEADLINE_S))
 
     groups = await asyncio.gather(*(at(temperature) for temperature in dict.fromkeys(temperatures)))
     return merge(groups, name, sampling.num_candidates), temperatures

@@ -27,7 +27,7 @@ LOCK, WRITTEN = ".lock", "written.json"
 NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)  # of a file system that has none
 BLOCK = 2**22  # bytes read at a time
 LEASE_S = 120.0  # longer than NFS servers keep the locks of a client that they do not hear of
-RETRY_S = 5.0
+RETRY_S, SHORT_S = 5.0, 0.05
 P = TypeVar("P")
 logger = logging.getLogger("burnish.launch")
 
@@ -84,41 +84,58 @@ def only_process_in(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def held(
-    file: Path, refused: Callable[[str], Exception], clock: Callable[[], float] = time.monotonic,
-    sleep: Callable[[float], None] = time.sleep,
+    file: Path, refused: Callable[[str], Exception], patience_s: float = 0.0,
+    clock: Callable[[], float] = time.monotonic, sleep: Callable[[float], None] = time.sleep,
 ) -> Iterator[None]:  # fmt: skip
     """Hold the lock ``file``, which is made where there is none and stays.
 
-    Who holds it on this machine is alive.  On another one it may have gone with the machine, whose locks a file server
-    keeps for a while: that is waited for, up to LEASE_S seconds.
+    Who holds it on this machine is alive, and is waited for ``patience_s`` seconds.  On another machine it may have
+    gone with the machine, whose locks a file server keeps for a while: that is waited for, up to LEASE_S seconds.
 
     Args:
         refused: the error where another process holds it, from who that is.
     """
-    lock, until = os.open(file, os.O_CREAT | os.O_RDWR, 0o644), clock() + LEASE_S
+    began = clock()
+    while isinstance(found := _locked(file), str):
+        is_here = found.endswith(f" on {os.uname().nodename}")
+        left = began + (patience_s if is_here else LEASE_S) - clock()
+        if left <= 0:
+            raise refused(found)
+        if not is_here:
+            logger.warning("%s holds %s; waiting up to %g s, in case that machine is gone", found, file, left)
+        sleep(min(left, RETRY_S if not is_here else SHORT_S))  # a lock that the kernel waits for has no deadline
     try:
-        while (who := _holder(lock)) is not None:
-            if who.endswith(f" on {os.uname().nodename}") or clock() >= until:
-                raise refused(who)
-            logger.warning("%s holds %s; waiting up to %g s, in case that machine is gone", who, file, until - clock())
-            sleep(RETRY_S)  # a lock that is waited for in the kernel has no deadline
-        os.ftruncate(lock, 0)
-        os.pwrite(lock, f"process {os.getpid()} on {os.uname().nodename}\n".encode(), 0)
+        os.ftruncate(found, 0)
+        os.pwrite(found, f"process {os.getpid()} on {os.uname().nodename}\n".encode(), 0)
         yield
     finally:
-        os.close(lock)
+        os.close(found)
 
 
-def _holder(lock: int) -> str | None:
-    """Who has the lock; None when it is ours now."""
+def _locked(file: Path) -> int | str:
+    """The open lock, or who has it."""
+    lock = os.open(file, os.O_CREAT | os.O_RDWR, 0o644)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        return os.pread(lock, 200, 0).decode(errors="replace").strip() or "another process"
+        who = os.pread(lock, 200, 0).decode(errors="replace").strip()
+        os.close(lock)
+        return who or f"another process on {os.uname().nodename}"
     except OSError as error:
         if error.errno not in NO_LOCKS:  # where no lock is to be had, a run is as safe as it was without
+            os.close(lock)
             raise
-    return None
+    if not _is_there(file, lock):  # who had it removed it with the folder: there is, or will be, another one
+        os.close(lock)
+        return f"another process on {os.uname().nodename}"
+    return lock
+
+
+def _is_there(file: Path, lock: int) -> bool:
+    try:
+        return os.path.samestat(os.fstat(lock), file.stat())
+    except FileNotFoundError:
+        return False
 
 
 def is_taken(folder: Path, but: Sequence[str] = ()) -> bool:

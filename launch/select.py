@@ -92,7 +92,7 @@ def _answer(config: SelectConfig, console: Console, resume: bool) -> tuple[Selec
                          "set select.top_k=1, or use burnish select")  # fmt: skip
     with labelled(config.labelling(ANSWERS), config.model_dump(mode="json"), console, resume) as found:
         selection = Selection()
-        rows = list(answer_rows(_records(found), config.select, selection))
+        rows = list(answer_rows(_records(found), config.select, selection, config.compares))
         _write(config, ANSWERS, found, rows, answer_schema(_is_conversational(found), found.provenance))
         write_summary(found, selection.to_dict())
     return selection, rows

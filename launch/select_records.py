@@ -31,6 +31,7 @@ class Selection:
     num_candidates: int = 0
     num_rows: int = 0
     num_prompts_without: int = 0  # prompts of which no answer was kept
+    num_agreed: int = 0  # prompts whose candidates all said the same, and so had no score of a comparison
     dropped: Counter[str] = field(default_factory=Counter)  # candidates, by reason
     highest: float = -math.inf  # score of any candidate
     num_scored: int = 0
@@ -45,15 +46,19 @@ class Selection:
         self.num_scored += len(scores)
         self._sum_scored += sum(scores)
 
-    def kept(self, scores: Sequence[float]) -> None:
-        self.num_rows += len(scores)
-        self.num_prompts_without += not scores
+    def kept(self, scores: Sequence[float], agreed: bool = False) -> None:
+        """Of one prompt; ``agreed``: there is none, but an answer."""
+        self.num_rows += len(scores) + agreed
+        self.num_prompts_without += not scores and not agreed
         self._sum_kept += sum(scores)
+        self.num_agreed += agreed
 
     def to_dict(self) -> dict[str, Any]:
         """Counts, and the mean score of all scored answers and of those that were kept."""
         means = {"mean_score_sampled": self._sum_scored / self.num_scored} if self.num_scored else {}
-        means |= {"mean_score_kept": self._sum_kept / self.num_rows} if self.num_rows else {}
+        num_kept = self.num_rows - self.num_agreed
+        means |= {"mean_score_kept": self._sum_kept / num_kept} if num_kept else {}
+        means |= {"num_agreed": self.num_agreed} if self.num_agreed else {}
         return {
             "num_prompts": self.num_prompts, "num_candidates": self.num_candidates, "num_rows": self.num_rows,
             "num_prompts_without": self.num_prompts_without, "dropped": dict(self.dropped.most_common()), **means,
@@ -89,6 +94,21 @@ def choose(record: Record, settings: SelectSettings) -> tuple[list[int], Counter
     return kept, Counter(why.values())
 
 
+def agreed(record: Record, settings: SelectSettings) -> int | None:
+    """The first of the candidates that were compared, where they all say the same; else None.
+
+    Equal texts are not compared, so none of them has a score; and any of them is the best.
+    """
+    candidates = record["candidates"]
+    whys = {candidate["finish_reason"] for candidate in candidates}
+    may_be_kept = settings.threshold is None and whys <= {"stop", *(() if settings.drop_truncated else ("length",))}
+    return 0 if may_be_kept and record["labels"]["dropped"].keys() == {"identical"} and _is_one(candidates) else None
+
+
+def _is_one(candidates: Sequence[Mapping[str, Any]]) -> bool:
+    return len({candidate["text"] for candidate in candidates}) == 1
+
+
 def sft_rows(records: Iterable[Record], settings: SelectSettings, selection: Selection) -> Iterator[dict[str, Any]]:
     """prompt, completion and where they come from; ``selection`` is filled on the way.
 
@@ -112,15 +132,23 @@ def sft_rows(records: Iterable[Record], settings: SelectSettings, selection: Sel
             }  # fmt: skip
 
 
-def answer_rows(records: Iterable[Record], settings: SelectSettings, selection: Selection) -> Iterator[dict[str, Any]]:
-    """One row a prompt: the best candidate that may be kept, null where there is none, and the scores of all."""
+def answer_rows(
+    records: Iterable[Record], settings: SelectSettings, selection: Selection, compares: bool = False
+) -> Iterator[dict[str, Any]]:
+    """One row a prompt: the best candidate that may be kept, null where there is none, and the scores of all.
+
+    ``compares``: candidates are scored by being compared; where they all say the same, that is the answer.
+    """
     for record in records:
         selection.seen(record)
         kept, dropped = choose(record, settings)
-        best = kept[0] if kept else None
+        unanimous = agreed(record, settings) if compares and not kept else None
+        best = kept[0] if kept else unanimous
+        if unanimous is not None:
+            dropped["unscored"] -= 1
         scores = record["labels"]["scores"]
-        selection.dropped.update(dropped)
-        selection.kept([] if best is None else [scores[best]])
+        selection.dropped.update(+dropped)
+        selection.kept([scores[i] for i in kept], agreed=unanimous is not None)
         yield {
             "prompt": record["prompt"], "completion": None if best is None else _answer(record, best),
             "score": None if best is None else scores[best],

@@ -25,7 +25,10 @@ class ServeSettings(Settings):
         None, min_length=1, description="what requests call the model; default: the name of its folder"
     )
     max_requests: Positive = Field(64, description="answered at once; who comes then is told to come again (429)")
-    deadline_s: float = Field(300.0, gt=0, description="for one answer; the request then ends with 504")
+    deadline_s: float = Field(
+        600.0, gt=0, description="for one answer; the request then ends with 504, and its place is free once its "
+        "workers are done"
+    )  # fmt: skip
 
     @model_validator(mode="after")
     def _strangers_need_a_key(self) -> Self:

@@ -6,7 +6,6 @@ asked for is a wrong answer.  May import: trainers.{errors, kl_from_base, prompt
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,11 +16,15 @@ from trainers.kl_from_base import best_of_n_kl
 from trainers.prompt_format import Messages, checked_text
 
 # What decides nothing about the answer, and the value at which another parameter decides nothing either.
-SILENT = {"user", "metadata", "store", "stream_options", "service_tier", "safety_identifier", "prompt_cache_key"}
+SILENT = {"user", "metadata", "store", "stream_options", "service_tier", "safety_identifier", "prompt_cache_key",
+          "parallel_tool_calls"}  # fmt: skip
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
-    "n": (1,), "stream": (False,), "top_p": (1, 1.0), "frequency_penalty": (0, 0.0), "presence_penalty": (0, 0.0),
-    "logprobs": (False,), "stop": ([],), "tools": ([],), "logit_bias": ({},), "response_format": ({"type": "text"},),
+    "n": (1,), "stream": (False,), "top_p": (1, 1.0), "top_k": (-1,), "min_p": (0, 0.0), "frequency_penalty": (0, 0.0),
+    "presence_penalty": (0, 0.0), "repetition_penalty": (1, 1.0), "logprobs": (False,), "stop": ([], ""),
+    "tools": ([],), "tool_choice": ("none",), "logit_bias": ({},), "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
 }  # fmt: skip
+SAID = {"role", "content", "name"}  # of a message
 OWN = ("model", "messages", "max_tokens", "max_completion_tokens", "temperature", "seed", "best_of")
 
 
@@ -72,6 +75,10 @@ def read_request(body: Any, model: str, sampling: DrawSettings, fewest: int) -> 
         raise _refusal("messages", error.reason, error.remedy) from error
     if isinstance(messages, str):
         raise _refusal("messages", "is a text", "send a list of messages with role and content")
+    if other := sorted({str(key) for message in messages for key in message} - SAID):
+        raise _refusal("messages", f"a message has {_short(other[0])}", "send role, content and name alone")
+    if any("\ud800" <= letter <= "\udfff" for message in messages for part in message.values() for letter in str(part)):
+        raise _refusal("messages", "a text has half a surrogate pair", "send text that UTF-8 has")
     both = [name for name in ("max_completion_tokens", "max_tokens") if body.get(name) is not None]
     changed: dict[str, Any] = {}
     if both:
@@ -156,12 +163,15 @@ def _whole(body: Mapping[str, Any], name: str, lowest: int, highest: int) -> int
 
 def _number(body: Mapping[str, Any], name: str, lowest: float, highest: float) -> float:
     value = body[name]
-    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not is_number or not lowest <= value <= highest:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not lowest <= value <= highest:  # NaN is not
         raise _refusal(name, f"{name} = {_short(value)} is out of range", f"send a number, {lowest:g} to {highest:g}")
     return float(value)
 
 
 def _short(value: Any) -> str:
-    shown = repr(value)
+    try:
+        shown = repr(value)
+    except ValueError:  # Python prints no number of so many digits
+        shown = "a number of thousands of digits"
     return shown if len(shown) <= 60 else f"{shown[:57]}..."

@@ -33,6 +33,7 @@ DEADLINE_S = 3600.0  # for one stage of the pipeline, which takes minutes
 LABEL_MANIFEST = "label.json"  # a labelling run's folder has it as long as it can go on
 HERE = "<directory>"  # stands for the folder in what is noted: it may be moved
 MAX_SHOWN = 160
+NOTING_S = 30.0
 Run = Callable[[Sequence[str], Path | None, float], float]  # arguments of burnish, log, deadline -> s; or StageError
 
 
@@ -119,7 +120,7 @@ class Stages:
             return InputError(f"stage {name}", str(self.directory), f"{who} works on it",
                               "wait until it has ended, or end it; or give another --directory")  # fmt: skip
 
-        with held(self.directory / f".{name}.lock", refused):
+        with held(self.directory / f".stage-{name}.lock", refused):
             return self._run_alone(name, arguments, result)
 
     def _run_alone(self, name: str, arguments: Sequence[str], result: str) -> Path:
@@ -211,12 +212,17 @@ class Stages:
         return found[-1]
 
     def _note(self, name: str, noted: Noted) -> None:
-        self._noted = _read(self._log) | {name: noted}
-        rows = {stage: _row(known) for stage, known in self._noted.items()}
         self.directory.mkdir(parents=True, exist_ok=True)
-        fresh = self._log.with_name(f".{self._log.name}.tmp")
-        fresh.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-        os.replace(fresh, self._log)
+
+        def refused(who: str) -> StageError:
+            return StageError(f"{who} has had {self._log} for {NOTING_S:g} s, which takes none; end it")
+
+        with held(self.directory / ".stages.lock", refused, NOTING_S):  # others may note another stage
+            self._noted = _read(self._log) | {name: noted}
+            rows = {stage: _row(known) for stage, known in self._noted.items()}
+            fresh = self._log.with_name(f".{self._log.name}.tmp")
+            fresh.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+            os.replace(fresh, self._log)
 
 
 def only(directory: Path, pattern: str) -> Path:

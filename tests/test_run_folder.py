@@ -103,11 +103,12 @@ def test_the_lock_of_another_machine_is_waited_for_as_long_as_a_server_keeps_it(
     try:
         with caplog.at_level(logging.WARNING):
             if ends_at < LEASE_S:
-                with held(file, RuntimeError, clock, clock.sleep):
+                with held(file, RuntimeError, 0.0, clock, clock.sleep):
                     assert clock.now == ends_at and file.read_text().startswith(f"process {os.getpid()} on ")
             else:
-                with pytest.raises(RuntimeError, match="7 on node-b"), held(file, RuntimeError, clock, clock.sleep):
-                    pytest.fail("two processes hold one lock")
+                with pytest.raises(RuntimeError, match="7 on node-b"):
+                    with held(file, RuntimeError, 0.0, clock, clock.sleep):
+                        pytest.fail("two processes hold one lock")
                 assert LEASE_S <= clock.now < LEASE_S + 10
         assert "process 7 on node-b holds" in caplog.text
     finally:
@@ -119,5 +120,39 @@ def test_the_lock_of_a_process_of_this_machine_is_not_waited_for(tmp_path: Path)
         pytest.fail("who works here is alive")
 
     with held(tmp_path / LOCK, RuntimeError), pytest.raises(RuntimeError, match=f"process {os.getpid()} on "):
-        with held(tmp_path / LOCK, RuntimeError, lambda: 0.0, sleep):
+        with held(tmp_path / LOCK, RuntimeError, 0.0, lambda: 0.0, sleep):
+            pytest.fail("two processes hold one lock")
+
+
+def test_who_works_here_is_waited_for_as_long_as_is_asked(tmp_path: Path) -> None:
+    file = tmp_path / LOCK
+    with held(file, RuntimeError):
+        pass
+    lock = os.open(file, os.O_RDWR)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    clock = Clock(lock, 1.0)
+    try:
+        with pytest.raises(RuntimeError), held(file, RuntimeError, 0.5, clock, clock.sleep):
+            pytest.fail("two processes hold one lock")
+        assert 0.5 <= clock.now < 0.6
+        with held(file, RuntimeError, 5.0, clock, clock.sleep):
+            assert 1.0 <= clock.now < 1.1
+    finally:
+        os.close(lock)
+
+
+def test_a_lock_that_was_removed_is_nobodys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who removes a folder holds its lock; who had opened that file before must not take it for the folder's."""
+    file, flock, calls = tmp_path / LOCK, fcntl.flock, list[int]()
+
+    def after_it_was_removed(lock: int, operation: int) -> None:
+        if not calls:
+            file.unlink()
+        calls.append(lock)
+        flock(lock, operation)
+
+    monkeypatch.setattr(fcntl, "flock", after_it_was_removed)
+    with held(file, RuntimeError, 5.0):
+        assert len(calls) == 2 and file.read_text().startswith(f"process {os.getpid()} on ")
+        with pytest.raises(RuntimeError), held(file, RuntimeError):
             pytest.fail("two processes hold one lock")

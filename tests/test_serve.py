@@ -7,7 +7,6 @@ import contextlib
 import json
 import re
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Awaitable, Callable
@@ -27,17 +26,18 @@ from actors.endpoint import EndpointRespondent
 from actors.judge_settings import EndpointSettings
 from actors.model_folders import resolve_model
 from actors.modeling import load_tokenizer
-from cluster.errors import WorkerDiedError
+from cluster.errors import DeadlineError, WorkerDiedError
 from cluster.transport import put
+from launch.answer_service import MAX_FAILED_IN_A_ROW, Service
 from launch.overrides import expect_command
 from launch.select_config import DrawSettings, SelectConfig
-from launch.serve import Service, application, bound, listening, serve
+from launch.serve import application, bound, listening, serve
 from launch.serve_config import ServeSettings
 from launch.serve_protocol import ApiError, read_request
 from trainers.asking import Question
-from trainers.errors import EndpointDownError, InputError
+from trainers.errors import EndpointDownError, InputError, NoGeneratorError
 from trainers.experience import Trajectory, TrajectoryGroup, VersionSpan, WeightVersion, encode_group, summarize
-from trainers.labellers import Labels, from_scores
+from trainers.labellers import Labels, from_outcomes, from_scores
 from trainers.protocols import GeneratedGroup, GroupRequest
 
 ASKED = {"model": "tiny", "messages": [{"role": "user", "content": "Say something."}]}
@@ -63,7 +63,7 @@ def test_a_request_takes_from_the_recipe_what_it_does_not_say() -> None:
 
 
 def test_what_decides_nothing_is_taken_and_parts_of_a_text_are_one_text() -> None:
-    assert asked(n=1, stream=False, top_p=1.0, stop=None, user="me", tools=[]).sampling == RECIPE
+    assert asked(n=1, stream=False, top_p=1.0, stop=None, user="me", tools=[], tool_choice="none").sampling == RECIPE
     parts = [{"type": "text", "text": "Say "}, {"type": "text", "text": "it."}]
     assert asked(messages=[{"role": "user", "content": parts}]).messages == [{"role": "user", "content": "Say it."}]
 
@@ -81,11 +81,14 @@ def test_what_decides_nothing_is_taken_and_parts_of_a_text_are_one_text() -> Non
         ({"best_of": 5}, "best_of", "1 to 4"),
         ({"temperature": -1}, "temperature", "0 to 2"),
         ({"temperature": float("nan")}, "temperature", "0 to 2"),
+        ({"temperature": 10**5000}, "temperature", "0 to 2"),
         ({"seed": "7"}, "seed", "whole number"),
         ({"messages": []}, "messages", "empty"),
         ({"messages": "Say it."}, "messages", "list of messages"),
         ({"messages": [{"role": "poet", "content": "x"}]}, "messages", "no role"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages", "text alone"),
+        ({"messages": [{"role": "user", "content": "x", "tool_calls": 5}]}, "messages", "tool_calls"),
+        ({"messages": [{"role": "user", "content": "half \ud800"}]}, "messages", "surrogate"),
     ],
 )
 def test_what_cannot_be_honoured_is_refused_by_name(more: dict[str, Any], param: str, words: str) -> None:
@@ -125,10 +128,13 @@ def test_what_cannot_be_served_is_refused_before_anything_starts(
     quiet = Console(quiet=True)
     with pytest.raises(InputError, match="one answer, the best"):
         serve(config(tmp_path, select={"top_k": 2}), quiet)
+    for prompts in ({"template": "Q: {prompt}"}, {"chat": False}):
+        with pytest.raises(InputError, match="have clients send"):
+            serve(config(tmp_path, prompts={**raw_config(tmp_path)["prompts"], **prompts}), quiet)
     monkeypatch.delenv("SERVE_KEY", raising=False)
     with pytest.raises(InputError, match=r"serve.api_key_env = 'SERVE_KEY': this variable is not set"):
         serve(config(tmp_path, serve={"api_key_env": "SERVE_KEY"}), quiet)
-    with socket.create_server(("127.0.0.1", 0)) as taken:
+    with bound(ServeSettings(port=0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(InputError, match="cannot be listened on") as caught:
             serve(config(tmp_path, serve={"port": port}), quiet)
@@ -205,7 +211,11 @@ def test_the_best_candidate_comes_back_as_a_chat_completion(tmp_path: Path) -> N
         assert found["best_of_n"]["kl_bound"] == pytest.approx(0.636, abs=1e-3)  # ln 4 - 3/4
         assert found["usage"]["completion_tokens"] == 8, "of all candidates"
         async with client.get("/v1/models") as response:
-            assert (await response.json())["data"][0]["id"] == "tiny"
+            (card,) = (await response.json())["data"]
+            assert card["id"] == "tiny" and card["created"] == 1_700_000_000 and card["owned_by"]
+        for name, status in (("tiny", 200), ("other", 404)):
+            async with client.get(f"/v1/models/{name}") as response:
+                assert response.status == status
 
     told = serving(Workers("a", "bbb", "longest", "dd"), body, tmp_path)
     assert len(told) == 1 and "best of 4, score 7" in told[0]
@@ -229,10 +239,12 @@ def test_refusals_are_json_and_name_the_parameter(tmp_path: Path) -> None:
         status, found = await post(client, {"top_p": 0.5})
         assert (status, found["error"]["param"]) == (400, "top_p")
         status, found = await post(client, {"messages": [{"role": "user", "content": "long " * 200}]})
-        assert status == 400 and "tokens" in found["error"]["message"]
+        assert status == 400 and "tokens" in found["error"]["message"] and "long" not in found["error"]["message"]
         path, headers = "/v1/chat/completions", {"Content-Type": "application/json"}
         for data, more, status in (
-            ("{", headers, 400), (json.dumps(ASKED), {"Content-Type": "text/plain"}, 415), (" " * 2**23, headers, 413),
+            ("{", headers, 400), ("[" * 10**5, headers, 400), ('{"seed": ' + "1" * 5000 + "}", headers, 400),
+            ("{}", {"Content-Type": "application/json; charset=none"}, 400),
+            (json.dumps(ASKED), {"Content-Type": "text/plain"}, 415), (" " * 2**23, headers, 413),
         ):  # fmt: skip
             async with client.post(path, data=data, headers=more) as response:
                 assert response.status == status and (await response.json())["error"]["message"]
@@ -284,16 +296,54 @@ def test_who_comes_when_all_places_are_taken_is_told_to_come_again(tmp_path: Pat
     serving(workers, body, tmp_path, serve={"max_requests": 1})
 
 
-def test_an_answer_that_does_not_come_in_time_is_a_504(tmp_path: Path) -> None:
+def test_an_answer_that_does_not_come_in_time_is_a_504_and_its_place_is_free_once_its_workers_are(
+    tmp_path: Path,
+) -> None:
     workers = Workers("a", "b", "c", "d")
 
     async def body(client: TestClient[Any, Any]) -> None:
-        workers.held = asyncio.Event()
+        held = workers.held = asyncio.Event()
         assert (await post(client))[0] == 504
+        assert (await post(client))[0] == 429, "they still work for the one that gave up"
         workers.held = None
+        held.set()
+        async with asyncio.timeout(20):
+            while (await post(client))[0] == 429:
+                pass
         assert (await post(client))[0] == 200
 
-    serving(workers, body, tmp_path, serve={"deadline_s": 0.2})
+    told = serving(workers, body, tmp_path, serve={"deadline_s": 1.0, "max_requests": 1})
+    assert told[0].startswith("request 0: best of 4"), "it was answered, to nobody"
+
+
+def test_where_all_candidates_that_are_compared_say_the_same_that_is_the_answer(tmp_path: Path) -> None:
+    workers = Workers("yes", "yes", "yes", "yes")
+
+    async def label(group: TrajectoryGroup, turn: int) -> tuple[Labels, dict[str, Any]]:
+        return from_outcomes(4, [], {"identical": 6}), {}
+
+    workers.label = label  # type: ignore[method-assign]
+
+    async def body(client: TestClient[Any, Any]) -> None:
+        status, found = await post(client, {"temperature": 0})
+        assert status == 200 and found["choices"][0]["message"]["content"] == "yes"
+        assert found["best_of_n"]["score"] is None and found["best_of_n"]["scores"] == [None] * 4
+
+    compares = {"source": "judge", "judge": {}}
+    assert "all agree" in serving(workers, body, tmp_path, label=compares)[0]
+
+    async def scored(client: TestClient[Any, Any]) -> None:
+        assert (await post(client))[0] == 422, "who scores one by one has failed, and agrees with nobody"
+
+    serving(workers, scored, tmp_path)
+
+
+def test_without_a_key_a_page_whose_name_leads_here_is_not_answered(tmp_path: Path) -> None:
+    async def body(client: TestClient[Any, Any]) -> None:
+        assert (await post(client, headers={"Host": "evil.example:8000"}))[0] == 403
+        assert (await post(client, headers={"Host": "localhost:8000"}))[0] == 200
+
+    serving(Workers("a", "b", "c", "d"), body, tmp_path)
 
 
 def test_who_is_being_answered_when_the_server_stops_is_answered_and_nobody_else_is(tmp_path: Path) -> None:
@@ -321,7 +371,7 @@ def test_who_is_being_answered_when_the_server_stops_is_answered_and_nobody_else
     asyncio.run(go())
 
 
-def test_a_dead_worker_ends_the_server_and_a_judge_that_is_down_does_not(tmp_path: Path) -> None:
+def test_a_fleet_without_generators_ends_the_server_and_nothing_less_does(tmp_path: Path) -> None:
     workers = Workers("a", "b", "c", "d")
 
     async def body(client: TestClient[Any, Any]) -> None:
@@ -330,13 +380,35 @@ def test_a_dead_worker_ends_the_server_and_a_judge_that_is_down_does_not(tmp_pat
         assert status == 502 and "https://judge" not in json.dumps(found)
         async with client.get("/health") as response:
             assert response.status == 200
-        workers.error = WorkerDiedError("generator rank 0 in generate")
+        for i in range(MAX_FAILED_IN_A_ROW - 1):  # whatever they asked may be to blame
+            workers.error = WorkerDiedError(f"reward worker {i}")
+            assert (await post(client))[0] == 503
+        async with client.get("/health") as response:
+            assert response.status == 200
+        workers.error = None
+        assert (await post(client))[0] == 200
+        workers.error = NoGeneratorError("request-9", ("generator-0: it died",))
         assert (await post(client))[0] == 503
         async with client.get("/health") as response:
             assert response.status == 503
 
     told = serving(workers, body, tmp_path)
-    assert "https://judge" in told[0] and "generator rank 0" in told[1]
+    assert "https://judge" in told[0] and "reward worker 0" in told[1] and "generator-0: it died" in told[-1]
+
+
+def test_workers_that_fail_one_request_after_the_other_end_the_server(tmp_path: Path) -> None:
+    workers = Workers("a", "b", "c", "d")
+
+    async def body(client: TestClient[Any, Any]) -> None:
+        workers.error = DeadlineError("generate", "generator-0", 1800.0)
+        for i in range(MAX_FAILED_IN_A_ROW):
+            async with client.get("/health") as response:
+                assert response.status == 200, i
+            assert (await post(client))[0] == 503
+        async with client.get("/health") as response:
+            assert response.status == 503
+
+    serving(workers, body, tmp_path)
 
 
 def test_the_reply_that_the_documentation_shows_has_what_a_reply_has(tmp_path: Path) -> None:
@@ -356,13 +428,15 @@ def test_the_reply_that_the_documentation_shows_has_what_a_reply_has(tmp_path: P
 # --- with an engine ---------------------------------------------------------------------------------
 
 
-def test_a_server_answers_a_judges_client_and_stops_when_it_is_told_to(tmp_path: Path) -> None:
+@pytest.mark.parametrize("backend", ["in_process", pytest.param("ray", marks=pytest.mark.slow)])
+def test_a_server_answers_a_judges_client_and_stops_when_it_is_told_to(backend: str, tmp_path: Path) -> None:
     """The whole command: a real engine, and a client of our own, as any other."""
     (tmp_path / "score.py").write_text(LETTERS)
     rewards = {"source": "function", "rewards": [{"function": f"{tmp_path}/score.py:letters"}]}
     raw = raw_config(
-        tmp_path, label=rewards, select={"drop_truncated": False}, serve={"port": 0, "model_name": "tiny"}
-    )
+        tmp_path, label=rewards, select={"drop_truncated": False}, serve={"port": 0, "model_name": "tiny"},
+        cluster={"backend": backend, "device": "cpu"},
+    )  # fmt: skip
     (tmp_path / "serve.yaml").write_text(yaml.safe_dump(raw))
     SelectConfig.model_validate(raw)
     root = Path(__file__).parents[1]

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from rich.console import Console
 from stage_stub import Machine, pipeline_of
 
 from launch.compare_stage import LateError, StageError, interrupt_on_signals, run_burnish
-from launch.stages import Made, Stages, difference
+from launch.stages import Made, Noted, Stages, difference
 from scripts.staged import answer
 from trainers.errors import InputError
 
@@ -59,6 +60,20 @@ def test_a_stage_that_another_process_works_on_is_refused_and_others_are_not(tmp
     assert tried == ["stage sft"] and machine.ran == ["sft"] and other.ran == ["reward"]
     assert train(other.stages(tmp_path)).is_dir() and other.ran == ["reward"], "it is free again, and has ended"
     assert machine.stages(tmp_path).seconds.keys() == {"sft", "reward"}
+
+
+def test_stages_that_are_noted_at_once_are_all_noted(tmp_path: Path) -> None:
+    names = [f"stage-{i}" for i in range(8)]
+
+    def work(name: str) -> None:
+        stages = Stages(tmp_path, Console(quiet=True), run=lambda *_: 1.0)
+        (tmp_path / name / "export" / "step-000001").mkdir(parents=True)
+        for _ in range(5):
+            stages._note(name, Noted(1.0, True, None))
+
+    with ThreadPoolExecutor(len(names)) as pool:
+        list(pool.map(work, names))
+    assert Stages(tmp_path, Console(quiet=True)).seconds.keys() == set(names)
 
 
 @pytest.mark.parametrize(
