@@ -52,6 +52,7 @@ class Service:
         self._numbers, self._first_turn = itertools.count(), secrets.randbits(40)
         self._running: set[asyncio.Task[dict[str, Any]]] = set()
         self._num_failed = 0  # in a row
+        self._tokenizing = asyncio.Lock()
         self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     async def complete(self, body: Any) -> dict[str, Any]:
@@ -110,10 +111,12 @@ class Service:
     async def _best(self, ask: Ask, number: int) -> dict[str, Any]:
         try:
             room, rows = self._max_length - ask.sampling.max_tokens, [{"prompt": ask.messages}]
-            # In a thread: a long text takes its time, and everybody else would wait.
-            (prompt,) = await asyncio.to_thread(
-                build_prompts, rows, self.config.prompts, self._tokenizer, room, "messages"
-            )
+            # In a thread: a long text takes its time, and everybody else would wait.  One at a time: a tokenizer is not
+            # made for several threads.
+            async with self._tokenizing:
+                (prompt,) = await asyncio.to_thread(
+                    build_prompts, rows, self.config.prompts, self._tokenizer, room, "messages"
+                )
         except InputError as error:  # its value is the whole prompt, with the system message that is ours
             raise ApiError(400, "invalid_request_error", f"messages: {error.reason}", "messages") from error
         # Without a seed the same question is sampled anew each time it comes.
