@@ -95,7 +95,7 @@ class TrainingLoop:
                     await self._one_step()
                 feeding.cancel()
                 self.rollouts.end()
-        except* Exception as group:  # noqa: BLE001 - unwrapped and raised again
+        except ExceptionGroup as group:  # no except*: in early Pythons 3.11 what it raises is put into a group again
             raise _first(group) from None
 
     async def _one_step(self) -> None:
