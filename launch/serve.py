@@ -12,7 +12,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hmac
-import signal
 import socket
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -29,6 +28,7 @@ from launch.select import ANSWERS, of_one_prompt
 from launch.select_config import SelectConfig
 from launch.serve_config import ServeSettings, is_loopback
 from launch.serve_protocol import ApiError
+from launch.signals import stop_on_signals
 from trainers.errors import InputError
 
 GREETING = [{"role": "user", "content": "Hello."}]  # stands for the requests while they are not there
@@ -144,9 +144,11 @@ async def _serve(
     fleet = await start_fleet(config.labelling(ANSWERS), prepared)
     try:
         service = Service(config, model, prepared.max_length, load_tokenizer(prepared.model_path), fleet, told)
-        async with listening(service, key, sock) as url, _signals() as stopped:
+        over = asyncio.Event()
+        service.failed.add_done_callback(lambda _: over.set())
+        async with listening(service, key, sock) as url, stop_on_signals(over.set, None, None):
             told(f"{model}, best of {config.sampling.num_candidates}: {url}")
-            await asyncio.wait({stopped, service.failed}, return_when=asyncio.FIRST_COMPLETED)
+            await over.wait()
         if service.failed.done():
             service.failed.result()
     finally:
@@ -166,24 +168,3 @@ async def listening(service: Service, key: str | None, sock: socket.socket) -> A
     finally:
         await runner.cleanup()
         await service.finish()
-
-
-@contextlib.asynccontextmanager
-async def _signals() -> AsyncIterator[asyncio.Future[None]]:
-    """Done by the first SIGINT or SIGTERM; the second one ends the process as it always would."""
-    loop = asyncio.get_running_loop()
-    stopped: asyncio.Future[None] = loop.create_future()
-    handled = (signal.SIGINT, signal.SIGTERM)
-
-    def on_signal() -> None:
-        stopped.set_result(None)
-        for number in handled:
-            loop.remove_signal_handler(number)
-
-    for number in handled:
-        loop.add_signal_handler(number, on_signal)
-    try:
-        yield stopped
-    finally:
-        for number in handled:
-            loop.remove_signal_handler(number)

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM of a run.  May import: cluster.errors, trainers.protocols."""
+"""SIGINT and SIGTERM of a run or a server.  May import: cluster.errors, trainers.protocols."""
 
 from __future__ import annotations
 
@@ -33,12 +33,14 @@ class Stopping:
 
 @contextlib.asynccontextmanager
 async def stop_on_signals(
-    stop: Callable[[], None], recorder: Recorder, grace_s: float | None
+    stop: Callable[[], None], recorder: Recorder | None, grace_s: float | None
 ) -> AsyncIterator[Stopping]:
-    """The first SIGINT or SIGTERM asks the run to stop with a checkpoint; the second ends it at once.
+    """The first SIGINT or SIGTERM asks the run to stop in order; the second ends it at once.
 
     Args:
-        stop: finishes the update that is being made, and no more.
+        stop: has what is being made finished (an update, an answer), and no more begun.  May be called twice, when
+            two signals come at once.
+        recorder: gets the event; None where nothing is recorded.
         grace_s: seconds from SIGTERM until the block is ended with a DeadlineError; None: no limit.
     """
     running = asyncio.get_running_loop()
@@ -46,7 +48,8 @@ async def stop_on_signals(
     stopping = Stopping(grace_s)
 
     def on_signal(number: signal.Signals) -> None:
-        recorder.event("stopping", signal=number.name)
+        if recorder is not None:
+            recorder.event("stopping", signal=number.name)
         stopping.note(number)
         stop()
         for s in signals:

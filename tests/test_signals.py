@@ -70,7 +70,7 @@ def test_after_its_grace_a_run_is_ended_and_the_cut_off_step_is_not_saved() -> N
 
 def test_a_save_that_outlasts_the_grace_ends_with_the_same_error() -> None:
     async def whole() -> None:
-        async with stop_on_signals(lambda: None, Story(signal.SIGTERM, 0, 0), 0.05):  # type: ignore[arg-type]
+        async with stop_on_signals(lambda: None, None, 0.05):
             os.kill(os.getpid(), signal.SIGTERM)
             await asyncio.sleep(DEADLINE_S)
 
