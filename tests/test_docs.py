@@ -29,6 +29,7 @@ from launch.select_config import SelectConfig
 from launch.tuning_config import TUNING, TuningConfig
 from trainers.examples import encode_example
 from trainers.experience import Prompt
+from trainers.labelled_answers import read_preference
 from trainers.pair_function import load_pair_function, probe_pair_function
 from trainers.preferences import read_comparison
 from trainers.prompt_format import PromptFormat
@@ -251,6 +252,8 @@ def test_every_row_that_is_shown_is_one_that_is_read(block: Fenced, tmp_path: Pa
     for row in rows:
         if "chosen" in row or "completions" in row:
             assert read_comparison(row, "row", tokenizer, PromptFormat(chat=False)).pairs
+        elif "label" in row:
+            assert read_preference(row, "row", tokenizer, PromptFormat(chat=False), "kto").label is row["label"]
         else:
             assert encode_example(row, tokenizer, 512, form=PromptFormat(chat=False)).mask.any()
 

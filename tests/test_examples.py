@@ -151,8 +151,17 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "a message without content": ({"messages": [{"role": "user"}]}, "no text as content"),
     "no turn of the assistant": ({"messages": TALK[:2]}, "nothing to learn"),
     "a completion that only the user says": ({"prompt": TALK[:1], "completion": TALK[1:2]}, "nothing to learn"),
+    "an answer labelled good": ({"prompt": "a", "completion": "b", "label": True}, "one labelled answer.*loss=kto"),
+    "an answer labelled bad": ({"prompt": "a", "completion": "b", "label": False}, "SFT imitates every answer"),
+    "a pair": ({"prompt": "a", "chosen": "b", "rejected": "c"}, "were compared.*algorithm.name=dpo"),
+    "a ranking": ({"prompt": "a", "completions": ["b", "c"], "ranks": [1, 2]}, "were compared.*algorithm.name=reward"),
     "one text and one list": ({"prompt": "a", "completion": TALK}, "text where messages"),
 }
+
+
+def test_a_label_of_something_else_does_not_make_a_row_a_judgement(tokenizer: Any) -> None:
+    for row in ({"prompt": "a", "completion": "b", "label": 3}, {"text": "a film review", "label": True}):
+        assert isinstance(encode_example(row, tokenizer, 1000, form=PLAIN), Example)
 
 
 @pytest.mark.parametrize("case", BAD)

@@ -28,7 +28,7 @@ from actors.modeling import load_tokenizer
 from actors.settings import CriticSettings, LearnerSettings, OptimizerSettings, SamplingSettings
 from cluster.rendezvous import Rendezvous, free_port
 from cluster.weight_channel import bit_sum
-from trainers.algorithms import AlgorithmSettings
+from trainers.algorithms import PRESETS, AlgorithmSettings
 from trainers.comparisons import write_comparisons
 from trainers.preference_training import LOSSES, PreferenceSettings
 from trainers.reward_training import RewardTrainingSettings
@@ -38,7 +38,7 @@ pytestmark = pytest.mark.timeout(2 * DEADLINE_S)
 LORA = LoRASettings(rank=4, alpha=8.0)
 STEPS = 5  # a head of zeros moves first, then B, then A
 GREEDY = (0.5, 1.0, 0.0, 0.2)  # rewards of the greedy answers, which ReMax asks for
-SAMPLED = ("rloo", "remax", "online_dpo")
+SAMPLED = tuple(name for name in PRESETS if name != "ppo")
 PREFERENCES = ("sigmoid", "ipo", "kto", "orpo", "simpo")
 ALL = (*SAMPLED, "ppo", "critic", *PREFERENCES, "sft", "reward")
 START: dict[str, float] = {  # the first loss, of a policy that is its reference, whatever the model

@@ -23,10 +23,10 @@ ANSWER = {"prompt": "p", "completion": "a", "label": True}
 @pytest.mark.parametrize(
     ("loss", "row", "reason"),
     [
-        ("sigmoid", ANSWER, r"holds one labelled answer, and loss=sigmoid learns from pairs; give prompt, chosen, "
-         r"rejected.* or set algorithm.loss=kto"),
-        ("simpo", ANSWER, "loss=simpo learns from pairs"),
-        ("kto", PAIR, "compared, and loss=kto learns .* give prompt, completion, label; or set algorithm.loss=sigmoid"),
+        ("sigmoid", ANSWER, r"holds one labelled answer, and pairs are needed; give prompt, chosen, "
+         r"rejected.* or set .*algorithm.loss=kto"),
+        ("simpo", ANSWER, "pairs are needed"),
+        ("kto", PAIR, "compared, and loss=kto learns .* give prompt, completion, label; or .*algorithm.loss=sigmoid"),
         ("kto", {"prompt": "p", "completions": ["a", "b"], "ranks": [1, 2]}, "give prompt, completion, label"),
         ("ipo", {"prompt": "p", "completion": "a"}, "is an example of SFT.*algorithm.name=sft"),
         ("orpo", {"messages": [{"role": "user", "content": "x"}]}, "is an example of SFT"),

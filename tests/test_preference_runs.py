@@ -132,15 +132,17 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.timeout(2 * RUN_S)
-@pytest.mark.parametrize("loss", LOSSES)
-def test_a_run_of_each_loss_learns_records_and_exports(loss: LossName, runs: Path) -> None:
-    folder = run(runs, loss, "data.train.0.args.num=8")  # all of it in every step
+@pytest.mark.parametrize("name", [*LOSSES, "conservative"])
+def test_a_run_of_each_loss_learns_records_and_exports(name: str, runs: Path) -> None:
+    loss: LossName = "sigmoid" if name == "conservative" else name  # type: ignore[assignment]
+    smoothed = ("algorithm.label_smoothing=0.1",) if name == "conservative" else ()
+    folder = run(runs, loss, "data.train.0.args.num=8", *smoothed, name=name)  # all of it in every step
     rows = rows_of(folder)
     assert [row["step"] for row in rows] == list(range(NUM_STEPS + 1))
     assert rows[-1]["loss"] < rows[1]["loss"] and rows[-1]["rewards/margins"] > rows[1]["rewards/margins"]
     assert all(math.isfinite(row["eval/loss"]) for row in rows[:: NUM_STEPS // 2])
-    for name in ("rewards/chosen", "rewards/rejected", "rewards/margins", "logps/chosen", "logps/rejected"):
-        assert all(math.isfinite(row[name]) for row in rows[1:])
+    for metric in ("rewards/chosen", "rewards/rejected", "rewards/margins", "logps/chosen", "logps/rejected"):
+        assert all(math.isfinite(row[metric]) for row in rows[1:])
     if loss in ("sigmoid", "robust"):
         for value in (rows[0]["eval/loss"], rows[1]["loss"]):
             assert value == pytest.approx(math.log(2), abs=1e-4)
@@ -151,7 +153,7 @@ def test_a_run_of_each_loss_learns_records_and_exports(loss: LossName, runs: Pat
     sources = {e["source"] for e in events if e["kind"] == "reference"}
     assert bool(sources) == LOSSES[loss].has_reference
     before = hf_model().state_dict()
-    assert any(not torch.equal(before[name], tensor) for name, tensor in weights(folder).items())
+    assert any(not torch.equal(before[key], tensor) for key, tensor in weights(folder).items())
 
 
 @pytest.mark.slow

@@ -159,6 +159,8 @@ BAD = {
     "rank not finite": (RANKING | {"ranks": [1, float("nan")]}, "ranks[1] is no finite number"),
     "all tied": (RANKING | {"ranks": [1, 1]}, "tied"),
     "ranks and scores": (RANKING | {"scores": [1, 2]}, "ranks and scores"),
+    "a labelled answer": ({"prompt": "p", "completion": "a", "label": False}, "algorithm.loss=kto"),
+    "an example": ({"messages": [USER, said("a")]}, "is an example of SFT, and pairs are needed"),
     "nothing shared": ({"chosen": "yes", "rejected": "no"}, "share no beginning"),
     "no conversation shared": ({"chosen": [said("a")], "rejected": [said("b")]}, "share no beginning"),
 }

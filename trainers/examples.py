@@ -7,7 +7,8 @@
 A prompt and a completion of plain text get the tokens that a policy sees and samples (trainers/prompt_format.py).
 A conversation is cut where the generator would begin or stop to write; its pieces keep the tokens of the whole text
 where these respect the cut, else they get their own.  A BOS is there if the tokenizer (or the chat template) adds it.
-Axes: L tokens of one example.  May import: numpy, trainers.{errors, prompt_format}; jinja2 inside a function.
+Axes: L tokens of one example.
+May import: numpy, trainers.{errors, prompt_format, row_kinds}; jinja2 inside a function.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from numpy.typing import NDArray
 
 from trainers.errors import InputError, RowKindError
 from trainers.prompt_format import Messages, PromptFormat, checked_text, close
+from trainers.row_kinds import refuse_other_kind
 
 Reason = Literal["too_long", "no_target"]
 KINDS = (("prompt", "completion"), ("messages",), ("text",))
@@ -64,9 +66,12 @@ def encode_example(
 ) -> Example | LeftOut:
     """One row; longer ones than ``max_length`` tokens are left out, or cut with ``truncate``.
 
-    ``where`` names the row in errors.  Raises RowKindError: none (or several) of the kinds above; InputError: a value
-    that is empty or of another type, messages without a role or text, a chat template that is missing or cannot be cut
-    into turns.
+    ``where`` names the row in errors.
+
+    Raises:
+        RowKindError: none (or several) of the kinds above, or a judgement on answers.
+        InputError: a value that is empty or of another type, messages without a role or text, a chat template that is
+            missing or cannot be cut into turns.
     """
     kind = _kind(row, where)
     columns = [checked_text(row[name], name, where) for name in kind]
@@ -93,6 +98,7 @@ def encode_example(
 
 
 def _kind(row: Mapping[str, Any], where: str) -> tuple[str, ...]:
+    refuse_other_kind(row, where, "example")
     there = {name for name, value in row.items() if value is not None}
     kinds = [kind for kind in KINDS if there.issuperset(kind)]
     if len(kinds) != 1:

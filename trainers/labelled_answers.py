@@ -5,7 +5,7 @@
 
 KTO estimates a KL from answers to other prompts.  Each labelled answer therefore gets such an answer beside it, as its
 second completion, once and for all: what the reference thinks of both can be computed before training.
-May import: numpy, trainers.{comparisons, errors, preference_training, preferences, prompt_format}.
+May import: numpy, trainers.{comparisons, errors, preference_training, preferences, prompt_format, row_kinds}.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ from typing import Any
 import numpy as np
 
 from trainers.comparisons import Comparison
-from trainers.errors import InputError, RowKindError
-from trainers.preference_training import LABELLED, LossName
-from trainers.preferences import SHAPES, read_comparison, read_sample, without_eos
+from trainers.errors import InputError
+from trainers.preference_training import LossName
+from trainers.preferences import read_comparison, read_sample, without_eos
 from trainers.prompt_format import PromptFormat
+from trainers.row_kinds import COLUMNS, refuse_other_kind
 
 Row = Mapping[str, Any]
 
@@ -33,27 +34,17 @@ def read_preference(row: Row, where: str, tokenizer: Any, form: PromptFormat, lo
         RowKindError: a row of the kind that another loss, or another algorithm, learns from.
         InputError: one that cannot be read.
     """
-    there = {name for name, value in row.items() if value is not None}
-    has_pair = {"chosen", "rejected"} <= there or "completions" in there
     if loss == "kto":
-        if has_pair and not {"completion", "label"} <= there:
-            reason = "holds answers that were compared, and loss=kto learns from answers judged one by one"
-            raise RowKindError(where, sorted(there), reason, f"give {LABELLED}; or set algorithm.loss=sigmoid")
-        return _read_labelled(row, there, where, tokenizer, form)
-    if not has_pair and {"completion", "label"} <= there:
-        raise RowKindError(where, sorted(there), f"holds one labelled answer, and loss={loss} learns from pairs",
-                           f"give {SHAPES}; or set algorithm.loss=kto")  # fmt: skip
-    if not has_pair and not {"chosen", "rejected"} & there and {"completion", "messages", "text"} & there:
-        raise RowKindError(where, sorted(there), f"is an example of SFT, and loss={loss} learns from pairs",
-                           f"give {SHAPES}; or set algorithm.name=sft")  # fmt: skip
+        refuse_other_kind(row, where, "labelled")
+        return _read_labelled(row, where, tokenizer, form)
     return read_comparison(row, where, tokenizer, form)
 
 
-def _read_labelled(row: Row, there: set[str], where: str, tokenizer: Any, form: PromptFormat) -> Comparison:
-    if "label" not in there:
+def _read_labelled(row: Row, where: str, tokenizer: Any, form: PromptFormat) -> Comparison:
+    label = row.get("label")
+    if label is None:
         reason = "has no label: was the answer good?"
-        raise InputError(where, sorted(there), reason, f"give {LABELLED}, with label true or false")
-    label = row["label"]
+        raise InputError(where, sorted(row), reason, f"give {COLUMNS['labelled']}, with label true or false")
     if not isinstance(label, bool):
         raise InputError(where, label, "label is neither true nor false", "give true for a good answer, else false")
     sample = read_sample(row, where, tokenizer, form)

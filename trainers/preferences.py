@@ -7,7 +7,7 @@
 A further column, named by ``margin_column``, says by how much: one number of a pair, or one of each answer of a
 ranking (their differences are the margins).
 Axes: P prompt tokens, T tokens of one answer, K answers, N (better, worse) pairs.
-May import: numpy, trainers.{bradley_terry, comparisons, errors, prompt_format}.
+May import: numpy, trainers.{bradley_terry, comparisons, errors, prompt_format, row_kinds}.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from trainers.bradley_terry import ranking_pairs
 from trainers.comparisons import Comparison
 from trainers.errors import InputError
 from trainers.prompt_format import Messages, PromptFormat, checked_text
+from trainers.row_kinds import COLUMNS, refuse_other_kind
 
 Row = Mapping[str, Any]
-SHAPES = "prompt, chosen, rejected; or prompt, completions, ranks (or scores)"
 Text = str | Messages
 
 
@@ -54,6 +54,7 @@ def read_comparison(
         where: file and line, for errors.
 
     Raises:
+        RowKindError: a row without comparisons, for KTO or SFT.
         InputError: missing columns, wrong types, empty text, equal answers, fewer than two of them, no answer
             better than another, or a margin below 0.
     """
@@ -119,6 +120,7 @@ def without_eos(ids: np.ndarray, tokenizer: Any) -> np.ndarray:
 
 
 def _judge(row: Row, where: str, margin_column: str | None) -> _Judged:
+    refuse_other_kind(row, where, "pairs")
     if row.get("completions") is not None:
         return _ranking(row, where, margin_column)
     chosen, rejected = (checked_text(_column(row, name, where), name, where) for name in ("chosen", "rejected"))
@@ -227,7 +229,7 @@ def _nearest(name: str, row: Row) -> str:
 
 
 def _needs(name: str) -> str:
-    return f"give {name}, or rename a column (needed: {SHAPES})"
+    return f"give {name}, or rename a column (needed: {COLUMNS['pairs']})"
 
 
 def _numbers(values: Any, count: int, name: str, where: str) -> list[float]:
