@@ -67,6 +67,11 @@ class GeneratorSettings(Settings):
     start_deadline_s: float = Field(900.0, gt=0, description="for the engine to be ready, and for its first samples")
     group_deadline_s: float = Field(1800.0, gt=0, description="for one group of samples")
 
+    def gpus(self, colocate: bool) -> float:
+        """Of one engine, where there are GPUs; where roles share them, a worker has a part of one."""
+        width = 1.0 if colocate else float(self.tensor_parallel_size)
+        return width if self.gpus_per_worker is None else self.gpus_per_worker
+
 
 class OptimizerSettings(Settings):
     """AdamW and its schedule."""

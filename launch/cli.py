@@ -313,34 +313,9 @@ def _validate(arguments: argparse.Namespace) -> int:
             make_plan(resolved.config, folder_of(resolved.config))
         print(f"{arguments.recipe}: the configuration is valid")
         return 0
-    from launch.eval_config import EvalConfig
-    from launch.label_config import LabelConfig
-    from launch.revise_config import ReviseConfig
-    from launch.select_config import SelectConfig
+    from launch.validate import validate
 
-    if isinstance(resolved.config, LabelConfig | SelectConfig):
-        from launch.label_prepare import prepare_label
-
-        own = resolved.config
-        prepare_label(own if isinstance(own, LabelConfig) else own.labelling("sft"))
-    elif isinstance(resolved.config, EvalConfig):
-        from launch.eval_prepare import prepare_eval
-
-        prepare_eval(resolved.config)
-    elif isinstance(resolved.config, ReviseConfig):
-        from launch.revise_prepare import prepare_revise
-
-        prepare_revise(resolved.config)
-    elif isinstance(resolved.config, CompareConfig):
-        from launch.compare_prepare import prepare_compare
-
-        prepare_compare(resolved.config)
-    else:
-        from launch.validate import validate
-
-        return validate(resolved.config, _console())
-    print(f"{arguments.recipe}: configuration, models and data are valid")
-    return 0
+    return validate(resolved.config, _console(), arguments.recipe)
 
 
 def _recipes_ls(arguments: argparse.Namespace) -> int:

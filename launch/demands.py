@@ -59,9 +59,8 @@ def role_demands(config: RunConfig, on_gpu: bool) -> list[RoleDemand]:
     def model(name: str, num_workers: int, setting: float | None, default: float = 1.0) -> RoleDemand:
         return RoleDemand(name, num_workers, gpus(setting, default), config.cluster.own_cores)
 
-    width = 1.0 if config.cluster.colocate else float(config.generator.tensor_parallel_size)
     demands = [
-        model("generator", config.generator.num_workers, config.generator.gpus_per_worker, width),
+        model("generator", config.generator.num_workers, config.generator.gpus(config.cluster.colocate)),
         model("learner", config.learner.num_workers, config.learner.gpus_per_worker),
     ]
     if config.algorithm.needs_critic:

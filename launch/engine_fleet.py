@@ -61,9 +61,10 @@ async def start_engines(
         return fleet
     fleet._ray, nodes = connect(cluster, sum(role.settings.num_workers for role in roles.values()))
     try:
-        wanted = sum(demand.num_workers * demand.gpus_per_worker for demand in _demands(roles, cluster, True))
+        engines = {name: role.settings for name, role in roles.items()}
+        wanted = sum(demand.num_workers * demand.gpus_per_worker for demand in engine_demands(engines, cluster, True))
         device = choose_device(cluster, nodes, wanted)
-        layout = plan_layout(_demands(roles, cluster, device == "cuda"), nodes, cluster.colocate)
+        layout = plan_layout(engine_demands(engines, cluster, device == "cuda"), nodes, cluster.colocate)
         if fleet._ray is not None:
             fleet._placement = Placement.create(layout, cluster.placement_deadline_s)
         for name, role in roles.items():
@@ -86,10 +87,11 @@ async def start_engines(
     return fleet
 
 
-def _demands(roles: Mapping[str, EngineRole], cluster: ClusterSettings, on_gpu: bool) -> list[RoleDemand]:
-    found = []
-    for name, role in roles.items():
-        width = 1.0 if cluster.colocate else float(role.settings.tensor_parallel_size)
-        gpus = width if role.settings.gpus_per_worker is None else role.settings.gpus_per_worker
-        found.append(RoleDemand(name, role.settings.num_workers, gpus if on_gpu else 0.0))
-    return found
+def engine_demands(
+    engines: Mapping[str, GeneratorSettings], cluster: ClusterSettings, on_gpu: bool
+) -> list[RoleDemand]:
+    """What engines of these settings ask for, by role."""
+    return [
+        RoleDemand(name, settings.num_workers, settings.gpus(cluster.colocate) if on_gpu else 0.0)
+        for name, settings in engines.items()
+    ]

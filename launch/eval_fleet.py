@@ -72,13 +72,12 @@ class EvalCluster:
     def engines(self, who: str, path: str, max_length: int, settings: GeneratorSettings | None = None) -> Role:
         """Engines as ``settings`` says; by default as those of the models that are compared."""
         settings = settings or self._config.generator
-        width = 1.0 if self._config.cluster.colocate else float(settings.tensor_parallel_size)
         shared = {
             "model_path": path, "settings": settings, "dtype": self.dtype, "device": self.device,
             "max_length": max_length, "seed": self._config.run.seed,
         }  # fmt: skip
         kwargs = tuple({"name": f"{who}-{i}", **shared} for i in range(settings.num_workers))
-        gpus = width if settings.gpus_per_worker is None else settings.gpus_per_worker
+        gpus = settings.gpus(self._config.cluster.colocate)
         return Role(GENERATOR, VLLMGenerator, kwargs, gpus, MANY, settings.start_deadline_s)
 
     def logprobs(self, path: str) -> Role:

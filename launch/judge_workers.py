@@ -22,8 +22,7 @@ def judge_demand(
     if settings.endpoint is not None:
         return RoleDemand(f"judges.{index}", 1, 0.0)
     engines = settings.generator
-    width = 1.0 if colocate else float(engines.tensor_parallel_size)
-    gpus = width if settings.gpus_per_worker is None else settings.gpus_per_worker
+    gpus = engines.gpus(colocate) if settings.gpus_per_worker is None else settings.gpus_per_worker
     return RoleDemand(f"judges.{index}", engines.num_workers, gpus if on_gpu else 0.0, own_cores)
 
 

@@ -63,9 +63,8 @@ def demands(config: LabelConfig, on_gpu: bool) -> list[RoleDemand]:
     """What each role asks for."""
 
     def engines(name: str, settings: GeneratorSettings) -> RoleDemand:
-        width = 1.0 if config.cluster.colocate else float(settings.tensor_parallel_size)
-        asked = width if settings.gpus_per_worker is None else settings.gpus_per_worker
-        return RoleDemand(name, settings.num_workers, asked if on_gpu else 0.0)
+        gpus = settings.gpus(config.cluster.colocate) if on_gpu else 0.0
+        return RoleDemand(name, settings.num_workers, gpus)
 
     roles = [engines("generator", config.generator)]
     judge, model = config.label.judge, config.label.reward_model

@@ -13,6 +13,7 @@ import ray
 from cluster.host import num_cpus
 from cluster.layout import SMALLEST_SHARE, Layout, NodeSupply, WorkerSlot
 from cluster.placement import Placement, address_to_join
+from cluster.settings import ClusterSettings
 from cluster.worker_group import WorkerGroup
 from launch.config import RunConfig
 from launch.demands import node_facts
@@ -28,9 +29,9 @@ class NodeProbe:
         return node_facts(model_path)
 
 
-def local_nodes(config: RunConfig) -> list[NodeSupply] | None:
+def local_nodes(cluster: ClusterSettings) -> list[NodeSupply] | None:
     """This machine as the only node, known without starting anything; None where the run joins a Ray that is there."""
-    joins = config.cluster.backend == "ray" and (ray.is_initialized() or address_to_join(config.cluster) is not None)
+    joins = cluster.backend == "ray" and (ray.is_initialized() or address_to_join(cluster) is not None)
     if joins:
         return None
     import torch

@@ -68,7 +68,7 @@ def _prepared(
 ) -> tuple[Checkpoint | None, PreparedTuning, list[dict[str, Any]] | None]:
     """Where the run goes on from, its inputs, and what this node is if nobody else takes part."""
     checkpoint = newest_checkpoint(config, folder) if resume else None
-    here = local_nodes(shared(config))
+    here = local_nodes(config.cluster)
     if here is not None:
         refuse_shortfall(config, here)
     prepared = prepare_tuning(config)

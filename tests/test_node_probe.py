@@ -43,7 +43,7 @@ def three_nodes() -> Iterator[list[NodeSupply]]:
 
 def test_every_node_with_cores_is_looked_at_by_itself(three_nodes: list[NodeSupply], tmp_path: Path) -> None:
     assert [node.num_cpus for node in three_nodes] == [0, 2, 2]
-    assert local_nodes(CONFIG) is None, "this process is in a cluster"
+    assert local_nodes(CONFIG.cluster) is None, "this process is in a cluster"
     (tmp_path / "config.json").write_text("{}")
     facts = asyncio.run(gather_facts(CONFIG, str(tmp_path), three_nodes))
     assert [fact["node_id"] for fact in facts] == [node.node_id for node in three_nodes[1:]]

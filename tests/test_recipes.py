@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
 
+from cluster.errors import ShortfallError
+from cluster.layout import NodeSupply
 from launch.compare_config import CompareConfig
 from launch.config import RunConfig
 from launch.datasets import load_rows, prompt_key
-from launch.demands import num_gpus_asked
 from launch.eval_config import EvalConfig
 from launch.label_config import LabelConfig
 from launch.overrides import load_config
@@ -19,12 +21,14 @@ from launch.prepare import prompt_room
 from launch.recipe_files import copy_recipe, describe_recipe, list_recipes, read_recipe
 from launch.revise_config import ReviseConfig
 from launch.select_config import SelectConfig
+from launch.stage_demands import num_gpus, plan_stages, stage_demands
 from launch.tuning_config import TuningConfig
-from launch.tuning_place import demands
 from trainers.errors import InputError
 
 ROOT = Path(__file__).parent.parent
 STEPS = ("sft", "label", "reward", "ppo", "eval")
+KINDS = (RunConfig, TuningConfig, LabelConfig, EvalConfig, ReviseConfig, SelectConfig, CompareConfig)
+GPU_RECIPES = [name for name in list_recipes() if name.startswith("gpu-")]
 PIPELINE = "cpu-pipeline-"  # these name files that earlier steps of the pipeline write
 
 
@@ -36,8 +40,7 @@ def has_its_prompts(name: str) -> bool:
 @pytest.mark.parametrize("name", list_recipes())
 def test_every_shipped_recipe_is_complete_and_says_what_it_is_for(name: str) -> None:
     resolved = load_config(name)
-    kinds = RunConfig | TuningConfig | LabelConfig | EvalConfig | ReviseConfig | SelectConfig | CompareConfig
-    assert isinstance(resolved.config, kinds)
+    assert isinstance(resolved.config, KINDS)
     assert resolved.config.run.name == name.removeprefix(PIPELINE)
     assert (resolved.config.run.directory == "runs/pipeline") == name.startswith(PIPELINE)
     assert 20 < len(describe_recipe(name)) < 200
@@ -87,35 +90,30 @@ def test_the_format_trap_is_the_demo_with_one_more_reward() -> None:
     assert trap.model_copy(update=same) == demo
 
 
-@pytest.mark.parametrize(
-    "kind", [RunConfig, TuningConfig, LabelConfig, EvalConfig, ReviseConfig, SelectConfig, CompareConfig]
-)
+@pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_run_has_a_recipe_for_a_machine_without_a_gpu(kind: type) -> None:
     assert any(isinstance(load_config(name).config, kind) for name in list_recipes() if name.startswith("cpu-"))
 
 
-@pytest.mark.parametrize(
-    ("name", "num_gpus"),
-    [
-        ("gpu-1x-grpo", 1),
-        ("gpu-8x-grpo", 8),
-        ("gpu-8x-dapo", 8),
-        ("gpu-8x-online-dpo", 8),
-        ("gpu-8x-ppo", 8),
-        ("gpu-8x-sft", 8),
-        ("gpu-8x-reward", 8),
-        ("gpu-8x-dpo", 8),
-        ("gpu-8x-lora-grpo", 8),
-        ("gpu-1x-qlora-dpo", 1),
-        ("gpu-multinode-grpo", 32),
-    ],
-)
-def test_a_gpu_recipe_asks_for_just_the_gpus_its_name_promises(name: str, num_gpus: int) -> None:
+def promised(name: str) -> int:
+    """GPUs, by the name of the recipe."""
+    return 32 if name == "gpu-multinode-grpo" else int(name.split("-")[1].removesuffix("x"))
+
+
+@pytest.mark.parametrize("name", GPU_RECIPES)
+def test_a_gpu_recipe_asks_for_just_the_gpus_its_name_promises_and_has_a_place_for_each_worker(name: str) -> None:
     config = load_config(name).config
-    if isinstance(config, RunConfig):
-        assert num_gpus_asked(config) == num_gpus
-    else:
-        assert [demand.num_workers * demand.gpus_per_worker for demand in demands(config, on_gpu=True)] == [num_gpus]
+    nodes = [NodeSupply(f"node-{i}", 64, min(promised(name), 8)) for i in range(config.cluster.num_nodes or 1)]
+    assert sum(node.num_gpus for node in nodes) == promised(name)
+    assert num_gpus(stage_demands(config, True), config.cluster.colocate) == promised(name)
+    assert plan_stages(config, nodes)
+    with pytest.raises((ShortfallError, InputError), match=r"short|GPUs"):
+        plan_stages(config, [replace(nodes[0], num_gpus=nodes[0].num_gpus - 1), *nodes[1:]])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_run_has_a_recipe_for_eight_gpus(kind: type) -> None:
+    assert any(isinstance(load_config(name).config, kind) for name in GPU_RECIPES if promised(name) == 8)
 
 
 def test_the_recipes_of_the_pipeline_take_what_the_one_before_them_leaves() -> None:
