@@ -24,7 +24,7 @@ pipeline: install ## SFT, preferences, reward model, PPO and evaluation, ending 
 study: install ## over-optimisation of the pipeline's reward model: gold and proxy against KL (after make pipeline)
 	@$(BIN)/python -m scripts.study --directory $(RUN_DIR)/pipeline
 
-ensemble-study: install ## the same of one reward model against three as one, at equal KL (after make pipeline; an hour and a half)
+ensemble-study: install ## the same of one reward model against three as one, at equal KL (after make pipeline; two hours)
 	@$(BIN)/python -m scripts.study --ensemble worst_case --directory $(RUN_DIR)/pipeline
 
 iterate: install ## label the policy's own samples, retrain the reward model, then the policy, repeat (after make pipeline)

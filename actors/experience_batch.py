@@ -153,10 +153,11 @@ class ExperienceBatch:
 def contributing(
     members: Iterable[int], weights: np.ndarray, advantages: np.ndarray, algorithm: AlgorithmSettings
 ) -> list[int]:
-    """The members whose gradient can be nonzero.
+    """The members whose gradient can be nonzero; all that have a weight where a KL is to be measured.
 
     A sample without an advantage still has KL and entropy terms; without those it has no gradient at
     all, and skipping it changes nothing because the denominators were fixed before.
     """
-    keep_all = (algorithm.kl_coef > 0 and algorithm.kl_placement == "loss") or algorithm.entropy_coef > 0
+    in_loss = (algorithm.kl_coef > 0 and algorithm.kl_placement == "loss") or algorithm.entropy_coef > 0
+    keep_all = in_loss or algorithm.measure_kl
     return [i for k, i in enumerate(members) if weights[k] > 0 and (keep_all or advantages[i] != 0.0)]

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from trainers.calibration import Estimate, proportion
+from trainers.calibration import Estimate, unless_certain
 from trainers.crossed import crossed_mean
 from trainers.kl_from_base import best_of_n_kl_of
 from trainers.win_rate import Comparison, WinRate, compare, win_rate
@@ -128,11 +128,7 @@ def measure(seeds: Sequence[Answers]) -> Measures:
 
 def _reward(grids: Sequence[np.ndarray]) -> Estimate:
     """Where all answers are right, or all wrong, the interval is that of as many trials as there are prompts."""
-    found = _over(grids)
-    if found.low < found.high or found.value not in (0.0, 1.0):
-        return found
-    share = proportion(found.value * len(grids[0]), len(grids[0]))
-    return Estimate(found.value, share.low, share.high, found.n)
+    return unless_certain(_over(grids), len(grids[0]))
 
 
 def _over(grids: Sequence[np.ndarray]) -> Estimate:

@@ -313,6 +313,11 @@ class RunConfig(Settings):
         return pushes_merged(self.push, self.model)
 
     @property
+    def watched(self) -> AlarmSettings:
+        """The alarms that mean something here: where no group is a baseline, equal rewards teach too."""
+        return self.alarms if self.algorithm.needs_group else self.alarms.model_copy(update={"dead_groups": None})
+
+    @property
     def own_reference(self) -> bool:
         """Whether the learner computes the reference's log-probs itself, with its adapter as it started."""
         return self.algorithm.needs_reference and is_own_reference(self.reference, self.model.lora)

@@ -15,7 +15,7 @@ from launch.eval_config import TOTAL, EvalConfig
 from launch.eval_page import Cell, Section, Table
 from launch.eval_plots import best_of_n_plot
 from trainers.best_of_n import best_of_n, win_shares
-from trainers.calibration import mean_estimate
+from trainers.calibration import mean_estimate, unless_certain
 from trainers.kl_from_base import best_of_n_kl
 from trainers.win_rate import win_rate
 
@@ -46,7 +46,8 @@ def best_of_n_report(config: EvalConfig, pool: Answers, opponents: Answers, agai
         means, rates = {}, {}
         for name in names:
             worth = np.array([best_of_n(s, v, n) for s, v in zip(rows[scorer], rows[name], strict=True)])
-            means[name] = mean_estimate(worth[np.isfinite(worth)])
+            there = worth[np.isfinite(worth)]
+            means[name] = unless_certain(mean_estimate(there), len(there))
             won = [best_of_n(s, v, n) for s, v in zip(rows[scorer], shares[name], strict=True)]
             rates[name] = win_rate([None if math.isnan(w) else w for w in won], prompts, seed=config.run.seed)
         sizes[str(n)] = {"kl_bound": best_of_n_kl(n), "rewards": means, "win_rate": rates}

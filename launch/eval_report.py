@@ -22,7 +22,7 @@ from launch.eval_prepare import PreparedEval, Suite
 from launch.journal import strict
 from launch.judge_agreement import agreement_report
 from launch.judge_marks import marks_report
-from trainers.calibration import Estimate, mean_estimate, policy_calibration, score_summary
+from trainers.calibration import Estimate, mean_estimate, policy_calibration, score_summary, unless_certain
 from trainers.comparisons import Comparison as Preference
 from trainers.diversity import diversity_report, sampled_entropy, truncation_share
 from trainers.experience import GroupRewards, Trajectory, TrajectoryGroup
@@ -155,13 +155,14 @@ def _rank(config: EvalConfig, name: str) -> tuple[bool, bool]:
 def _model(config: EvalConfig, suites: Sequence[Suite], answers: Answers) -> dict[str, Any]:
     samples, texts = answers.samples, [t.text for t in answers.samples]
     size = len(samples) // len(answers.groups)
+    prompts = [group.prompt.prompt_id for group in answers.groups for _ in group.trajectories]
     report: dict[str, Any] = {
         "num_samples": len(samples),
         "rewards": {
             name: {
                 "mean": _clustered(answers.scores(name), size),
                 "scores": score_summary(answers.scores(name)),
-                "length_bias": length_bias(answers.scores(name), answers.lengths),
+                "length_bias": length_bias(answers.scores(name), answers.lengths, prompts, seed=config.run.seed),
             }
             for name in _parts(config)
         },
@@ -171,7 +172,7 @@ def _model(config: EvalConfig, suites: Sequence[Suite], answers: Answers) -> dic
             for r in answers.rewards for _, reward, kind in {(i, f.reward, f.kind) for i, f in r.failures}
         )),
         "mean_length": _clustered(answers.lengths.astype(np.float64), size),
-        "truncated": truncation_share([t.finish_reason for t in samples]),
+        "truncated": truncation_share([t.finish_reason for t in samples], prompts),
         "diversity": diversity_report(texts, seed=config.run.seed),
         # Nats a token, as it was sampled; the rows of a prompt as one, so that prompts are independent, not samples.
         "entropy": sampled_entropy(_by_prompt([t.behavior_logprobs for t in samples], size)),
@@ -187,7 +188,7 @@ def _clustered(rows: np.ndarray, size: int) -> Estimate:
     grid = rows.reshape(-1, size)
     there = np.isfinite(grid)
     totals, counts = np.where(there, grid, 0.0).sum(axis=1), there.sum(axis=1)
-    return mean_estimate(totals[counts > 0], counts[counts > 0])
+    return unless_certain(mean_estimate(totals[counts > 0], counts[counts > 0]), int((counts > 0).sum()))
 
 
 def _by_prompt(rows: Sequence[np.ndarray], size: int) -> list[np.ndarray]:

@@ -220,7 +220,7 @@ class _Run:
         config, fleet = self.config, self.fleet
         saved = {} if self.checkpoint is None else self.checkpoint.metadata
         self.ppo = ppo_lap(config, fleet, saved or None)
-        self.board = AlarmBoard(config.alarms, config.algorithm.ppo.value_warmup_steps if self.ppo else 0)
+        self.board = AlarmBoard(config.watched, config.algorithm.ppo.value_warmup_steps if self.ppo else 0)
         if "alarms" in saved:
             self.board.load_state_dict(saved["alarms"])
         watch = AlarmWatch(self.board, self.telemetry, self.folder)

@@ -130,7 +130,7 @@ class TuningConfig(Settings):
         if self.reference is not None and not self.has_reference:
             alg = self.algorithm
             what = f"algorithm.loss={alg.loss}" if isinstance(alg, PreferenceSettings) else f"algorithm.name={alg.name}"
-            raise ValueError(f"reference=given: {what} has no reference; leave the section out")
+            raise ValueError(f"reference=given: {what} has no reference; leave the section out (reference=null)")
         if rolling := [name for name in ALARMS if self.alarms.action_of(name) == "roll_back"]:
             key = f"actions.{rolling[0]}" if rolling[0] in self.alarms.actions else "action"
             raise ValueError(f"alarms.{key}=roll_back: only a run that samples goes back by itself; use stop or record")

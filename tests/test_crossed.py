@@ -31,6 +31,13 @@ def test_the_interval_covers_the_truth_whichever_of_the_two_varies(
     assert 0.90 <= covered <= 0.995
 
 
+@pytest.mark.parametrize("of_seeds", [0.2, 0.5, 1.0])
+def test_with_two_seeds_it_covers_somewhat_less_as_the_documentation_says(of_seeds: float) -> None:
+    rng = np.random.default_rng(8)
+    found = [crossed_mean(drawn(2, 100, of_seeds, 1.0, 1.0, rng)) for _ in range(600)]
+    assert 0.86 <= np.mean([e.low <= 0 <= e.high for e in found]) <= 0.97
+
+
 def test_where_seeds_differ_an_interval_over_prompts_alone_would_be_too_narrow() -> None:
     rng = np.random.default_rng(4)
     tables = [drawn(3, 50, 0.5, 0.5, 0.5, rng) for _ in range(300)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 
@@ -14,86 +13,18 @@ from trainers.calibration import (
     Estimate,
     accuracy_by_length_difference,
     expected_calibration_error,
-    mean_estimate,
     pair_accuracy,
     policy_calibration,
     reliability,
     score_summary,
-    t_quantile,
-    wilson_interval,
 )
-from trainers.length_bias import length_bias, pearson
+from trainers.length_bias import length_bias
 from trainers.verdicts import Verdict, combine
 from trainers.win_rate import Comparison, compare, length_controlled_win_rate, win_rate
 
 
 def covers(estimate: Estimate, truth: float) -> bool:
     return estimate.low <= truth <= estimate.high
-
-
-# --- intervals --------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("k", "n", "low", "high"),
-    [(8, 10, 0.4902, 0.9433), (0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0), (50, 100, 0.4038, 0.5962)],
-)
-def test_wilsons_interval_has_the_published_numbers(k: int, n: int, low: float, high: float) -> None:
-    assert wilson_interval(k, n) == pytest.approx((low, high), abs=5e-5)
-
-
-def test_wilsons_interval_knows_nothing_of_nothing_and_refuses_the_impossible() -> None:
-    assert wilson_interval(0, 0) == (0.0, 1.0)
-    with pytest.raises(ValueError, match="k=3, n=2"):
-        wilson_interval(3, 2)
-
-
-@pytest.mark.parametrize(
-    ("freedom", "exact"), [(1, 12.7062), (2, 4.3027), (4, 2.7764), (9, 2.2622), (29, 2.0452), (10**6, 1.9600)]
-)
-def test_students_quantile_agrees_with_the_tables(freedom: int, exact: float) -> None:
-    assert t_quantile(0.95, freedom) == pytest.approx(exact, rel=3e-3)
-
-
-def _proportion(random: np.random.Generator) -> tuple[Estimate, float]:
-    return pair_accuracy(random.random(40) + 0.9, np.ones(40)), 0.9
-
-
-def _mean(random: np.random.Generator) -> tuple[Estimate, float]:
-    return mean_estimate(random.exponential(1.0, size=30)), 1.0
-
-
-def _ratio(random: np.random.Generator) -> tuple[Estimate, float]:
-    tokens = random.integers(1, 60, size=40)
-    shift = random.normal(0, 1, size=40)  # shared by the tokens of a sequence
-    return mean_estimate(tokens * (2 + shift), tokens), 2.0
-
-
-def _clustered(random: np.random.Generator) -> tuple[Estimate, float]:
-    easy = np.repeat(random.random(60), 8)  # eight comparisons of one prompt hang together
-    return win_rate((random.random(480) < easy).astype(float).tolist(), np.repeat(np.arange(60), 8).tolist()), 0.5
-
-
-def _correlated(random: np.random.Generator) -> tuple[Estimate, float]:
-    x, noise = random.normal(size=(2, 50))
-    return pearson(x, 0.6 * x + 0.8 * noise), 0.6
-
-
-@pytest.mark.parametrize("draw", [_proportion, _mean, _ratio, _clustered, _correlated])
-def test_ninety_five_intervals_of_a_hundred_hold_the_truth(
-    draw: Callable[[np.random.Generator], tuple[Estimate, float]],
-) -> None:
-    random = np.random.default_rng(0)
-    held = [covers(*draw(random)) for _ in range(200)]
-    assert 0.89 <= np.mean(held) <= 0.99
-
-
-def test_the_interval_of_a_ratio_sees_the_ratio_and_not_the_sizes() -> None:
-    tokens = np.arange(1, 50)
-    found = mean_estimate(2.5 * tokens, tokens)
-    assert (found.value, found.low, found.high, found.n) == pytest.approx((2.5, 2.5, 2.5, 49))
-    assert mean_estimate([4.0]) == Estimate(4.0, -math.inf, math.inf, 1)
-    assert math.isnan(mean_estimate([]).value)
 
 
 # --- judgement of a reward model --------------------------------------------------------------

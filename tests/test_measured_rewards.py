@@ -14,10 +14,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from actors.experience_batch import contributing
 from actors.mixed_scorer import merge
 from actors.parameter_change import SAMPLED, ParameterChange
 from actors.update_totals import UpdateTotals
 from launch.overrides import load_config
+from trainers.algorithms import AlgorithmSettings
 from trainers.errors import InputError
 from trainers.experience import (
     FinishReason,
@@ -115,6 +117,27 @@ def test_masked_samples_are_a_share_and_groups_without_a_reward_have_no_spread()
     assert metrics["failures/masked_fraction"] == pytest.approx(3 / 8)
     assert metrics["frac_reward_zero_std"] == pytest.approx(2 / 3), "the third group has no rewards that could be equal"
     assert metrics["reward_std"] == pytest.approx(np.sqrt(2) / 3)
+
+
+@pytest.mark.parametrize("value", [0.1, 0.3, 0.7, 1.1])
+def test_equal_rewards_are_equal_though_their_mean_is_rounded(value: float) -> None:
+    equal = [[value] * n for n in range(2, 13)]
+    assert group_metrics(batch(*equal), WeightVersion(0, 0))["frac_reward_zero_std"] == 1
+    assert group_metrics(batch(*equal, [value, value + 1e-9]), WeightVersion(0, 0))["frac_reward_zero_std"] < 1
+
+
+def test_a_kl_that_is_only_measured_is_measured_on_samples_without_an_advantage_too() -> None:
+    weights, advantages = np.array([0.5, 0.5, 0.0, 0.5]), np.array([0.0, 1.0, 1.0, 0.0])
+    plain = AlgorithmSettings(name="grpo", kl_coef=0.0)
+    assert contributing(range(4), weights, advantages, plain) == [1]
+    assert contributing(range(4), weights, advantages, plain.model_copy(update={"measure_kl": True})) == [0, 1, 3]
+
+
+def test_equal_rewards_in_a_group_alarm_only_where_a_group_is_compared() -> None:
+    for name, watched in (("grpo", True), ("rloo", True), ("reinforce_plus_plus", False), ("remax", False)):
+        config = load_config("cpu-demo", [f"algorithm.name={name}"]).config
+        assert (config.watched.dead_groups is not None) == watched
+        assert config.watched.model_copy(update={"dead_groups": config.alarms.dead_groups}) == config.alarms
 
 
 def test_a_value_that_is_missing_is_counted_once_and_one_that_nobody_owes_is_no_failure() -> None:

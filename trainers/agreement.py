@@ -9,10 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from trainers.calibration import CONFIDENCE, Estimate
+from trainers.calibration import CONFIDENCE, Estimate, wilson_interval
 from trainers.win_rate import win_rate
 
 NUM_RESAMPLES = 1000
@@ -57,14 +58,23 @@ def _kappa(kept: Sequence[tuple[float, float, Hashable]], confidence: float, see
     ties = [np.bincount(clusters, (x == 0.5).astype(float), num) for x in (a, b)]
     sizes = np.bincount(clusters, minlength=num).astype(float)
 
+    def chance_of(tie_a: Any, tie_b: Any) -> Any:
+        return tie_a * tie_b + (1 - tie_a) * (1 - tie_b) / 2  # win and loss are as frequent: each pair in both orders
+
     def of(draws: np.ndarray) -> np.ndarray:
         total = draws @ sizes
-        tie_a, tie_b = (draws @ t / total for t in ties)
-        chance = tie_a * tie_b + (1 - tie_a) * (1 - tie_b) / 2  # win and loss are as frequent: each pair in both orders
+        chance = chance_of(*(draws @ t / total for t in ties))
         with np.errstate(invalid="ignore", divide="ignore"):
             return np.asarray((draws @ same / total - chance) / (1 - chance))
 
     value = float(of(np.ones((1, num)))[0])
+    share = same / sizes
+    if math.isfinite(value) and np.ptp(share) == 0:
+        # All prompts alike: no resample of the share differs, so its interval is Wilson's, and kappa's is that one
+        # counted from what chance would give.
+        chance = chance_of(*(t.sum() / sizes.sum() for t in ties))
+        low, high = ((end - chance) / (1 - chance) for end in wilson_interval(share[0] * num, num, confidence))
+        return Estimate(value, min(float(low), value), max(float(high), value), num)
     draws = np.random.default_rng(seed).multinomial(num, np.full(num, 1 / num), size=NUM_RESAMPLES).astype(float)
     found = of(draws)
     found = found[np.isfinite(found)]

@@ -56,7 +56,8 @@ class AlarmSettings(Settings):
     length_without_wins: float | None = Field(
         1.5, gt=1, allow_inf_nan=False, description="length / length at the last gain in the held-out score"
     )
-    dead_groups: Share | None = Field(0.95, description="share of groups whose rewards are all equal")
+    dead_groups: Share | None = Field(0.95, description="share of groups whose rewards are all equal; of "
+                                     "algorithms that compare the samples of a group")
     explained_variance: float | None = Field(0.0, lt=1, description="of the returns, by the critic")
     no_gradient: float | None = Field(0.0, ge=0, description="gradient norm, and share of parameters that changed")
     # With a window of 8 and two readings in a row, gold that is flat but for noise gives a false alarm in 3 % of

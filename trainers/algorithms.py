@@ -48,7 +48,8 @@ class PPOSettings(Settings):
         None, gt=0, description="nats a sequence: kl_coef is steered towards it (arXiv:1909.08593, section 2.2); "
         "null: kl_coef is fixed"
     )  # fmt: skip
-    kl_horizon: int = Field(10_000, ge=1, description="samples in which an error of 1 would double kl_coef")
+    kl_horizon: int = Field(10_000, ge=1, description="samples in which a KL 20 % or more off its target moves "
+                            "kl_coef by a fifth")
     pretrain_coef: NonNegative = Field(
         0.0, description="PPO-ptx (arXiv:2203.02155, equation 2): weight in the loss of the mean cross-entropy on "
         "pretraining's texts, in nats a token"

@@ -83,6 +83,16 @@ def proportion(k: float, n: int, confidence: float = CONFIDENCE) -> Estimate:
     return Estimate(k / n if n else math.nan, *wilson_interval(k, n, confidence), n)
 
 
+def unless_certain(found: Estimate, num: int, confidence: float = CONFIDENCE) -> Estimate:
+    """``found`` of ``num`` observations; where all are 0, or all are 1, with Wilson's interval, not without one.
+
+    Twenty right answers do not prove that the next one is right, though nothing varied from which to see it.
+    """
+    if found.low < found.high or found.value not in (0.0, 1.0):
+        return found
+    return Estimate(found.value, *wilson_interval(found.value * num, num, confidence), found.n)
+
+
 def t_quantile(confidence: float, freedom: int) -> float:
     """Two-sided quantile of Student's t, by its expansion in 1 / ``freedom`` (Abramowitz and Stegun, 26.7.5).
 

@@ -3,7 +3,7 @@
 A text is a string, split into words and punctuation marks, or a sequence of token ids, taken as it is.
 These numbers depend on length and on how many texts there are: compare policies on the same prompts, with the
 same number of samples.
-May import: numpy, trainers.calibration.
+May import: numpy, trainers.{calibration, prompt_bootstrap}.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from trainers.calibration import Estimate, mean_estimate, proportion
+from trainers.prompt_bootstrap import mean_over_prompts
 
 Text = str | Sequence[int]
 NGram = tuple[Hashable, ...]
@@ -102,9 +103,15 @@ def repetition_rate(text: Text, n: int = 4) -> float:
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
-def truncation_share(finish_reasons: Sequence[str]) -> Estimate:
-    """Share of completions cut off by the token limit (finish reason ``length``)."""
-    return proportion(sum(reason == "length" for reason in finish_reasons), len(finish_reasons))
+def truncation_share(finish_reasons: Sequence[str], prompt_ids: Sequence[Hashable] | None = None) -> Estimate:
+    """Share of completions cut off by the token limit (finish reason ``length``).
+
+    With ``prompt_ids``, where some share one, the interval is of the bootstrap over prompts, and ``n`` their number.
+    """
+    cut = [float(reason == "length") for reason in finish_reasons]
+    if prompt_ids is None or len(set(prompt_ids)) == len(cut):
+        return proportion(sum(cut), len(cut))
+    return mean_over_prompts(cut, prompt_ids)
 
 
 def diversity_report(texts: Sequence[Text], seed: int = 0) -> dict[str, float]:

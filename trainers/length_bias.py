@@ -1,11 +1,14 @@
 """Does the reward follow the length?  Correlations with intervals, and what a token is worth.
 
-May import: numpy, trainers.calibration.
+Where samples share a prompt the prompts are the independent observations, and the intervals are of the bootstrap over
+them.
+May import: numpy, trainers.{calibration, prompt_bootstrap}.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
@@ -13,6 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from trainers.calibration import CONFIDENCE, Estimate, t_quantile
+from trainers.prompt_bootstrap import bootstrap
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,11 +28,30 @@ class LengthBias:
     slope: Estimate  # reward a token, least squares
 
 
-def length_bias(rewards: ArrayLike, lengths: ArrayLike, confidence: float = CONFIDENCE) -> LengthBias:
-    """All three of rewards [n] against lengths [n] (tokens); samples without a finite reward are left out."""
+def length_bias(
+    rewards: ArrayLike, lengths: ArrayLike, prompt_ids: Sequence[Hashable] | None = None,
+    confidence: float = CONFIDENCE, seed: int = 0,
+) -> LengthBias:  # fmt: skip
+    """All three of rewards [n] against lengths [n] (tokens); samples without a finite reward are left out.
+
+    Without ``prompt_ids`` [n], or where no two samples share one, each stands alone; else ``n`` counts the prompts.
+    """
     reward, length = _paired(rewards, lengths)
-    return LengthBias(
+    alone = LengthBias(
         pearson(reward, length, confidence), spearman(reward, length, confidence), _slope(reward, length, confidence)
+    )
+    if prompt_ids is None:
+        return alone
+    there = np.isfinite(np.asarray(rewards, dtype=np.float64)) & np.isfinite(np.asarray(lengths, dtype=np.float64))
+    numbers: dict[Hashable, int] = {}
+    clusters = [numbers.setdefault(p, len(numbers)) for p, kept in zip(prompt_ids, there, strict=True) if kept]
+    if len(numbers) == len(clusters):
+        return alone
+    over = _OverPrompts(np.array(clusters), len(numbers), confidence, seed)
+    return LengthBias(
+        over.interval(alone.pearson.value, reward, length, _correlations),
+        over.interval(alone.spearman.value, _ranks(reward), _ranks(length), _correlations),
+        over.interval(alone.slope.value, reward, length, _slopes),
     )
 
 
@@ -44,8 +67,13 @@ def spearman(x: ArrayLike, y: ArrayLike, confidence: float = CONFIDENCE) -> Esti
     Fisher's interval with the variance (1 + r^2 / 2) / (n - 3) of Bonett and Wright 2000, doi:10.1007/BF02294183.
     """
     first, second = _paired(x, y)
-    value = _correlation(_ranks(first), _ranks(second))
-    return _fisher(value, len(first), 1.0 + value * value / 2, confidence)
+    value, n = _correlation(_ranks(first), _ranks(second)), len(first)
+    if abs(value) == 1 and n >= 4:
+        # Few samples stand in one order by chance: the open end is that of the next order, with two neighbours changed.
+        near = 1 - 12 / (n * (n * n - 1))
+        low, high = sorted((value, value * _fisher(near, n, 1.0 + near * near / 2, confidence).low))
+        return Estimate(value, low, high, n)
+    return _fisher(value, n, 1.0 + value * value / 2, confidence)
 
 
 def _paired(x: ArrayLike, y: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
@@ -70,6 +98,49 @@ def _fisher(value: float, n: int, spread: float, confidence: float) -> Estimate:
         return Estimate(value, value, value, n)
     half = NormalDist().inv_cdf(0.5 + confidence / 2) * math.sqrt(spread / (n - 3))
     return Estimate(value, math.tanh(math.atanh(value) - half), math.tanh(math.atanh(value) + half), n)
+
+
+Moments = tuple[np.ndarray, np.ndarray, np.ndarray]  # [B] of each resample: variances of x and y, covariance
+
+
+def _correlations(moments: Moments) -> np.ndarray:
+    of_x, of_y, both = moments
+    return np.asarray(both / np.sqrt(of_x * of_y))
+
+
+def _slopes(moments: Moments) -> np.ndarray:
+    """Of x on y."""
+    _, of_y, both = moments
+    return np.asarray(both / of_y)
+
+
+@dataclass(frozen=True, slots=True)
+class _OverPrompts:
+    """Intervals by the bootstrap over prompts: a resample's moments are sums over the prompts that it drew."""
+
+    clusters: np.ndarray  # int64 [n], of each sample
+    num: int
+    confidence: float
+    seed: int
+
+    def interval(
+        self, value: float, x: np.ndarray, y: np.ndarray, statistic: Callable[[Moments], np.ndarray]
+    ) -> Estimate:
+        """``value`` of x and y [n] with its interval; a resample in which one of them does not vary says nothing."""
+        wide = math.inf if statistic is _slopes else 1.0
+        if math.isnan(value) or self.num < 4:
+            return Estimate(value, -wide, wide, self.num)
+        x, y = x - x.mean(), y - y.mean()
+        rows = np.ones_like(x), x, y, x * x, y * y, x * y
+        sums = np.stack([np.bincount(self.clusters, row, self.num) for row in rows], axis=1)
+
+        def of(draws: np.ndarray) -> np.ndarray:
+            n, sx, sy, sxx, syy, sxy = (draws @ sums).T
+            with np.errstate(invalid="ignore", divide="ignore"):
+                found = statistic((sxx - sx * sx / n, syy - sy * sy / n, sxy - sx * sy / n))
+            return np.where(np.isfinite(found), found, value)
+
+        return bootstrap(value, self.num, of, self.confidence, self.seed)
 
 
 def _ranks(values: np.ndarray) -> np.ndarray:

@@ -27,11 +27,16 @@ class Metric:
 
 # Masks, worded once.
 TOKENS = "completion tokens of samples with a valid reward, EOS included"
+TRAINED = (
+    "completion tokens of samples with a gradient: with a valid reward and, where neither KL nor entropy is in the "
+    "loss and algorithm.measure_kl is off, an advantage other than 0"
+)
 COMPLETIONS = "all completions of the step, masked ones included"
 VALID = "samples with a valid reward"
 REWARD_VALUES = "one of each sample and reward part"
 GROUPS = "groups with at least one valid reward"
 EVALUATED = "held-out prompts with a valid reward"
+HELD_OUT = "all held-out prompts; a failed reward counts as wrong"
 RUN = "the whole step"
 PAIRS = "all pairs of the step"
 ROLE = "all workers of role <name>, from where the row before ended to where the learner ended its part of this push"
@@ -80,8 +85,9 @@ _ROWS: tuple[Metric, ...] = (
            "the quarter of the step's samples with the highest reward, ties included", MEAN),
     Metric("disagreement/num_samples_masked", "samples left out of the update because an ensemble disagrees on them "
            "(ensemble.mask_above, ensemble.mask_quantile); they have a valid reward", "samples", VALID, SUM),
-    Metric("frac_reward_zero_std", "share of groups whose valid rewards are all equal: they give no policy gradient",
-           "fraction", GROUPS + ", dropped ones included", "mean over groups"),
+    Metric("frac_reward_zero_std", "share of groups whose valid rewards are all equal: no policy gradient where "
+           "samples are compared inside their group", "fraction",
+           GROUPS + ", dropped ones included", "mean over groups"),
     Metric("advantages/mean", "advantage of a sample", "advantage", VALID, MEAN),
     Metric("advantages/std", "standard deviation of the advantages", "advantage", VALID,
            "standard deviation over samples"),
@@ -120,40 +126,40 @@ _ROWS: tuple[Metric, ...] = (
     Metric("loss", "value that is minimised: policy term + kl_coef * KL - entropy_coef * entropy", "loss", TOKENS,
            "algorithm.aggregation over samples of all ranks, mean over updates of the step"),
     Metric("kl", "policy against reference, by the configured estimator (algorithm.kl_estimator); of kto z, its "
-           "estimate from mismatched answers, in nats per answer", "nats per token", TOKENS, TOKEN_MEAN),
+           "estimate from mismatched answers, in nats per answer", "nats per token", TRAINED, TOKEN_MEAN),
     Metric("entropy", "entropy of the policy's next-token distribution at the sampling temperature", "nats per token",
-           TOKENS, TOKEN_MEAN),
+           TRAINED, TOKEN_MEAN),
     Metric("ratio/mean", "exp(policy_ - proximal_ log-prob), with algorithm.ratio=sequence the geometric mean over the "
-           "token's completion", "ratio", TOKENS, TOKEN_MEAN),
-    Metric("ratio/max", "largest such ratio", "ratio", TOKENS, "maximum over ranks"),
+           "token's completion", "ratio", TRAINED, TOKEN_MEAN),
+    Metric("ratio/max", "largest such ratio", "ratio", TRAINED, "maximum over ranks"),
     Metric("ratio/first_minibatch_max_deviation", "largest |ratio - 1| in the first minibatch; 0 up to rounding",
-           "ratio", TOKENS + ", first minibatch", "maximum over ranks"),
+           "ratio", TRAINED + ", first minibatch", "maximum over ranks"),
     Metric("clip_ratio/low_mean", "share of tokens with ratio < 1 - clip_low and a negative advantage", "fraction",
-           TOKENS, TOKEN_MEAN),
+           TRAINED, TOKEN_MEAN),
     Metric("clip_ratio/high_mean", "share of tokens with ratio > 1 + clip_high and a positive advantage", "fraction",
-           TOKENS, TOKEN_MEAN),
+           TRAINED, TOKEN_MEAN),
     Metric("clip_ratio/region_mean", "share of tokens clipped on either side: low_mean + high_mean", "fraction",
-           TOKENS, TOKEN_MEAN),
+           TRAINED, TOKEN_MEAN),
     Metric("sampling/sampling_logp_difference/mean", "|behavior_ - proximal_ log-prob|: what the engines disagree on",
-           "nats", TOKENS, TOKEN_MEAN),
-    Metric("sampling/sampling_logp_difference/max", "largest |behavior_ - proximal_ log-prob|", "nats", TOKENS,
+           "nats", TRAINED, TOKEN_MEAN),
+    Metric("sampling/sampling_logp_difference/max", "largest |behavior_ - proximal_ log-prob|", "nats", TRAINED,
            "maximum over ranks"),
     Metric("sampling/mismatch_kl/k1", "KL(behavior || proximal), by behavior_ - proximal_ log-prob: no bias, noisy",
-           "nats per token", TOKENS, TOKEN_MEAN),
+           "nats per token", TRAINED, TOKEN_MEAN),
     Metric("sampling/mismatch_kl/k3", "the same by ratio - 1 - log ratio, with ratio = exp(proximal_ - behavior_ "
-           "log-prob): never negative", "nats per token", TOKENS, TOKEN_MEAN),
+           "log-prob): never negative", "nats per token", TRAINED, TOKEN_MEAN),
     Metric("sampling/importance_sampling_ratio/p01", "1 % of tokens have exp(proximal_ - behavior_ log-prob) up to "
-           "this, before any cap or mask", "ratio", TOKENS, HISTOGRAM),
-    Metric("sampling/importance_sampling_ratio/p50", "its median", "ratio", TOKENS, HISTOGRAM),
-    Metric("sampling/importance_sampling_ratio/p99", "99 % of tokens have one up to this", "ratio", TOKENS, HISTOGRAM),
-    Metric("sampling/importance_sampling_ratio/max", "largest such ratio", "ratio", TOKENS, "maximum over ranks"),
+           "this, before any cap or mask", "ratio", TRAINED, HISTOGRAM),
+    Metric("sampling/importance_sampling_ratio/p50", "its median", "ratio", TRAINED, HISTOGRAM),
+    Metric("sampling/importance_sampling_ratio/p99", "99 % of tokens have one up to this", "ratio", TRAINED, HISTOGRAM),
+    Metric("sampling/importance_sampling_ratio/max", "largest such ratio", "ratio", TRAINED, "maximum over ranks"),
     Metric("sampling/effective_sample_size", "(sum w)^2 / (n sum w^2), with w the product of a completion's ratios "
            "before any cap or mask: 1 where all weigh the same, 1 / n where one outweighs all", "fraction",
            "samples trained on", "over all of them at once"),
     Metric("correction/truncated_fraction", "share of tokens whose weight was cut to algorithm.correction.cap",
-           "fraction", TOKENS, TOKEN_MEAN),
+           "fraction", TRAINED, TOKEN_MEAN),
     Metric("correction/masked_fraction", "share of tokens that algorithm.correction masks: they have no gradient",
-           "fraction", TOKENS, TOKEN_MEAN),
+           "fraction", TRAINED, TOKEN_MEAN),
     Metric("grad_norm", "L2 norm of the whole gradient before clipping", "loss", "all trained parameters",
            "norm over all ranks' shards, mean over updates of the step"),
     Metric("learning_rate", "learning rate of the last update", "1", RUN, LAST),
@@ -194,7 +200,8 @@ _ROWS: tuple[Metric, ...] = (
     Metric("throughput/generate_tokens_per_s", "completion tokens / time/generate_s; in asynchronous runs / time "
            "between two batches", "tokens/s", "all completions sampled for or during the step",
            "sum over generators / wall time"),
-    Metric("throughput/learn_tokens_per_s", "completion tokens trained on / time/learn_s", "tokens/s", TOKENS,
+    Metric("throughput/learn_tokens_per_s", "completion tokens of the batch / time/learn_s; those of samples without a "
+           "gradient count, though they are skipped", "tokens/s", TOKENS,
            "sum over ranks / wall time"),
     Metric("throughput/samples_per_s", "samples of the trained groups / time/step_s", "samples/s", COMPLETIONS,
            "sum / wall time"),
@@ -224,11 +231,10 @@ _ROWS: tuple[Metric, ...] = (
            "generator, learner, critic, score, reference, push, checkpoint, evaluation or start", "fraction", ROLE,
            SHARE_OF_TIME),
     # --- evaluation ---------------------------------------------------------------------------
-    Metric("eval/accuracy", "pass@1 on held-out prompts: share of samples whose accuracy reward is at least 1; "
-           "a failed reward counts as wrong",
-           "fraction", EVALUATED, "mean over a prompt's samples, then over prompts"),
+    Metric("eval/accuracy", "pass@1 on held-out prompts: share of samples whose accuracy reward is at least 1",
+           "fraction", HELD_OUT, "mean over a prompt's samples, then over prompts"),
     Metric("eval/pass_at_k", "share of prompts with at least one correct sample among evaluation.num_samples",
-           "fraction", EVALUATED, "mean over prompts"),
+           "fraction", HELD_OUT, "mean over prompts"),
     Metric("eval/reward", "total reward on held-out prompts", "reward", EVALUATED, "mean over samples"),
     Metric("eval/<name>/mean", "reward part <name> on held-out prompts", "reward",
            "held-out samples where the part has a value", "mean over samples"),

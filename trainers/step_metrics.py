@@ -48,7 +48,9 @@ def group_metrics(
     }
     if any(g.summary.num_samples > 1 for g in groups):  # one sample has no spread, neither 0 nor any other
         metrics["reward_std"] = _mean(np.array(stds))
-        metrics["frac_reward_zero_std"] = _mean(np.array([float(s == 0.0) for s in stds]))
+        # By the range: 0.1 six times has a standard deviation of 1e-17.
+        same = [float(np.ptp(r.totals[r.valid]) == 0.0) for r in scored if r.valid.any()]
+        metrics["frac_reward_zero_std"] = _mean(np.array(same))
     greedy = [g.greedy_reward for g in groups if g.greedy_reward is not None]
     if greedy:
         metrics["baseline/greedy_reward"] = _mean(np.array(greedy))
