@@ -59,7 +59,7 @@ class CriticLearner(BatchRank):
         seed: int,
         payload_deadline_s: float = 300.0,
     ) -> None:
-        lora = None if settings.lora is None else LoRAPlan(settings.lora)
+        lora = None if settings.lora is None else LoRAPlan(settings.lora, settings.quantization)
 
         def load(read_weights: bool) -> nn.Module:
             return load_scalar(

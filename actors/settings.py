@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from actors.lora_settings import LoRASettings
+from actors.lora_settings import LoRASettings, Quantization
 from trainers.ensembles import EnsembleSettings, disagreement_name, member_name
 from trainers.settings import Settings
 
@@ -170,9 +170,19 @@ class CriticSettings(LearnerSettings):
         "reward model that has it, else model.path"
     )  # fmt: skip
     lora: LoRASettings | None = Field(None, description="train an adapter and the head on a frozen model")
+    quantization: Quantization | None = Field(
+        None, description="QLoRA: with lora, its frozen linear layers as of model.quantization"
+    )
     overlap: bool | None = Field(
         None, description="update at the same time as the policy; default: where both have GPUs of their own"
     )
+
+    @model_validator(mode="after")
+    def _only_with_lora(self) -> Self:
+        if self.quantization is not None and self.lora is None:
+            raise ValueError(f"quantization={self.quantization}: quantised weights cannot be trained; set lora (for "
+                             "instance rank: 16), or leave quantization out")  # fmt: skip
+        return self
 
 
 class RewardModelSettings(Settings):

@@ -1,6 +1,6 @@
 """What a run asks of the machines: workers and GPUs by role, memory of each worker, and the facts of a node.
 
-May import: the configuration, actors.{model_folders, publisher, settings},
+May import: the configuration, actors.{lora_settings, model_folders, publisher, settings},
 launch.{estimate, judge_workers, model_facts}, cluster.{host, layout, rendezvous}.
 """
 
@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from actors.lora_settings import QUANTIZED_BYTES
 from actors.model_folders import resolve_model
 from actors.settings import LearnerSettings
 from cluster.host import host_facts
@@ -104,7 +105,9 @@ def estimates(config: RunConfig, facts: ModelFacts, on_gpu: bool, compute_bytes:
     generator = config.generator
     shape = {"hidden": facts.hidden, "intermediate": facts.intermediate}
 
-    def trained(settings: LearnerSettings, vocab: int, with_adapter: bool = False) -> MemoryEstimate:
+    def trained(
+        settings: LearnerSettings, vocab: int, with_adapter: bool, quantized: tuple[int, int] | None
+    ) -> MemoryEstimate:
         return estimate_learner(
             facts.num_params,
             settings.zero_stage,
@@ -118,7 +121,7 @@ def estimates(config: RunConfig, facts: ModelFacts, on_gpu: bool, compute_bytes:
             offload_optimizer=settings.offload_optimizer != "none",
             offload_param=settings.offload_param != "none",
             adapter_params=facts.num_adapter_params if with_adapter else 0,
-            quantized=facts.quantized if with_adapter else None,
+            quantized=quantized,
             **shape,
         )
 
@@ -141,7 +144,7 @@ def estimates(config: RunConfig, facts: ModelFacts, on_gpu: bool, compute_bytes:
             compute_bytes=compute_bytes,
             kv_cache_bytes=None if on_gpu else int(generator.kv_cache_gib * 2**30),
         ),
-        "learner": trained(config.learner, facts.vocab, with_adapter=True),
+        "learner": trained(config.learner, facts.vocab, True, facts.quantized),
     }
     if transport(config, on_gpu) != "file":
         alone = config.model.lora is not None and not config.pushes_merged  # the adapter, in float32
@@ -150,7 +153,9 @@ def estimates(config: RunConfig, facts: ModelFacts, on_gpu: bool, compute_bytes:
         found["learner"] = with_staging(found["learner"], pushed, on_host)
     if config.algorithm.needs_critic:
         # Its adapter is about as large as the policy's; where the policy has none, the whole is an upper bound.
-        found["critic"] = trained(config.critic, 0, with_adapter=config.critic.lora is not None)
+        kind, packed = config.critic.quantization, facts.quantized
+        packed = None if kind is None or packed is None else (packed[0], int(packed[0] * QUANTIZED_BYTES[kind]))
+        found["critic"] = trained(config.critic, 0, config.critic.lora is not None, packed)
     if config.has_reference_workers:
         found["reference"] = frozen(config.reference.token_budget, facts.vocab)
     for index, model in enumerate(config.reward_models):

@@ -168,6 +168,10 @@ def _critic_path(config: RunConfig, model_path: str, tokenizer: Any) -> str:
         from actors.lora import skeleton
 
         checked_targets(config.critic.lora, skeleton(path), "critic.lora")
+    if config.critic.quantization is not None:
+        from actors.quantization import check_quantization
+
+        check_quantization(config.critic.quantization, "critic.quantization")
     return path
 
 

@@ -41,6 +41,11 @@ def newest_checkpoint(config: RunConfig, folder: Path) -> Checkpoint | None:
         made_by, has = ("ppo", "a") if saved_critic else ("grpo", "no")
         reason = f"the checkpoint of step {checkpoint.step} has {has} critic"
         raise InputError("algorithm.name", config.algorithm.name, reason, f"resume with algorithm.name={made_by}")
+    if saved_critic:
+        was, asked = checkpoint.metadata["critic"].get("quantization"), config.critic.quantization
+        if was != asked:
+            reason = f"the critic in the checkpoint of step {checkpoint.step} was trained in {was or 'no quantisation'}"
+            raise InputError("critic.quantization", asked, reason, f"resume with critic.quantization={was or 'null'}")
     if "adapter" in checkpoint.metadata:  # older ones are of whole models
         check_identity(checkpoint.metadata["adapter"], config.model, checkpoint.step)
     elif config.model.lora is not None:

@@ -310,7 +310,7 @@ class _Run:
             "adapter": adapter_identity(self.config.model),
         }  # fmt: skip
         if self.ppo is not None:
-            critic = self.config.critic.model_dump(include=SHARDS)
+            critic = self.config.critic.model_dump(include={*SHARDS, "quantization"})
             metadata |= {"critic": critic, "ppo": self.ppo.state.state_dict()}
         assert self.saver is not None
         score = self.telemetry.value(step, self.config.checkpoint.best_metric)

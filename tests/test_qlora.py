@@ -33,6 +33,8 @@ from actors.scalar_model import load_scalar
 from actors.sequence_packing import text_pack
 from launch.adapters import check_policy
 from launch.cli import main
+from launch.demands import estimates
+from launch.overrides import load_config
 from trainers.comparisons import write_comparisons
 from trainers.errors import InputError
 from trainers.preference_training import PreferenceSettings
@@ -290,6 +292,22 @@ def test_an_adapter_of_a_quantised_base_is_gone_on_from_where_it_was(base: str, 
     assert torch.equal(logprobs(policy), logprobs(first))
 
 
+# --- PPO's critic -----------------------------------------------------------------------------------
+
+
+@needs_library
+def test_a_critic_is_quantised_under_an_adapter_alone_and_counted_as_such(base: str) -> None:
+    ppo = ["algorithm.name=ppo", f"model.path={base}", "critic.lora.rank=4"]
+    with pytest.raises(InputError, match=r"critic.quantization.*cannot be trained"):
+        load_config("cpu-two-by-two", [*ppo[:2], "critic.quantization=nf4"])
+    facts = check_policy(TrainedModelSettings(path=base, lora=LORA, quantization="nf4")).facts
+    needs = [
+        estimates(load_config("cpu-two-by-two", [*ppo, *more]).config, facts, True, 2)["critic"].total
+        for more in ([], ["critic.quantization=int8"], ["critic.quantization=nf4"])
+    ]
+    assert needs == sorted(needs, reverse=True) and len(set(needs)) == 3
+
+
 # --- whole runs -------------------------------------------------------------------------------------
 
 
@@ -329,3 +347,24 @@ def test_generators_serve_the_dequantised_merged_model_that_is_trained(start: St
     first, last = (run.rows("metrics.jsonl")[i] for i in (0, -1))
     assert first["kl"] == pytest.approx(0, abs=1e-6) and last["kl"] > 1e-7
     assert abs(last["sampling/mismatch_kl/k1"]) < 1e-4  # of the model that sampled to the one that is trained
+
+
+@needs_library
+@pytest.mark.slow
+def test_policy_and_critic_train_adapters_on_quantised_bases_and_the_critic_goes_on_in_its_precision(
+    start: Start,
+) -> None:
+    keys = (
+        *SMALL, "algorithm.name=ppo", "model.lora.rank=4", "model.quantization=nf4", "model.dtype=float32",
+        "critic.lora.rank=4", "learner.optimizer.lr=0.01", "critic.optimizer.lr=0.01",
+        "cluster.backend=in_process", "checkpoint.every=1",
+    )  # fmt: skip
+    run = start("qlora", *keys, "critic.quantization=nf4", "run.num_steps=3")
+    assert run.end() == 0, run.tail()
+    for row in run.rows("metrics.jsonl"):
+        assert row["ratio/first_minibatch_max_deviation"] < 1e-3 and math.isfinite(row["critic/loss"])
+    changed = start("qlora", *keys, "critic.quantization=int8", "run.num_steps=4", "--resume")
+    assert changed.end() == 2 and "resume with critic.quantization=nf4" in changed.tail()
+    resumed = start("qlora", *keys, "critic.quantization=nf4", "run.num_steps=4", "--resume")
+    assert resumed.end() == 0, resumed.tail()
+    assert [row["step"] for row in resumed.rows("metrics.jsonl")] == [1, 2, 3, 4]
