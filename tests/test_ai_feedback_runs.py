@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,30 @@ def test_marks_of_an_engine_that_cannot_be_read_are_counted_and_with_weight_0_ma
     row = run.rows("metrics.jsonl")[-1]
     assert sum(v for k, v in row.items() if k.startswith("failures/kind/")) > 0
     assert row["failures/num_samples_masked"] == 0
+
+
+def test_a_judge_that_compares_the_samples_of_a_prompt_is_the_reward_of_online_dpo(start: Start) -> None:
+    def prefers(text: str) -> str:
+        a, b = between(text, "[Answer A]\n", "\n\n[Answer B]"), between(text, "[Answer B]\n", "\n\nJudge what")
+        return "[[A]]" if a > b else "[[B]]" if a < b else "[[C]]"
+
+    with StandIn(prefers) as server:
+        endpoint = {"base_url": server.url, "model": "planted", "patience_s": 5.0}
+        judge = "judges=" + json.dumps([{"endpoint": endpoint, "pairwise": True}])
+        more = ("algorithm.name=online_dpo", "run.num_steps=2", "checkpoint.every=0", "checkpoint.export=false")
+        run = start("compared", *SMALL, "rewards=[]", judge, *more)
+        assert run.end() == 0, run.tail()
+    for row in run.rows("metrics.jsonl"):
+        # Of all that are compared with each other half win; and the best and the worst of a prompt are what is trained.
+        assert row["rewards/judge_wins/mean"] == pytest.approx(0.5) and row["failures/num_reward"] == 0
+        assert row["reward_std"] > 0 and math.isfinite(row["rewards/margins"])
+    trajectories = pq.read_table(sorted((run.folder / "trajectories").glob("*.parquet"))[-1]).to_pylist()
+    by_prompt: dict[Any, list[tuple[str, float]]] = {}
+    for t in trajectories:
+        by_prompt.setdefault(t["group_id"], []).append((t["completion"], t["reward"]))
+    for told in by_prompt.values():
+        order = sorted(told)
+        assert [worth for _, worth in order] == sorted(worth for _, worth in told), "who is better wins more"
 
 
 def test_a_labelling_run_with_a_judge_behind_an_endpoint_goes_on_after_its_end(tmp_path: Path) -> None:

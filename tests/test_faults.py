@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
@@ -29,8 +30,9 @@ SETTINGS = (
 def worker(run: Run, title: str) -> psutil.Process:
     """The process of one worker, by the name it has in process lists."""
     for process in psutil.Process(run.process.pid).children(recursive=True):
-        if f"burnish-{title}" in " ".join(process.cmdline()):
-            return process
+        with contextlib.suppress(psutil.NoSuchProcess):  # one that has just ended, as those before it did
+            if f"burnish-{title}" in " ".join(process.cmdline()):
+                return process
     pytest.fail(f"no process is called {title}:\n{run.tail()}")
 
 
