@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from actors.lora_settings import QUANTIZED_BYTES
 from actors.model_folders import resolve_model
-from actors.settings import LearnerSettings
+from actors.settings import CriticSettings, LearnerSettings
 from cluster.host import host_facts
 from cluster.layout import RoleDemand
 from cluster.rendezvous import free_port, node_address
@@ -97,6 +97,22 @@ def num_gpus_asked(config: RunConfig) -> float:
     return max(asked) if config.cluster.colocate else sum(asked)
 
 
+def _critic_adapter(critic: CriticSettings, facts: ModelFacts) -> tuple[int, tuple[int, int] | None]:
+    """(trained parameters of the critic's adapter, (quantised ones, their bytes)) by the policy's shape; 0: all are.
+
+    Bounds from above of what it needs: as if every linear layer of a dense decoder had the adapter, and no table of
+    tokens were among what is quantised.
+    """
+    if critic.lora is None:
+        return 0, None
+    adapter = facts.layers * critic.lora.rank * (8 * facts.hidden + 3 * (facts.hidden + facts.intermediate))
+    if critic.quantization is None:
+        return adapter + facts.hidden, None
+    linear = max(0, facts.num_params - 2 * facts.vocab * facts.hidden)
+    num = linear if facts.quantized is None else facts.quantized[0]
+    return adapter + facts.hidden, (num, int(num * QUANTIZED_BYTES[critic.quantization]))
+
+
 def estimates(config: RunConfig, facts: ModelFacts, on_gpu: bool, compute_bytes: int) -> dict[str, MemoryEstimate]:
     """Memory of one worker (a generator: of one of its GPUs) of each role that holds a model.
 
@@ -106,7 +122,7 @@ def estimates(config: RunConfig, facts: ModelFacts, on_gpu: bool, compute_bytes:
     shape = {"hidden": facts.hidden, "intermediate": facts.intermediate}
 
     def trained(
-        settings: LearnerSettings, vocab: int, with_adapter: bool, quantized: tuple[int, int] | None
+        settings: LearnerSettings, vocab: int, adapter: int, quantized: tuple[int, int] | None
     ) -> MemoryEstimate:
         return estimate_learner(
             facts.num_params,
@@ -120,7 +136,7 @@ def estimates(config: RunConfig, facts: ModelFacts, on_gpu: bool, compute_bytes:
             compute_bytes=compute_bytes,
             offload_optimizer=settings.offload_optimizer != "none",
             offload_param=settings.offload_param != "none",
-            adapter_params=facts.num_adapter_params if with_adapter else 0,
+            adapter_params=adapter,
             quantized=quantized,
             **shape,
         )
@@ -144,7 +160,7 @@ def estimates(config: RunConfig, facts: ModelFacts, on_gpu: bool, compute_bytes:
             compute_bytes=compute_bytes,
             kv_cache_bytes=None if on_gpu else int(generator.kv_cache_gib * 2**30),
         ),
-        "learner": trained(config.learner, facts.vocab, True, facts.quantized),
+        "learner": trained(config.learner, facts.vocab, facts.num_adapter_params, facts.quantized),
     }
     if transport(config, on_gpu) != "file":
         alone = config.model.lora is not None and not config.pushes_merged  # the adapter, in float32
@@ -152,10 +168,7 @@ def estimates(config: RunConfig, facts: ModelFacts, on_gpu: bool, compute_bytes:
         on_host = on_gpu and transport(config, on_gpu) == "group"
         found["learner"] = with_staging(found["learner"], pushed, on_host)
     if config.algorithm.needs_critic:
-        # Its adapter is about as large as the policy's; where the policy has none, the whole is an upper bound.
-        kind, packed = config.critic.quantization, facts.quantized
-        packed = None if kind is None or packed is None else (packed[0], int(packed[0] * QUANTIZED_BYTES[kind]))
-        found["critic"] = trained(config.critic, 0, config.critic.lora is not None, packed)
+        found["critic"] = trained(config.critic, 0, *_critic_adapter(config.critic, facts))
     if config.has_reference_workers:
         found["reference"] = frozen(config.reference.token_budget, facts.vocab)
     for index, model in enumerate(config.reward_models):

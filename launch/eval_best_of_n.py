@@ -47,7 +47,8 @@ def best_of_n_report(config: EvalConfig, pool: Answers, opponents: Answers, agai
         for name in names:
             worth = np.array([best_of_n(s, v, n) for s, v in zip(rows[scorer], rows[name], strict=True)])
             there = worth[np.isfinite(worth)]
-            means[name] = unless_certain(mean_estimate(there), len(there))
+            found = mean_estimate(there)
+            means[name] = unless_certain(found, len(there)) if config.says_right(name) else found
             won = [best_of_n(s, v, n) for s, v in zip(rows[scorer], shares[name], strict=True)]
             rates[name] = win_rate([None if math.isnan(w) else w for w in won], prompts, seed=config.run.seed)
         sizes[str(n)] = {"kl_bound": best_of_n_kl(n), "rewards": means, "win_rate": rates}

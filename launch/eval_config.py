@@ -193,6 +193,10 @@ class EvalConfig(Settings):
         """What decides who wins."""
         return self.eval.win_by or (TOTAL if self.reward_names else JUDGE)
 
+    def says_right(self, name: str) -> bool:
+        """Whether reward ``name`` is known to say from 0 to 1 if an answer is right."""
+        return name in (self.eval.correct, "accuracy")
+
     @property
     def reward_names(self) -> list[str]:
         """Parts of the reward: the functions', then the models', then the judges' axes."""

@@ -160,7 +160,7 @@ def _model(config: EvalConfig, suites: Sequence[Suite], answers: Answers) -> dic
         "num_samples": len(samples),
         "rewards": {
             name: {
-                "mean": _clustered(answers.scores(name), size),
+                "mean": _mean(config, name, answers.scores(name), size),
                 "scores": score_summary(answers.scores(name)),
                 "length_bias": length_bias(answers.scores(name), answers.lengths, prompts, seed=config.run.seed),
             }
@@ -188,7 +188,13 @@ def _clustered(rows: np.ndarray, size: int) -> Estimate:
     grid = rows.reshape(-1, size)
     there = np.isfinite(grid)
     totals, counts = np.where(there, grid, 0.0).sum(axis=1), there.sum(axis=1)
-    return unless_certain(mean_estimate(totals[counts > 0], counts[counts > 0]), int((counts > 0).sum()))
+    return mean_estimate(totals[counts > 0], counts[counts > 0])
+
+
+def _mean(config: EvalConfig, name: str, scores: np.ndarray, size: int) -> Estimate:
+    """Of a reward.  One that says whether an answer is right has an interval with a width where all are, or none is."""
+    found = _clustered(scores, size)
+    return unless_certain(found, found.n) if config.says_right(name) else found
 
 
 def _by_prompt(rows: Sequence[np.ndarray], size: int) -> list[np.ndarray]:

@@ -93,7 +93,7 @@ def page_sections(
     intro = (
         f"{prompts['num']} prompts of {prompts['stream']}, {prompts['num_samples']} samples each from every model "
         f"under the same seeds at temperature {temperature:g}. Intervals are at 95 %; prompts are the independent "
-        "observations, so n counts them; of truncation and correlations it counts samples."
+        "observations, so n counts them."
     )
     sections = [Section("Summary", intro, Table(("instrument", POLICY, BASE), tuple(rows)))]
     if "win_rate" in report:

@@ -24,9 +24,9 @@ ANSWER = {"prompt": "p", "completion": "a", "label": True}
     ("loss", "row", "reason"),
     [
         ("sigmoid", ANSWER, r"holds one labelled answer, and pairs are needed; give prompt, chosen, "
-         r"rejected.* or set .*algorithm.loss=kto"),
+         r"rejected.* such rows are for .*algorithm.loss=kto"),
         ("simpo", ANSWER, "pairs are needed"),
-        ("kto", PAIR, "compared, and loss=kto learns .* give prompt, completion, label; or .*algorithm.loss=sigmoid"),
+        ("kto", PAIR, "compared, and loss=kto learns .* give prompt, completion, label; such .*algorithm.loss=sigmoid"),
         ("kto", {"prompt": "p", "completions": ["a", "b"], "ranks": [1, 2]}, "give prompt, completion, label"),
         ("ipo", {"prompt": "p", "completion": "a"}, "is an example of SFT.*algorithm.name=sft"),
         ("orpo", {"messages": [{"role": "user", "content": "x"}]}, "is an example of SFT"),

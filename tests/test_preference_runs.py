@@ -42,7 +42,7 @@ def refusal(capfd: pytest.CaptureFixture[str], *words: str) -> str:
         (("algorithm.loss=robust",), ("algorithm.label_smoothing", "give that share, or use loss=sigmoid")),
         (("alarms.action=roll_back",), ("alarms.action = 'roll_back'", "only a run that samples goes back")),
         (("algorithm.loss=kto", f"model.path={TINY}"), ("data.train.0 row 1", "give prompt, completion, label")),
-        ((*OVERRIDES["kto"], f"model.path={TINY}"), ("data.train.0 row 1", "or set algorithm.loss=kto")),
+        ((*OVERRIDES["kto"], f"model.path={TINY}"), ("data.train.0 row 1", "pairs are needed", "algorithm.loss=kto")),
         (("reference.token_budget=64", f"model.path={TINY}"), ("reference.token_budget = 64", "raise it")),
         (("reference.path=nowhere", f"model.path={TINY}"), ("reference.path = 'nowhere'",)),
     ],

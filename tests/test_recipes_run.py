@@ -99,7 +99,9 @@ def test_the_recipe_of_constitutional_revision_leaves_its_record_of_every_round(
     folder = run(tmp_path, "revise", "cpu-revise", *FEW, *SAMPLED, *brief)
     records = list(read_rows(next(folder.glob("re*.jsonl"))))
     assert len(records) == 8
-    assert all(word in json.dumps(records[0]) for word in ("principle", "critique", "revision"))
+    for record in records:  # so small a model may fail to revise, which is said
+        assert record["original"] and len(record["principles"]) == 1
+        assert (record["revisions"][0] is None) == (record["failure"] is not None)
 
 
 def test_the_recipe_of_rejection_sampling_keeps_one_answer_a_prompt(tmp_path: Path) -> None:
@@ -116,3 +118,6 @@ def test_the_recipe_of_best_of_n_says_what_choosing_gains_and_costs(tmp_path: Pa
     (report,) = folder.glob("*.json")
     sizes = json.loads(report.read_text())["best_of_n"]["sizes"]
     assert [round(sizes[n]["kl_bound"], 3) for n in ("1", "4", "16")] == [0.0, 0.636, 1.835]
+    for rewards in (size["rewards"] for size in sizes.values()):
+        assert rewards["bare"]["n"] == rewards["accuracy"]["n"] == 6 and 0 <= rewards["bare"]["value"] <= 1
+    assert sizes["1"]["rewards"]["bare"]["value"] <= sizes["16"]["rewards"]["bare"]["value"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from stand_in import StandIn
 
 from cluster.errors import ShortfallError
 from cluster.layout import NodeSupply
@@ -58,6 +59,23 @@ def test_a_node_that_is_too_small_is_refused_by_the_role_that_has_no_place(name:
     with pytest.raises(ShortfallError) as caught:
         plan_stages(config, [NodeSupply("small", 32, 4)])
     assert caught.value.field.startswith(field) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("cpu-revise", "revising"), ("cpu-best-of-n", "scoring"), ("cpu-compare", "stages, and a place for every worker"),
+     ("cpu-judge-label", "sampling and scoring")],
+)  # fmt: skip
+def test_every_kind_of_command_is_validated_to_its_places(
+    name: str, said: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with StandIn() as server:
+        judge = [f"label.judge.endpoint.base_url={server.url}"] if name == "cpu-judge-label" else []
+        assert main(["validate", name, f"model.path={TINY}", "model.max_length=512", *judge]) == 0
+        assert main(["validate", name, "model.path=/nowhere", *judge]) == 2
+    out, err = capfd.readouterr()
+    assert said in out and f"{name}: configuration, models, data and places are valid" in out
+    assert err.count("burnish: ") == 1 and "/nowhere" in err
 
 
 def test_validate_refuses_a_command_without_a_place_and_shows_the_places_of_one_with(

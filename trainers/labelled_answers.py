@@ -44,7 +44,8 @@ def _read_labelled(row: Row, where: str, tokenizer: Any, form: PromptFormat) -> 
     label = row.get("label")
     if label is None:
         reason = "has no label: was the answer good?"
-        raise InputError(where, sorted(row), reason, f"give {COLUMNS['labelled']}, with label true or false")
+        there = sorted(name for name, value in row.items() if value is not None)
+        raise InputError(where, there, reason, f"give {COLUMNS['labelled']}, with label true or false")
     if not isinstance(label, bool):
         raise InputError(where, label, "label is neither true nor false", "give true for a good answer, else false")
     sample = read_sample(row, where, tokenizer, form)

@@ -18,6 +18,8 @@ from numpy.typing import ArrayLike
 from trainers.calibration import CONFIDENCE, Estimate, t_quantile
 from trainers.prompt_bootstrap import bootstrap
 
+NOISE = 1e-9  # of a variance: below that it is rounding
+
 
 @dataclass(frozen=True, slots=True)
 class LengthBias:
@@ -126,7 +128,7 @@ class _OverPrompts:
     def interval(
         self, value: float, x: np.ndarray, y: np.ndarray, statistic: Callable[[Moments], np.ndarray]
     ) -> Estimate:
-        """``value`` of x and y [n] with its interval; a resample in which one of them does not vary says nothing."""
+        """``value`` of x and y [n] with its interval; a resample in which one of them is constant counts as 0."""
         wide = math.inf if statistic is _slopes else 1.0
         if math.isnan(value) or self.num < 4:
             return Estimate(value, -wide, wide, self.num)
@@ -136,9 +138,10 @@ class _OverPrompts:
 
         def of(draws: np.ndarray) -> np.ndarray:
             n, sx, sy, sxx, syy, sxy = (draws @ sums).T
+            of_x, of_y, both = sxx - sx * sx / n, syy - sy * sy / n, sxy - sx * sy / n
+            is_flat = (of_x <= NOISE * (x @ x)) | (of_y <= NOISE * (y @ y))
             with np.errstate(invalid="ignore", divide="ignore"):
-                found = statistic((sxx - sx * sx / n, syy - sy * sy / n, sxy - sx * sy / n))
-            return np.where(np.isfinite(found), found, value)
+                return np.where(is_flat, 0.0, np.clip(statistic((of_x, of_y, both)), -wide, wide))
 
         return bootstrap(value, self.num, of, self.confidence, self.seed)
 

@@ -63,5 +63,5 @@ def refuse_other_kind(row: Mapping[str, Any], where: str, needed: Kind) -> None:
     if not kinds or needed in kinds or half_a_pair or without_label:
         return
     found = kinds[0]
-    reason, remedy = f"{_HOLDS[found]}, and {_NEEDED[needed]}", f"give {COLUMNS[needed]}; or set {_LEARNS[found]}"
-    raise RowKindError(where, there, reason, remedy)
+    reason = f"{_HOLDS[found]}, and {_NEEDED[needed]}"
+    raise RowKindError(where, there, reason, f"give {COLUMNS[needed]}; such rows are for {_LEARNS[found]}")
